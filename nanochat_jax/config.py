@@ -1,0 +1,333 @@
+"""Every value a run depends on, as frozen dataclasses, and what `depth` implies.
+
+Experiments are files that hold one `config = dataclasses.replace(Config(), ...)`; the command line overrides single fields
+(`--base.num-iterations 100`). Nothing here reads files, looks at devices or imports JAX.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from nanochat_jax.errors import UserError
+
+STAGES = ("tokenizer", "base", "mid", "sft", "rl")
+MODEL_STAGES = ("base", "mid", "sft", "rl")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of the model: one dial, `depth`, and the proportions that follow from it."""
+
+    depth: int = 12
+    """Number of transformer layers; width, heads, batch size and horizon follow from it."""
+    aspect_ratio: int = 64
+    """Model width per layer: width = depth * aspect_ratio, rounded up to a multiple of head_dim."""
+    head_dim: int = 128
+    """Width of one attention head, channels."""
+    n_kv_head: int | None = None
+    """Key/value heads, a divisor of the query heads; unset: as many as query heads."""
+    sequence_len: int = 2048
+    """Context length, tokens."""
+    window_pattern: str = "SSSL"
+    """S (a quarter of the context) or L (all of it) per layer, tiled; the last layer is always L."""
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Byte-level BPE training."""
+
+    vocab_size: int = 32768
+    """Tokens in the vocabulary, special tokens included."""
+    max_chars: int = 2_000_000_000
+    """Characters of training text to learn the merges from."""
+    doc_cap: int = 10_000
+    """Characters of one document that count."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where text and tasks come from."""
+
+    source: Literal["embedded", "fineweb-edu", "climbmix"] = "fineweb-edu"
+    """Pretraining set: the corpus inside the package, or a set of shards to download."""
+    dir: str | None = None
+    """Folder of parquet files with a `text` column, used instead of `source`; the last by name is for validation."""
+    cache: str = "~/.cache/nanochat_jax"
+    """Folder for downloaded shards, task sets and the CORE bundle."""
+    num_shards: int = 240
+    """Training shards to download, files of about 100 MB; the validation shard comes on top."""
+    packing: Literal["bestfit", "stream"] = "bestfit"
+    """How documents become rows of T+1 tokens: BOS best fit (large sets) or one stream (small ones)."""
+    streams: int = 1
+    """Independent document streams dealt out over the rows of a batch."""
+    buffer_docs: int = 1000
+    """Documents kept in the best-fit buffer of a stream."""
+    mirror: str | None = None
+    """Local copy of the task sets, <org>/<name>/<config>/<split>.parquet; unset: Hugging Face."""
+    eval_bundle: str | None = None
+    """Folder of the CORE tasks; unset: downloaded."""
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """What all training stages share. Rates are those of width 768 and a batch of 2^19 tokens."""
+
+    num_iterations: int | None = None
+    """Optimizer steps; unset: from the horizon (base), one epoch (mid, sft)."""
+    total_batch_size: int | None = None
+    """Tokens an optimizer step; unset: from the horizon (base), as base (mid), 32 rows (sft)."""
+    device_batch_size: int = 32
+    """Rows per data shard in one microbatch."""
+    warmup_steps: int = 40
+    """Steps of linear learning-rate warm-up."""
+    warmdown_ratio: float = 0.65
+    """Share of the steps over which the learning rate falls linearly, at the end."""
+    init_lr_frac: float = 1.0
+    """Factor on all learning rates."""
+    final_lr_frac: float = 0.05
+    """Factor on the learning rate at the last step."""
+    embedding_lr: float = 0.3
+    """AdamW rate of the token embedding; value embeddings take half of it."""
+    unembedding_lr: float = 0.008
+    """AdamW rate of the output head."""
+    matrix_lr: float = 0.02
+    """Muon rate of the matrices inside the blocks."""
+    scalar_lr: float = 0.5
+    """AdamW rate of the x0 lambdas; residual lambdas take a hundredth of it."""
+    weight_decay: float = 0.0
+    """Muon weight decay before scaling by batch and horizon."""
+    momentum_start: float = 0.85
+    """Muon momentum at step 0."""
+    momentum_peak: float = 0.95
+    """Muon momentum after its warm-up."""
+    momentum_end: float = 0.95
+    """Muon momentum at the last step, reached linearly over the warm-down."""
+    momentum_warmup: int = 300
+    """Steps over which the Muon momentum rises from start to peak."""
+    eval_every: int = 250
+    """Steps between validations; 0: only at the end."""
+    eval_tokens: int = 80 * 2**19
+    """Tokens of validation text per validation, at most."""
+    save_every: int = 1000
+    """Steps between checkpoints; 0: only at the end."""
+    keep: int = 2
+    """Checkpoints kept, the newest ones."""
+    stop_after: int | None = None
+    """End the stage early after this many steps, schedules unchanged."""
+    init_from: str | None = None
+    """WORKDIR/STAGE to take the weights from, instead of the stage before."""
+    sample_tokens: int = 64
+    """Length of the samples written at the end of a stage, tokens."""
+
+
+@dataclass(frozen=True)
+class BaseConfig(StageConfig):
+    """Pretraining."""
+
+    weight_decay: float = 0.28
+    """Muon weight decay at the reference batch and horizon, scaled to this run's."""
+    momentum_peak: float = 0.97
+    """Muon momentum after its warm-up."""
+    momentum_end: float = 0.90
+    """Muon momentum at the last step, reached linearly over the warm-down."""
+    momentum_warmup: int = 400
+    """Steps over which the Muon momentum rises from start to peak."""
+    target_param_data_ratio: float = 12.0
+    """Training tokens per scaling parameter (block matrices and output head)."""
+    target_flops: float | None = None
+    """Training compute in FLOPs, instead of the ratio."""
+    core_every: int = 0
+    """Steps between CORE evaluations; 0: never during training."""
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(StageConfig):
+    """Supervised training on conversations: mid and sft."""
+
+    mixture: tuple[str, ...] = ()
+    """Sets to learn from, each NAME[:ROWS][*EPOCHS] or FILE.jsonl, where FILE holds one conversation a line."""
+    loss_on: Literal["all", "assistant"] = "assistant"
+    """Targets: every token, or only what the assistant writes."""
+    packing: Literal["bestfit", "pad"] = "bestfit"
+    """Whole conversations packed into rows, or one conversation a row."""
+    val_rows: int = 256
+    """Conversations held out of the mixture for validation, at most a tenth of it."""
+    warmup_steps: int = 0
+    """Steps of linear learning-rate warm-up."""
+
+
+@dataclass(frozen=True)
+class RLConfig(StageConfig):
+    """Policy gradient on a task with a reward."""
+
+    task: str = "gsm8k"
+    """Task that gives questions and rewards."""
+    questions_per_step: int = 16
+    """Different questions in one step."""
+    samples_per_question: int = 16
+    """Sampled answers to each question."""
+    max_new_tokens: int = 256
+    """Longest answer, tokens."""
+    temperature: float = 1.0
+    """Sampling temperature of the rollouts."""
+    top_k: int = 50
+    """Tokens considered at each position of a rollout; 0: all."""
+    eval_examples: int = 400
+    """Held-out questions for pass@k."""
+    pass_k: int = 8
+    """Samples per held-out question."""
+    control: bool = False
+    """Also continue sft for the compute that rl used, as a comparison in the report."""
+    num_iterations: int | None = None
+    """Optimizer steps; unset: one epoch of questions."""
+    device_batch_size: int = 8
+    """Samples per data shard in one microbatch."""
+    warmup_steps: int = 0
+    """Steps of linear learning-rate warm-up."""
+    warmdown_ratio: float = 1.0
+    """Share of the steps over which the learning rate falls linearly, at the end."""
+    init_lr_frac: float = 0.05
+    """Factor on all learning rates."""
+    final_lr_frac: float = 0.0
+    """Factor on the learning rate at the last step."""
+    embedding_lr: float = 0.2
+    """AdamW rate of the token embedding; value embeddings take half of it."""
+    unembedding_lr: float = 0.004
+    """AdamW rate of the output head."""
+    momentum_start: float = 0.95
+    """Muon momentum at step 0."""
+    eval_every: int = 60
+    """Steps between pass@k evaluations; 0: only at the end."""
+    save_every: int = 60
+    """Steps between checkpoints; 0: only at the end."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What is measured after each stage."""
+
+    base: tuple[str, ...] = ("bpb", "core")
+    """Evaluations of the base model."""
+    chat: tuple[str, ...] = ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval", "spelling_bee")
+    """Evaluations after mid, sft and rl."""
+    max_examples: int | None = None
+    """Rows of each task; unset: all."""
+    batch_size: int = 64
+    """Rows evaluated at once."""
+    max_new_tokens: int = 512
+    """Longest generated answer, tokens."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run."""
+
+    model: ModelConfig = ModelConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    data: DataConfig = DataConfig()
+    base: BaseConfig = BaseConfig()
+    mid: FinetuneConfig = FinetuneConfig(
+        mixture=("smoltalk:460000", "mmlu_aux:100000", "gsm8k:8000", "identity*2", "simple_spelling:200000", "spelling_bee:80000"),
+        loss_on="all",
+        total_batch_size=2**19,
+        warmdown_ratio=0.2,
+        final_lr_frac=0.0,
+    )
+    sft: FinetuneConfig = FinetuneConfig(
+        mixture=("arc_easy", "arc_challenge", "gsm8k", "smoltalk:10000", "identity:1000", "simple_spelling:300", "spelling_bee:300"),
+        packing="pad",
+        device_batch_size=4,
+        init_lr_frac=0.02,
+        warmdown_ratio=1.0,
+        final_lr_frac=0.0,
+        momentum_start=0.95,
+    )
+    rl: RLConfig = RLConfig()
+    eval: EvalConfig = EvalConfig()
+    mesh: str = "1"
+    """Devices: a number (data parallel), or axes such as data=2,fsdp=2,tensor=2."""
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the matrix products; auto: bfloat16 on GPU and TPU, float32 on CPU."""
+    attention: Literal["auto", "reference", "xla_blocked", "cudnn"] = "auto"
+    """Attention implementation; auto: cudnn on NVIDIA, xla_blocked elsewhere."""
+    seed: int = 42
+    """Root of all randomness of the run."""
+    device_hour_cost: float = 0.0
+    """Price of one device for one hour, dollars, for the plan and the report."""
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The architecture that `ModelConfig` and a vocabulary imply (hashable, so it can be a static argument of jit)."""
+
+    n_layer: int
+    n_embd: int
+    n_head: int
+    n_kv_head: int
+    head_dim: int
+    vocab_size: int
+    sequence_len: int
+    windows: tuple[int, ...]
+    """Per layer, how many keys to the left of its own position a query sees."""
+    rope_base: float = 100_000.0
+    compute_dtype: str = "float32"
+    attention: str = "xla_blocked"
+    loss_chunk: int = 0
+    """Tokens of one chunk of the loss over the vocabulary; 0: all at once."""
+
+    @classmethod
+    def from_depth(cls, model: ModelConfig, vocab_size: int, **overrides: object) -> GPTConfig:
+        """Sizes from one dial. Raises UserError where the proportions do not work out."""
+        if model.depth < 1 or model.head_dim < 2 or model.head_dim % 2 or model.sequence_len < 2:
+            raise UserError(
+                f"--model.depth {model.depth} --model.head-dim {model.head_dim} --model.sequence-len {model.sequence_len}: "
+                "depth must be at least 1, head-dim even, sequence-len at least 2"
+            )
+        width = math.ceil(model.depth * model.aspect_ratio / model.head_dim) * model.head_dim
+        n_head = width // model.head_dim
+        n_kv_head = model.n_kv_head or n_head
+        if n_head % n_kv_head:
+            raise UserError(f"--model.n-kv-head {n_kv_head} does not divide the {n_head} query heads that depth {model.depth} implies")
+        return cls(
+            n_layer=model.depth,
+            n_embd=width,
+            n_head=n_head,
+            n_kv_head=n_kv_head,
+            head_dim=model.head_dim,
+            vocab_size=vocab_size,
+            sequence_len=model.sequence_len,
+            windows=windows(model.window_pattern, model.depth, model.sequence_len),
+            **overrides,
+        )
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding tables: the vocabulary rounded up to a multiple of 64."""
+        return math.ceil(self.vocab_size / 64) * 64
+
+    @property
+    def max_positions(self) -> int:
+        """Positions the rotary table reaches; a longer sequence is an error."""
+        return 10 * self.sequence_len
+
+    def has_value_embedding(self, layer: int) -> bool:
+        """Every second layer, counted so that the last one always has it."""
+        return layer % 2 == (self.n_layer - 1) % 2
+
+
+def windows(pattern: str, n_layer: int, sequence_len: int) -> tuple[int, ...]:
+    """Left window of each layer in keys: `pattern` tiled, S = a quarter of the context rounded up to 128, last layer L."""
+    if not pattern or set(pattern.upper()) - {"S", "L"}:
+        raise UserError(f"--model.window-pattern {pattern!r}: only the letters S and L, at least one")
+    short = math.ceil(sequence_len / 4 / 128) * 128
+    sizes = [sequence_len if pattern.upper()[i % len(pattern)] == "L" else short for i in range(n_layer)]
+    sizes[-1] = sequence_len
+    return tuple(sizes)
+
+
+def to_dict(config: object) -> dict:
+    """A plain nested dict of a config, for config.json."""
+    return dataclasses.asdict(config)

@@ -1,0 +1,5 @@
+"""The one exception that is shown to a person as a single line instead of a traceback."""
+
+
+class UserError(Exception):
+    """A mistake a user can mend. The message says what happened, the value, the limit and the way out."""
