@@ -230,14 +230,29 @@ class Config:
     data: DataConfig = DataConfig()
     base: BaseConfig = BaseConfig()
     mid: FinetuneConfig = FinetuneConfig(
-        mixture=("smoltalk:460000", "mmlu_aux:100000", "gsm8k:8000", "identity*2", "simple_spelling:200000", "spelling_bee:80000"),
+        mixture=(
+            "smoltalk:460000",
+            "mmlu_aux:100000",
+            "gsm8k:8000",
+            "identity*2",
+            "simple_spelling:200000",
+            "spelling_bee:80000",
+        ),
         loss_on="all",
         total_batch_size=2**19,
         warmdown_ratio=0.2,
         final_lr_frac=0.0,
     )
     sft: FinetuneConfig = FinetuneConfig(
-        mixture=("arc_easy", "arc_challenge", "gsm8k", "smoltalk:10000", "identity:1000", "simple_spelling:300", "spelling_bee:300"),
+        mixture=(
+            "arc_easy",
+            "arc_challenge",
+            "gsm8k",
+            "smoltalk:10000",
+            "identity:1000",
+            "simple_spelling:300",
+            "spelling_bee:300",
+        ),
         packing="pad",
         device_batch_size=4,
         init_lr_frac=0.02,
@@ -290,7 +305,9 @@ class GPTConfig:
         n_head = width // model.head_dim
         n_kv_head = model.n_kv_head or n_head
         if n_head % n_kv_head:
-            raise UserError(f"--model.n-kv-head {n_kv_head} does not divide the {n_head} query heads that depth {model.depth} implies")
+            raise UserError(
+                f"--model.n-kv-head {n_kv_head} does not divide the {n_head} query heads that depth {model.depth} implies"
+            )
         return cls(
             n_layer=model.depth,
             n_embd=width,
