@@ -1,0 +1,240 @@
+"""What a run tells about itself while it runs: `metrics.jsonl`, lines on the console, MFU and memory.
+
+The log is the record that the report reads: one JSON object a line, flushed at once, so that a killed run keeps all but
+perhaps its last line. Nothing here keeps state between stages, and nothing needs an account anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import statistics
+import sys
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any, TextIO
+
+import jax
+
+from nanochat_jax.errors import UserError
+
+# Dense bfloat16 peak of one chip, FLOP/s, by a part of JAX's `device_kind`; the first match wins. Vendors' data sheets.
+PEAK_FLOPS = (
+    ("H100 PCIe", 756e12),
+    ("H100 NVL", 835e12),
+    ("H100", 989e12),
+    ("H200", 989e12),
+    ("H800", 989e12),
+    ("H20", 148e12),
+    ("B200", 2250e12),
+    ("A100", 312e12),
+    ("A800", 312e12),
+    ("L40S", 362e12),
+    ("L40", 181e12),
+    ("L4", 121e12),
+    ("A10G", 70e12),
+    ("A10", 125e12),
+    ("RTX 4090", 165e12),
+    ("RTX 3090", 71e12),
+    ("TPU v6", 918e12),
+    ("TPU v5 lite", 197e12),
+    ("TPU v5e", 197e12),
+    ("TPU v5", 459e12),
+    ("TPU v4", 275e12),
+)
+
+
+class MetricsLog:
+    """`metrics.jsonl` of one stage. Opened for appending: a resumed run goes on in the same file."""
+
+    def __init__(self, stage_dir: Path | str) -> None:
+        self.path = Path(stage_dir) / "metrics.jsonl"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            _cut_torn_end(self.path)
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def write(self, kind: str, **values: Any) -> None:
+        """Appends {"kind": kind, **values}. NumPy and JAX scalars become numbers, NaN and infinities become null."""
+        record = {"kind": kind, **{name: _plain(value) for name, value in values.items()}}
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def drop_after(self, step: int) -> None:
+        """Forgets the records of `step` and later, which a run resumed at `step` writes again. Atomic."""
+        kept = [record for record in self.read(self.path) if record.get("step", -1) < step]
+        self._file.close()
+        fresh = self.path.with_suffix(".jsonl.new")
+        fresh.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        os.replace(fresh, self.path)
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def close(self) -> None:
+        """Closes the file; the log cannot be written afterwards."""
+        self._file.close()
+
+    @staticmethod
+    def read(path: Path | str) -> list[dict]:
+        """Records in order; a last line torn by a crash is left out. Raises UserError where another line is damaged."""
+        lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        if lines and not lines[-1].endswith("\n"):
+            lines.pop()
+        records = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path} line {number} is not JSON ({error.msg}): remove that line") from None
+        return records
+
+
+def _cut_torn_end(path: Path) -> None:
+    """Removes an unfinished last line, so that the next record does not grow onto it."""
+    data = path.read_bytes()
+    if data and not data.endswith(b"\n"):
+        os.truncate(path, data.rfind(b"\n") + 1)
+
+
+def _plain(value: Any) -> Any:
+    """JSON-able form of a scalar, or of a dict or list of them."""
+    if isinstance(value, dict):
+        return {str(name): _plain(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Pace:
+    """Speed of a training loop: call `lap` once a step. The first lap, which compiles, is kept out of the ETA."""
+
+    def __init__(self, total_steps: int, tokens_per_step: int, flops_per_token: float) -> None:
+        self.total_steps, self.tokens_per_step, self.flops_per_token = total_steps, tokens_per_step, flops_per_token
+        self._recent: deque[float] = deque(maxlen=20)
+        self._laps = 0
+        self._last = time.perf_counter()
+
+    def skip(self) -> None:
+        """Starts the clock anew, after work that is no step: a validation, a save."""
+        self._last = time.perf_counter()
+
+    def lap(self, steps_done: int) -> dict[str, float | None]:
+        """step_seconds, tok_per_sec, mfu (None without a known peak), eta_seconds, of the step that just ended."""
+        now = time.perf_counter()
+        seconds, self._last = max(now - self._last, 1e-9), now
+        self._laps += 1
+        if self._laps == 2:
+            self._recent.clear()
+        self._recent.append(seconds)
+        tokens_per_second = self.tokens_per_step / seconds
+        return {
+            "step_seconds": seconds,
+            "tok_per_sec": tokens_per_second,
+            "mfu": mfu(tokens_per_second, self.flops_per_token, jax.device_count()),
+            "eta_seconds": statistics.median(self._recent) * (self.total_steps - steps_done),
+        }
+
+
+class Console:
+    """One line a logged step on stderr. It takes the values that go to `MetricsLog.write`, so one dict serves both."""
+
+    def __init__(self, stage: str, total_steps: int, stream: TextIO | None = None) -> None:
+        self.stage, self.total_steps, self.stream = stage, total_steps, stream
+
+    def step(self, step: int, **values: Any) -> None:
+        """Prints the values it knows, in a fixed order: loss or reward, lr, tok/s, MFU, step time, ETA."""
+        width = len(str(self.total_steps))
+        parts = [f"{self.stage} {step:>{width}}/{self.total_steps}"]
+        parts += [show(values[name]) for name, show in _COLUMNS.items() if values.get(name) is not None]
+        self.note(" | ".join(parts))
+
+    def note(self, text: str) -> None:
+        """Prints a line as it is."""
+        print(text, file=self.stream or sys.stderr, flush=True)
+
+
+_COLUMNS = {
+    "loss": lambda v: f"loss {float(v):.4f}",
+    "bpb": lambda v: f"val bpb {float(v):.4f}",
+    "reward": lambda v: f"reward {float(v):.3f}",
+    "pass": lambda v: " ".join(f"pass@{k} {float(p):.3f}" for k, p in v.items()),
+    "response_tokens": lambda v: f"answer {float(v):.0f} tok",
+    "lr_mult": lambda v: f"lr x{float(v):.3f}",
+    "tok_per_sec": lambda v: f"{si(float(v))} tok/s",
+    "mfu": lambda v: f"MFU {100 * float(v):.1f}%",
+    "step_seconds": lambda v: f"{1000 * float(v):.0f} ms",
+    "rollout_seconds": lambda v: f"rollout {float(v):.1f} s",
+    "update_seconds": lambda v: f"update {float(v):.1f} s",
+    "eta_seconds": lambda v: f"ETA {duration(float(v))}",
+}
+
+
+def banner(title: str, stream: TextIO | None = None, **rows: Any) -> None:
+    """What a stage is about to do, aligned, on stderr: banner("base", mesh="data=8", precision=..., parameters=...).
+
+    Large integers get an SI suffix as well, a name that ends in `_bytes` is shown as GiB, None is left out.
+    """
+    shown = {name.removesuffix("_bytes").replace("_", " "): _shown(name, value) for name, value in rows.items()}
+    shown = {name: value for name, value in shown.items() if value is not None}
+    width = max(map(len, shown), default=0)
+    lines = [f"== {title} " + "=" * max(0, 56 - len(title))]
+    lines += [f"   {name:<{width}}  {value}" for name, value in shown.items()]
+    print("\n".join(lines), file=stream or sys.stderr, flush=True)
+
+
+def _shown(name: str, value: Any) -> str | None:
+    if value is None:
+        return None
+    if name.endswith("_bytes"):
+        return gib(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}" if value < 1_000_000 else f"{value:,} ({si(value)})"
+    return str(value)
+
+
+def si(value: float) -> str:
+    """1234567 -> '1.23M'; for counts, tokens and FLOPs."""
+    for size, suffix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{suffix}" if abs(value) < 999.5 * size else f"{value / size:.0f}{suffix}"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def gib(size: float) -> str:
+    """Bytes as GiB or MiB."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**29 else f"{size / 2**20:.0f} MiB"
+
+
+def duration(seconds: float) -> str:
+    """3725 -> '1h02m'; 65 -> '1m05s'; 5 -> '5s'."""
+    whole = max(0, round(seconds))
+    if whole >= 3600:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 60}m{whole % 60:02d}s" if whole >= 60 else f"{whole}s"
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """Dense bfloat16 peak of one device, FLOP/s; None where it is not known, as on CPUs."""
+    if device.platform == "cpu":
+        return None
+    return next((peak for name, peak in PEAK_FLOPS if name.lower() in device.device_kind.lower()), None)
+
+
+def mfu(tokens_per_second: float, flops_per_token: float, n_devices: int) -> float | None:
+    """Share of the peak of `n_devices` devices like the first one that training uses; None without a known peak."""
+    peak = peak_flops(jax.devices()[0])
+    return None if peak is None else tokens_per_second * flops_per_token / (peak * n_devices)
+
+
+def peak_memory_bytes() -> int:
+    """Most memory in use so far: of the fullest local device where it counts, else of this process (resident set)."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    peaks = [entry["peak_bytes_in_use"] for entry in stats if "peak_bytes_in_use" in entry]
+    if peaks:
+        return max(peaks)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
