@@ -1,0 +1,1 @@
+"""Attention kernels: arrays in, arrays out; they know nothing of the model around them."""

@@ -1,7 +1,7 @@
 """Every value a run depends on, as frozen dataclasses, and what `depth` implies.
 
-Experiments are files that hold one `config = dataclasses.replace(Config(), ...)`; the command line overrides single fields
-(`--base.num-iterations 100`). Nothing here reads files, looks at devices or imports JAX.
+Experiments are files that hold one `config = dataclasses.replace(Config(), ...)`; the command line overrides single
+fields (`--base.num-iterations 100`). Nothing here reads files, looks at devices or imports JAX.
 """
 
 from __future__ import annotations
@@ -298,15 +298,15 @@ class GPTConfig:
         """Sizes from one dial. Raises UserError where the proportions do not work out."""
         if model.depth < 1 or model.head_dim < 2 or model.head_dim % 2 or model.sequence_len < 2:
             raise UserError(
-                f"--model.depth {model.depth} --model.head-dim {model.head_dim} --model.sequence-len {model.sequence_len}: "
-                "depth must be at least 1, head-dim even, sequence-len at least 2"
+                f"--model.depth {model.depth} --model.head-dim {model.head_dim} "
+                f"--model.sequence-len {model.sequence_len}: depth must be at least 1, head-dim even, sequence-len at least 2"
             )
         width = math.ceil(model.depth * model.aspect_ratio / model.head_dim) * model.head_dim
         n_head = width // model.head_dim
         n_kv_head = model.n_kv_head or n_head
         if n_head % n_kv_head:
             raise UserError(
-                f"--model.n-kv-head {n_kv_head} does not divide the {n_head} query heads that depth {model.depth} implies"
+                f"--model.n-kv-head {n_kv_head} does not divide the {n_head} query heads of depth {model.depth}"
             )
         return cls(
             n_layer=model.depth,
@@ -336,7 +336,7 @@ class GPTConfig:
 
 
 def windows(pattern: str, n_layer: int, sequence_len: int) -> tuple[int, ...]:
-    """Left window of each layer in keys: `pattern` tiled, S = a quarter of the context rounded up to 128, last layer L."""
+    """Left window of each layer in keys: `pattern` tiled, S = a quarter of the context up to a multiple of 128, last L."""
     if not pattern or set(pattern.upper()) - {"S", "L"}:
         raise UserError(f"--model.window-pattern {pattern!r}: only the letters S and L, at least one")
     short = math.ceil(sequence_len / 4 / 128) * 128

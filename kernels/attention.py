@@ -1,0 +1,47 @@
+"""The contract of training attention and the explicit choice of its implementation.
+
+| impl        | runs on            | what it is                                                   |
+|-------------|--------------------|--------------------------------------------------------------|
+| reference   | everywhere         | full score matrix, masked; the specification                 |
+| xla_blocked | everywhere         | plain XLA, computes visible blocks only; best on CPU and TPU |
+| cudnn       | NVIDIA, bf16/fp16  | cuDNN flash attention with a left window                     |
+
+`auto` is resolved once, at start, by `resolve`; an implementation that cannot run here is an error, never a fallback.
+"""
+
+import jax
+
+from kernels.blocked import blocked_attention
+from kernels.reference import reference_attention
+
+IMPLEMENTATIONS = ("reference", "xla_blocked", "cudnn")
+
+
+def resolve(impl: str, platform: str, dtype: str) -> str:
+    """The implementation `impl` means on `platform` ("cpu", "gpu", "tpu") in `dtype`; ValueError if it cannot run."""
+    if impl == "auto":
+        return "cudnn" if platform == "gpu" and dtype in ("bfloat16", "float16") else "xla_blocked"
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"attention {impl!r} is unknown; known: auto, {', '.join(IMPLEMENTATIONS)}")
+    if impl == "cudnn" and (platform != "gpu" or dtype == "float32"):
+        raise ValueError(
+            f"attention cudnn needs an NVIDIA GPU and 16-bit precision, here: {platform}, {dtype}; use --attention auto"
+        )
+    return impl
+
+
+def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, window: int, impl: str) -> jax.Array:
+    """Causal attention of T queries over the S = T keys of the same rows, query i seeing keys i - window <= j <= i.
+
+    Scores are scaled by H^-0.5, softmax is in float32, N is a multiple of K (grouped queries). Returns [B, T, N, H].
+    """
+    if impl == "reference":
+        return reference_attention(q_BTNH, k_BSKH, v_BSKH, window=window)
+    if impl == "xla_blocked":
+        return blocked_attention(q_BTNH, k_BSKH, v_BSKH, window=window)
+    if impl == "cudnn":
+        # is_causal as well as the window: a (w, 0) window alone lets queries see the future.
+        return jax.nn.dot_product_attention(
+            q_BTNH, k_BSKH, v_BSKH, is_causal=True, local_window_size=(window, 0), implementation="cudnn"
+        )
+    raise ValueError(f"attention {impl!r} is unknown; known: {', '.join(IMPLEMENTATIONS)}")

@@ -1,0 +1,346 @@
+"""The GPT of nanochat in Flax Linen: forward pass, initial values, counts, and the KV cache for decoding.
+
+Dimensions: B batch, T query position, S key position, D model width, N query heads, K key/value heads, H head width,
+F = 4D, V padded vocabulary, L layers. Weights are [in, out]. Parameters are a nested dict with one array a leaf, e.g.
+params["h_0"]["attn"]["q"]["kernel"]; sharding and optimizer groups key on that path. Every weight has a module of its
+own, so its random key comes from its path alone and adding one never moves another.
+
+Beyond a plain GPT (see docs of nanochat): smear mixes in the previous token's embedding, value embeddings feed every
+second layer's values, each layer re-reads the input embedding, and a mid-layer state is subtracted before the head.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.sharding import PartitionSpec as P
+
+from kernels.attention import attention
+from nanochat_jax.config import GPTConfig
+
+EPS = 1.1920929e-07
+SMEAR_CHANNELS = 24
+GATE_CHANNELS = 12
+BATCH_AXES = ("data", "fsdp")
+
+Params = dict
+Cache = dict
+
+
+def rms(x: jax.Array) -> jax.Array:
+    """Root-mean-square norm over the last axis, no gain, computed in float32, in x's dtype."""
+    x32 = x.astype(jnp.float32)
+    return (x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + EPS)).astype(x.dtype)
+
+
+def scaled(scalar: jax.Array, x: jax.Array) -> jax.Array:
+    """scalar * x with the product in float32, rounded to x's dtype."""
+    return (scalar * x.astype(jnp.float32)).astype(x.dtype)
+
+
+def shard(x: jax.Array, *spec: object) -> jax.Array:
+    """Constrain an activation to a PartitionSpec of the mesh in use; without a mesh, x itself."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, P(*spec))
+
+
+def rope(positions: jax.Array, head_dim: int, base: float, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    """cos and sin [..., 1, H/2] for integer `positions` [...], rounded to `dtype`."""
+    inverse = 1.0 / base ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angle = jnp.expand_dims(positions, (-1, -2)).astype(jnp.float32) * inverse.reshape(
+        (1,) * (positions.ndim + 1) + (-1,)
+    )
+    return jnp.cos(angle).astype(dtype), jnp.sin(angle).astype(dtype)
+
+
+def rotate(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotary embedding on halves; the sign convention is the reference's."""
+    x1, x2 = jnp.split(x_BTNH, 2, axis=-1)
+    return jnp.concatenate([x1 * cos + x2 * sin, x2 * cos - x1 * sin], axis=-1)
+
+
+def uniform(scale: float, low: float | None = None) -> nn.initializers.Initializer:
+    """Initializer U(low, scale); low defaults to -scale."""
+    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -scale if low is None else low, scale)
+
+
+class Linear(nn.Module):
+    """x @ kernel without bias; the float32 master weight is cast to x's dtype at use."""
+
+    features: int
+    initial: nn.initializers.Initializer
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", self.initial, (x.shape[-1], self.features), jnp.float32)
+        return x @ kernel.astype(x.dtype)
+
+
+class Embedding(nn.Module):
+    """Rows of a [V, features] table kept in `dtype`; gradients of the lookup are a scatter-add."""
+
+    rows: int
+    features: int
+    initial: nn.initializers.Initializer
+    dtype: str
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+            return self.initial(key, shape, jnp.float32).astype(dtype)
+
+        table = self.param("embedding", init, (self.rows, self.features), jnp.dtype(self.dtype))
+        return jnp.take(table, tokens, axis=0)
+
+
+class Attention(nn.Module):
+    """Windowed causal self-attention with rotary positions, normed q and k, and gated value embeddings."""
+
+    cfg: GPTConfig
+    layer: int
+
+    @nn.compact
+    def __call__(
+        self, h_BTD: jax.Array, ve_BTE: jax.Array | None, positions_BT: jax.Array, cache: Cache | None
+    ) -> tuple[jax.Array, Cache | None]:
+        cfg = self.cfg
+        batch, length, width = h_BTD.shape
+        init = uniform((3 / width) ** 0.5)
+        q_BTNH = Linear(cfg.n_head * cfg.head_dim, init, name="q")(h_BTD).reshape(batch, length, -1, cfg.head_dim)
+        k_BTKH = Linear(cfg.n_kv_head * cfg.head_dim, init, name="k")(h_BTD).reshape(batch, length, -1, cfg.head_dim)
+        v_BTKH = Linear(cfg.n_kv_head * cfg.head_dim, init, name="v")(h_BTD).reshape(batch, length, -1, cfg.head_dim)
+        if ve_BTE is not None:
+            gate_BTK = 3 * jax.nn.sigmoid(
+                Linear(cfg.n_kv_head, uniform(0.02, 0.0), name="ve_gate")(h_BTD[..., :GATE_CHANNELS])
+            )
+            v_BTKH = v_BTKH + gate_BTK[..., None] * ve_BTE.reshape(v_BTKH.shape)
+        cos, sin = rope(positions_BT, cfg.head_dim, cfg.rope_base, q_BTNH.dtype)
+        q_BTNH = 1.2 * rms(rotate(q_BTNH, cos, sin))
+        k_BTKH = 1.2 * rms(rotate(k_BTKH, cos, sin))
+        window = cfg.windows[self.layer]
+        if cache is not None:
+            rows_B1 = jnp.arange(batch)[:, None]
+            cache = {
+                "k": cache["k"].at[rows_B1, positions_BT].set(k_BTKH, mode="drop"),
+                "v": cache["v"].at[rows_B1, positions_BT].set(v_BTKH, mode="drop"),
+            }
+        if cache is not None and length == 1:
+            y_BTNH = attend_cache(q_BTNH, cache["k"], cache["v"], positions_BT[:, 0], window)
+        else:
+            y_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, window, cfg.attention)
+        out = Linear(width, nn.initializers.zeros, name="proj")(y_BTNH.reshape(batch, length, -1))
+        return out, cache
+
+
+def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, window: int, impl: str) -> jax.Array:
+    """`kernels.attention` on each device's own rows and heads; plain jit would gather them all first."""
+
+    def local(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return attention(q, k, v, window=window, impl=impl)
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return local(q_BTNH, k_BTKH, v_BTKH)
+    spec = P(BATCH_AXES, None, "tensor", None)
+    return jax.shard_map(local, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False)(q_BTNH, k_BTKH, v_BTKH)
+
+
+def attend_cache(
+    q_B1NH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, position_B: jax.Array, window: int
+) -> jax.Array:
+    """One query a row, at `position_B`, over the cached keys its window reaches. Returns [B, 1, N, H]."""
+    batch, _, heads, width = q_B1NH.shape
+    kv_heads = k_BSKH.shape[2]
+    q_BKGH = q_B1NH.reshape(batch, kv_heads, heads // kv_heads, width)
+    scores_BKGS = jnp.einsum("BKGH,BSKH->BKGS", q_BKGH, k_BSKH, preferred_element_type=jnp.float32) * width**-0.5
+    j_1S = jnp.arange(k_BSKH.shape[1])[None, :]
+    visible_BS = (j_1S <= position_B[:, None]) & (j_1S >= position_B[:, None] - window)
+    weights_BKGS = jax.nn.softmax(jnp.where(visible_BS[:, None, None], scores_BKGS, -1e30), axis=-1)
+    out = jnp.einsum("BKGS,BSKH->BKGH", weights_BKGS.astype(v_BSKH.dtype), v_BSKH)
+    return out.reshape(q_B1NH.shape)
+
+
+class MLP(nn.Module):
+    """relu(h @ fc)^2 @ proj."""
+
+    @nn.compact
+    def __call__(self, h_BTD: jax.Array) -> jax.Array:
+        width = h_BTD.shape[-1]
+        h_BTF = Linear(4 * width, uniform(0.4 * (3 / width) ** 0.5), name="fc")(h_BTD)
+        return Linear(width, nn.initializers.zeros, name="proj")(jnp.square(jax.nn.relu(h_BTF)))
+
+
+class Block(nn.Module):
+    """One pre-norm transformer layer."""
+
+    cfg: GPTConfig
+    layer: int
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: jax.Array, ve_BTE: jax.Array | None, positions_BT: jax.Array, cache: Cache | None
+    ) -> tuple[jax.Array, Cache | None]:
+        y_BTD, cache = Attention(self.cfg, self.layer, name="attn")(rms(x_BTD), ve_BTE, positions_BT, cache)
+        x_BTD = x_BTD + y_BTD
+        x_BTD = x_BTD + MLP(name="mlp")(rms(x_BTD))
+        return shard(x_BTD, BATCH_AXES, None, None), cache
+
+
+class GPT(nn.Module):
+    """tokens -> final hidden states; the head is applied by `logits_of`, whole or in chunks."""
+
+    cfg: GPTConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        cache: Cache | None = None,
+        start_B: jax.Array | None = None,
+        count_B: jax.Array | None = None,
+    ) -> tuple[jax.Array, Cache | None]:
+        """Hidden states [B, T, D] in the compute dtype, and the cache with the new keys and values.
+
+        Without a cache: rows start at position 0. With one: row b's tokens stand at positions start_B[b] + [0, T), of
+        which the first count_B[b] are real (the rest is padding, overwritten later and never visible before). T > 1 fills an
+        empty cache (prefill), T == 1 continues it (decode).
+        """
+        cfg = self.cfg
+        batch, length = tokens_BT.shape
+        dtype = jnp.dtype(cfg.compute_dtype)
+        wide = (cfg.padded_vocab_size, cfg.n_embd)
+        x_BTD = Embedding(*wide, nn.initializers.normal(0.8), cfg.compute_dtype, name="wte")(tokens_BT)
+        x_BTD = shard(rms(x_BTD.astype(dtype)), BATCH_AXES, None, None)
+        start_B = jnp.zeros((batch,), jnp.int32) if start_B is None else start_B
+        positions_BT = start_B[:, None] + jnp.arange(length)[None, :]
+
+        # Smear: what stands before a row's first token is nothing (prefill, training) or the cached embedding (decode).
+        before_B1D = (
+            jnp.zeros_like(x_BTD[:, :1]) if cache is None or length > 1 else cache["prev"][:, None].astype(dtype)
+        )
+        previous_BTD = jnp.concatenate([before_B1D, x_BTD[:, :-1]], axis=1)
+        gate_BT1 = jax.nn.sigmoid(Linear(1, uniform(0.02, 0.0), name="smear_gate")(x_BTD[..., :SMEAR_CHANNELS]))
+        smear = self.param("smear_lambda", nn.initializers.zeros, (1,), jnp.float32)
+        new_cache = None
+        if cache is not None:
+            last_B = jnp.full((batch,), length - 1) if count_B is None else jnp.maximum(count_B - 1, 0)
+            new_cache = {"prev": x_BTD[jnp.arange(batch), last_B]}
+        x_BTD = x_BTD + smear[0].astype(dtype) * gate_BT1 * previous_BTD
+        x0_BTD = x_BTD
+
+        resid = self.param("resid_lambda", ramp(1.15, 1.05), (cfg.n_layer,), jnp.float32)
+        x0s = self.param("x0_lambda", ramp(0.20, 0.05), (cfg.n_layer,), jnp.float32)
+        backout = self.param("backout_lambda", nn.initializers.constant(0.2), (1,), jnp.float32)
+        kv_width = cfg.n_kv_head * cfg.head_dim
+        middle_BTD = x_BTD
+        for i in range(cfg.n_layer):
+            x_BTD = scaled(resid[i], x_BTD) + scaled(x0s[i], x0_BTD)
+            ve_BTE = None
+            if cfg.has_value_embedding(i):
+                init = uniform((3 / cfg.n_embd) ** 0.5)
+                table = Embedding(cfg.padded_vocab_size, kv_width, init, cfg.compute_dtype, name=f"value_embed_{i}")
+                ve_BTE = table(tokens_BT).astype(dtype)
+            layer_cache = None if cache is None else cache[f"h_{i}"]
+            x_BTD, layer_cache = Block(cfg, i, name=f"h_{i}")(x_BTD, ve_BTE, positions_BT, layer_cache)
+            if cache is not None:
+                new_cache[f"h_{i}"] = layer_cache
+            if i == cfg.n_layer // 2:
+                middle_BTD = x_BTD
+        if self.is_initializing():
+            Linear(cfg.padded_vocab_size, nn.initializers.normal(0.001), name="lm_head")(x_BTD)
+        return rms(x_BTD - backout[0].astype(dtype) * middle_BTD), new_cache
+
+
+def ramp(first: float, last: float) -> nn.initializers.Initializer:
+    """Initializer that falls linearly from `first` (layer 0) to `last` (the last layer)."""
+    return lambda key, shape, dtype: first + (last - first) * jnp.arange(shape[0], dtype=dtype) / max(shape[0] - 1, 1)
+
+
+def init_params(cfg: GPTConfig, key: jax.Array) -> Params:
+    """Initial parameters, a nested dict of arrays; float32, embeddings in the compute dtype."""
+    return GPT(cfg).init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+
+
+def param_shapes(cfg: GPTConfig) -> Params:
+    """The shapes and dtypes of the parameters, nothing allocated."""
+    return jax.eval_shape(lambda key: init_params(cfg, key), jax.random.key(0))
+
+
+def hidden(params: Params, cfg: GPTConfig, tokens_BT: jax.Array) -> jax.Array:
+    """Final hidden states [B, T, D] of whole rows."""
+    return GPT(cfg).apply({"params": params}, tokens_BT)[0]
+
+
+def logits_of(params: Params, cfg: GPTConfig, hidden_BTD: jax.Array) -> jax.Array:
+    """Logits [..., vocab_size] float32, softly capped at +-15; padding rows of the vocabulary are cut off."""
+    logits = hidden_BTD @ params["lm_head"]["kernel"].astype(hidden_BTD.dtype)
+    return 15.0 * jnp.tanh(logits[..., : cfg.vocab_size].astype(jnp.float32) / 15.0)
+
+
+def forward(params: Params, cfg: GPTConfig, tokens_BT: jax.Array) -> jax.Array:
+    """Logits [B, T, vocab_size] float32 of whole rows."""
+    check_length(cfg, tokens_BT.shape[1])
+    return logits_of(params, cfg, hidden(params, cfg, tokens_BT))
+
+
+def check_length(cfg: GPTConfig, length: int) -> None:
+    """ValueError where a sequence would pass the rotary table's end."""
+    if length > cfg.max_positions:
+        raise ValueError(f"sequence of {length} tokens; positions reach 10 x sequence_len = {cfg.max_positions}")
+
+
+def token_losses(params: Params, cfg: GPTConfig, inputs_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    """Cross-entropy in nats at each position [B, T] float32; 0 where the target is -1.
+
+    With cfg.loss_chunk > 0 the head runs on that many positions at a time and its logits are recomputed in the backward
+    pass, so that [B, T, V] never exists.
+    """
+    check_length(cfg, inputs_BT.shape[1])
+    x_BTD = hidden(params, cfg, inputs_BT)
+    chunk = cfg.loss_chunk
+    batch, length = targets_BT.shape
+    if not chunk or chunk >= length or length % chunk:
+        return _losses(params["lm_head"]["kernel"], cfg, x_BTD, targets_BT)
+    xs = x_BTD.reshape(batch, length // chunk, chunk, -1).swapaxes(0, 1)
+    ys = targets_BT.reshape(batch, length // chunk, chunk).swapaxes(0, 1)
+    step = jax.checkpoint(lambda xy: _losses(params["lm_head"]["kernel"], cfg, *xy))
+    return jax.lax.map(step, (xs, ys)).swapaxes(0, 1).reshape(batch, length)
+
+
+def _losses(kernel_DV: jax.Array, cfg: GPTConfig, x_BTD: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    logits_BTV = logits_of({"lm_head": {"kernel": kernel_DV}}, cfg, x_BTD)
+    # The soft cap bounds logits to +-15, so the sum of exponentials needs no maximum taken out.
+    log_norm_BT = jnp.log(jnp.sum(jnp.exp(logits_BTV), axis=-1))
+    target_BT = jnp.take_along_axis(logits_BTV, jnp.maximum(targets_BT, 0)[..., None], axis=-1)[..., 0]
+    return jnp.where(targets_BT >= 0, log_norm_BT - target_BT, 0.0)
+
+
+def empty_cache(cfg: GPTConfig, rows: int, length: int) -> Cache:
+    """A KV cache for `rows` rows of up to `length` tokens, with smear's previous embedding, in the compute dtype."""
+    dtype = jnp.dtype(cfg.compute_dtype)
+    shape = (rows, length, cfg.n_kv_head, cfg.head_dim)
+    layers = {f"h_{i}": {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)} for i in range(cfg.n_layer)}
+    return {"prev": jnp.zeros((rows, cfg.n_embd), dtype), **layers}
+
+
+def count_params(cfg: GPTConfig) -> dict[str, int]:
+    """Parameters by group: wte, value_embeds, lm_head, blocks (all matrices inside), scalars, total."""
+    counts = dict.fromkeys(("wte", "value_embeds", "lm_head", "blocks", "scalars"), 0)
+    for name, sub in param_shapes(cfg).items():
+        group = "blocks" if name.startswith("h_") else "value_embeds" if name.startswith("value_embed_") else name
+        counts[group if group in counts else "scalars"] += sum(leaf.size for leaf in jax.tree.leaves(sub))
+    return counts | {"total": sum(counts.values())}
+
+
+def flops_per_token(cfg: GPTConfig) -> int:
+    """Training FLOPs a token: 6 per weight used in a product, 12*N*H per visible key of each layer (PaLM's count)."""
+    counts = count_params(cfg)
+    products = counts["blocks"] + counts["lm_head"] + SMEAR_CHANNELS
+    keys = sum(min(cfg.sequence_len, window) for window in cfg.windows)
+    return 6 * products + 12 * cfg.n_head * cfg.head_dim * keys
+
+
+def scaling_params(cfg: GPTConfig) -> int:
+    """The parameters that the training horizon is counted in: block matrices and output head."""
+    counts = count_params(cfg)
+    return counts["blocks"] + counts["lm_head"]
