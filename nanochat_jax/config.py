@@ -299,7 +299,7 @@ class GPTConfig:
         if model.depth < 1 or model.head_dim < 2 or model.head_dim % 2 or model.sequence_len < 2:
             raise UserError(
                 f"--model.depth {model.depth} --model.head-dim {model.head_dim} "
-                f"--model.sequence-len {model.sequence_len}: depth must be at least 1, head-dim even, sequence-len at least 2"
+                f"--model.sequence-len {model.sequence_len}: at least 1, even, and at least 2 are needed"
             )
         width = math.ceil(model.depth * model.aspect_ratio / model.head_dim) * model.head_dim
         n_head = width // model.head_dim
@@ -336,7 +336,7 @@ class GPTConfig:
 
 
 def windows(pattern: str, n_layer: int, sequence_len: int) -> tuple[int, ...]:
-    """Left window of each layer in keys: `pattern` tiled, S = a quarter of the context up to a multiple of 128, last L."""
+    """Left window of each layer in keys: `pattern` tiled, S = a quarter of the context in 128s, the last L."""
     if not pattern or set(pattern.upper()) - {"S", "L"}:
         raise UserError(f"--model.window-pattern {pattern!r}: only the letters S and L, at least one")
     short = math.ceil(sequence_len / 4 / 128) * 128

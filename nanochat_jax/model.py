@@ -202,8 +202,8 @@ class GPT(nn.Module):
         """Hidden states [B, T, D] in the compute dtype, and the cache with the new keys and values.
 
         Without a cache: rows start at position 0. With one: row b's tokens stand at positions start_B[b] + [0, T), of
-        which the first count_B[b] are real (the rest is padding, overwritten later and never visible before). T > 1 fills an
-        empty cache (prefill), T == 1 continues it (decode).
+        which the first count_B[b] are real (the rest is padding, overwritten before it is ever visible). T > 1
+        fills an empty cache (prefill), T == 1 continues it (decode).
         """
         cfg = self.cfg
         batch, length = tokens_BT.shape

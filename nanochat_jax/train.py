@@ -1,0 +1,132 @@
+"""The training state and one optimizer step: pure functions that every stage shares.
+
+The loss is the sum over all counted targets of the step - every microbatch, every device - divided by their number, so
+neither accumulation nor the mesh changes it. The step is jitted once per architecture and batch shape; learning rates
+and the like come in as `hyper`. Loops, files and clocks are the stages' business.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from nanochat_jax.config import GPTConfig
+from nanochat_jax.model import Params, init_params, param_shapes, token_losses
+from nanochat_jax.optim import Hyper, make_optimizer
+from nanochat_jax.sharding import param_shardings, state_shardings
+
+
+class TrainState(NamedTuple):
+    """Parameters and optimizer state; donated to each step."""
+
+    params: Params
+    opt_state: optax.OptState
+
+
+@functools.cache
+def optimizer(dtype: str) -> optax.GradientTransformationExtraArgs:
+    """The optimizer for a compute dtype; one object each, so that jit sees the same static argument every time."""
+    return make_optimizer(dtype)
+
+
+def _new_params(cfg: GPTConfig, key: jax.Array) -> Params:
+    return init_params(cfg, key)
+
+
+def _new_opt_state(cfg: GPTConfig, params: Params) -> optax.OptState:
+    return optimizer(cfg.compute_dtype).init(params)
+
+
+def state_shapes(cfg: GPTConfig, mesh: Mesh) -> TrainState:
+    """The whole state as ShapeDtypeStructs with their shardings, nothing allocated."""
+    with jax.set_mesh(mesh):
+        params = param_shapes(cfg)
+        opt_state = jax.eval_shape(functools.partial(_new_opt_state, cfg), params)
+    shardings = TrainState(param_shardings(params, mesh), state_shardings(opt_state, mesh))
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        TrainState(params, opt_state),
+        shardings,
+    )
+
+
+def born_params(cfg: GPTConfig, mesh: Mesh, seed: int) -> Params:
+    """Initial parameters, each created on the devices that hold it."""
+    shardings = param_shardings(param_shapes(cfg), mesh)
+    make = jax.jit(_new_params, static_argnums=0, out_shardings=shardings)
+    with jax.set_mesh(mesh):
+        return make(cfg, jax.random.key(seed))
+
+
+def with_optimizer(cfg: GPTConfig, mesh: Mesh, params: Params) -> TrainState:
+    """A state with fresh moments around `params` (placed on the mesh), born sharded."""
+    shapes = state_shapes(cfg, mesh)
+    params = jax.tree.map(lambda p, shape: jax.device_put(p, shape.sharding), params, shapes.params)
+    make = jax.jit(
+        _new_opt_state, static_argnums=0, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, shapes.opt_state)
+    )
+    with jax.set_mesh(mesh):
+        return TrainState(params, make(cfg, params))
+
+
+def loss_sum(params: Params, cfg: GPTConfig, inputs_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    """Sum of the cross-entropy over counted targets, nats, float32."""
+    return jnp.sum(token_losses(params, cfg, inputs_BT, targets_BT))
+
+
+def accumulated(value_and_grad: object, params: Params, microbatches: object) -> tuple[jax.Array, Params]:
+    """Sums of a loss and of its gradients (float32) over the leading axis of `microbatches`, one microbatch at a time."""
+    if jax.tree.leaves(microbatches)[0].shape[0] == 1:
+        return value_and_grad(params, jax.tree.map(lambda x: x[0], microbatches))
+
+    def add(carry: tuple, microbatch: object) -> tuple[tuple, None]:
+        loss, grads = value_and_grad(params, microbatch)
+        return (carry[0] + loss, jax.tree.map(lambda a, g: a + g.astype(jnp.float32), carry[1], grads)), None
+
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+    return jax.lax.scan(add, (jnp.zeros((), jnp.float32), zeros), microbatches)[0]
+
+
+def apply_gradients(state: TrainState, cfg: GPTConfig, grads: Params, hyper: Hyper) -> TrainState:
+    """One optimizer update; parameters keep their dtype and sharding."""
+    updates, opt_state = optimizer(cfg.compute_dtype).update(grads, state.opt_state, state.params, hyper=hyper)
+    return TrainState(optax.apply_updates(state.params, updates), opt_state)
+
+
+@functools.partial(jax.jit, static_argnames="cfg", donate_argnames="state")
+def train_step(
+    state: TrainState, batch: dict[str, jax.Array], hyper: Hyper, *, cfg: GPTConfig
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One step on batch["inputs"] and batch["targets"], int32 [A microbatches, rows, T], targets -1 not counted.
+
+    Returns the new state and {"loss": mean nats per counted target before the update, "targets": their number}.
+    """
+    targets = jnp.sum(batch["targets"] >= 0)
+
+    def loss(params: Params, microbatch: dict[str, jax.Array]) -> jax.Array:
+        return loss_sum(params, cfg, microbatch["inputs"], microbatch["targets"]) / jnp.maximum(targets, 1)
+
+    total, grads = accumulated(jax.value_and_grad(loss), state.params, batch)
+    return apply_gradients(state, cfg, grads, hyper), {"loss": total, "targets": targets}
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def eval_losses(params: Params, inputs: jax.Array, targets: jax.Array, *, cfg: GPTConfig) -> jax.Array:
+    """Cross-entropy at each position, nats, float32 [rows, T]; 0 where the target is -1."""
+    return token_losses(params, cfg, inputs, targets)
+
+
+def keep_shardings(mesh: Mesh, cfg: GPTConfig) -> TrainState:
+    """The shardings of a whole state, for jit's out_shardings."""
+    return jax.tree.map(lambda leaf: leaf.sharding, state_shapes(cfg, mesh))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of what every device holds whole."""
+    return NamedSharding(mesh, P())
