@@ -1,0 +1,79 @@
+"""Tasks: what the model is taught and measured on after pretraining. One file a family; `load` finds them by name."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from nanochat_jax.config import DataConfig
+from nanochat_jax.errors import UserError
+from nanochat_jax.tasks import arithmetic, choice, spelling
+from nanochat_jax.tasks.task import Task
+
+__all__ = ["LOADERS", "Mixture", "Task", "load"]
+
+
+def multistep(split: str, seed: int) -> Task:
+    from nanochat_jax.tasks.multistep import load_multistep
+
+    return load_multistep(split, seed)
+
+
+LOADERS: dict[str, Callable[[str, DataConfig, int], Task]] = {
+    "arithmetic": lambda split, data, seed: arithmetic.load(split, seed),
+    "multistep": lambda split, data, seed: multistep(split, seed),
+    "letter_count": lambda split, data, seed: spelling.load("letter_count", split, seed),
+    "simple_spelling": lambda split, data, seed: spelling.load("simple_spelling", split, seed),
+    "spelling_bee": lambda split, data, seed: spelling.load("spelling_bee", split, seed),
+    "choice": lambda split, data, seed: choice.load(split, seed),
+}
+
+
+def load(name: str, split: str, data: DataConfig, seed: int = 42) -> Task:
+    """A task by name, split train, val or test. Raises UserError for an unknown name or split or a missing set."""
+    if name not in LOADERS:
+        raise UserError(f"unknown task {name!r}; there are {', '.join(LOADERS)}")
+    return LOADERS[name](split, data, seed)
+
+
+class Mixture(Sequence[dict]):
+    """Conversations of several sets, shuffled once.
+
+    specs: NAME[:ROWS][*EPOCHS] or FILE.jsonl[:ROWS][*EPOCHS]; the first ROWS rows (all where there are fewer), EPOCHS
+    times.
+    """
+
+    def __init__(self, specs: Sequence[str], split: str, data: DataConfig, seed: int = 42) -> None:
+        self.sources: list[Sequence[dict]] = []
+        self.index: list[tuple[int, int]] = []
+        for spec in specs:
+            name, rows, epochs = parse(spec)
+            source = read_file(name) if name.endswith(".jsonl") else load(name, split, data, seed)
+            count = len(source) if rows is None else min(rows, len(source))
+            self.index += [(len(self.sources), row) for row in range(count)] * epochs
+            self.sources.append(source)
+        random.Random(seed).shuffle(self.index)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, i: int) -> dict:
+        source, row = self.index[i]
+        return self.sources[source][row]
+
+
+def parse(spec: str) -> tuple[str, int | None, int]:
+    """NAME[:ROWS][*EPOCHS] -> name, rows or None, epochs."""
+    match = re.fullmatch(r"(.+?)(?::(\d+))?(?:\*(\d+))?", spec)
+    if match is None:
+        raise UserError(f"mixture entry {spec!r} is not NAME[:ROWS][*EPOCHS] or FILE.jsonl[:ROWS][*EPOCHS]")
+    name, rows, epochs = match.groups()
+    return name, None if rows is None else int(rows), 1 if epochs is None else int(epochs)
+
+
+def read_file(name: str) -> Sequence[dict]:
+    from nanochat_jax.data.conversations import read_jsonl
+
+    return read_jsonl(Path(name))

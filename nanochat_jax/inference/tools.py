@@ -1,0 +1,82 @@
+"""The calculator and string tools that a model may call: a small evaluator over `ast`, never `eval`.
+
+Numbers, + - * / // %, parentheses, signs, `'text'.count('t')` and `len('text')`. There is no power, no name and no
+other call, so the work and the size of a result are bounded by the length of the expression. Safe from any thread.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+import operator
+import re
+from typing import Any
+
+MAX_LENGTH = 300
+"""Characters of an expression."""
+MAX_DEPTH = 40
+"""Operations and brackets within each other."""
+MAX_RESULT = 40
+"""Characters of a result."""
+
+# What an expression may be spelled with, looked at before Python's parser sees anything.
+LEXICON = re.compile(r"""(?:[\d\s.+\-*/%()]|(?<=[\d.])[eE](?=[-+\d])|'[^'\\\n]*'|"[^"\\\n]*"|\.count\b|\blen\b)+""")
+
+BINARY = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+}
+UNARY = {ast.USub: operator.neg, ast.UAdd: operator.pos}
+
+
+class Refused(Exception):
+    """The expression is outside the language above."""
+
+
+def evaluate_tool(expression: str) -> str | None:
+    """The result as Python prints it, or None where the expression is refused or fails. Commas are removed first."""
+    text = expression.replace(",", "").strip()
+    if len(text) > MAX_LENGTH or not LEXICON.fullmatch(text):
+        return None
+    try:
+        value = number(evaluate(ast.parse(text, mode="eval").body, 0))
+    except (Refused, SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError):
+        return None
+    result = str(value)
+    return result if len(result) <= MAX_RESULT and math.isfinite(value) else None
+
+
+def evaluate(node: ast.expr, depth: int) -> int | float | str:
+    """The value of one node of the tree. Raises Refused."""
+    if depth > MAX_DEPTH:
+        raise Refused
+    match node:
+        case ast.Constant(value=int() | float() | str() as value) if not isinstance(value, bool):
+            return value
+        case ast.UnaryOp(op=op, operand=operand) if type(op) in UNARY:
+            return UNARY[type(op)](number(evaluate(operand, depth + 1)))
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in BINARY:
+            return BINARY[type(op)](number(evaluate(left, depth + 1)), number(evaluate(right, depth + 1)))
+        case ast.Call(func=ast.Attribute(value=owner, attr="count"), args=[argument], keywords=[]):
+            return string(evaluate(owner, depth + 1)).count(string(evaluate(argument, depth + 1)))
+        case ast.Call(func=ast.Name(id="len"), args=[argument], keywords=[]):
+            return len(string(evaluate(argument, depth + 1)))
+    raise Refused
+
+
+def number(value: Any) -> int | float:
+    """The value, if it is a number: `%` and `*` mean other things for strings."""
+    if isinstance(value, str):
+        raise Refused
+    return value
+
+
+def string(value: Any) -> str:
+    """The value, if it is a string."""
+    if not isinstance(value, str):
+        raise Refused
+    return value
