@@ -1,0 +1,223 @@
+"""Byte-level BPE: trained with rustbpe, applied with tiktoken, stored as JSON; and conversations as token ids.
+
+The vocabulary is the learned merges in order of rank, then the special tokens. A special token's name in somebody's
+text is ordinary text; only this module and its callers place the real ones. Left out: normalisation and unknown tokens,
+which a byte-level vocabulary does not need.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import rustbpe
+import tiktoken
+
+from nanochat_jax.data.files import write_json
+from nanochat_jax.errors import UserError
+
+SPECIALS = (
+    "<|bos|>",
+    "<|user_start|>",
+    "<|user_end|>",
+    "<|assistant_start|>",
+    "<|assistant_end|>",
+    "<|python_start|>",
+    "<|python_end|>",
+    "<|output_start|>",
+    "<|output_end|>",
+)
+# GPT-4's pattern, but numbers in groups of one or two digits: a small vocabulary has no room for every number to 999.
+SPLIT_PATTERN = (
+    r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"""
+)
+FILE_NAME = "tokenizer.json"
+FORMAT = 1
+
+# What a conversation is made of before encoding: a special token's id or a text, and whether the loss counts it.
+Piece = tuple[int | str, int]
+
+
+class Tokenizer:
+    """A fixed vocabulary. All methods are safe to call from several threads."""
+
+    def __init__(
+        self, ranks: Sequence[bytes], pattern: str = SPLIT_PATTERN, specials: Sequence[str] = SPECIALS
+    ) -> None:
+        """`ranks` are the byte strings of the ordinary tokens in order of their ids."""
+        self._ranks = tuple(ranks)
+        self._pattern = pattern
+        self._specials = {name: len(self._ranks) + i for i, name in enumerate(specials)}
+        self._encoding = tiktoken.Encoding(
+            name="nanochat_jax",
+            pat_str=pattern,
+            mergeable_ranks={token: rank for rank, token in enumerate(self._ranks)},
+            special_tokens=self._specials,
+        )
+        self.vocab_size = len(self._ranks) + len(self._specials)
+        self.special_ids = frozenset(self._specials.values())
+        self.bos_id = self.special_id("<|bos|>")
+        self.token_bytes = np.array([len(token) for token in self._ranks] + [0] * len(self._specials), dtype=np.int32)
+        """int32 [vocab_size]: how many bytes of text a token stands for, 0 for special tokens."""
+        self.token_bytes.setflags(write=False)
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int, pattern: str = SPLIT_PATTERN) -> Tokenizer:
+        """Learns the merges. `vocab_size` counts the 256 bytes and the special tokens too.
+
+        Raises UserError where `vocab_size` is too small to hold those, or too large for the text to fill.
+        """
+        smallest = 256 + len(SPECIALS)
+        if vocab_size < smallest:
+            raise UserError(
+                f"--tokenizer.vocab-size {vocab_size} is below {smallest}: 256 bytes and {len(SPECIALS)} special tokens"
+            )
+        trainer = rustbpe.Tokenizer()
+        trainer.train_from_iterator(iter(texts), vocab_size - len(SPECIALS), pattern=pattern)
+        ranks = [bytes(token) for token, _ in sorted(trainer.get_mergeable_ranks(), key=lambda item: item[1])]
+        reached = len(ranks) + len(SPECIALS)
+        if reached != vocab_size:
+            raise UserError(
+                f"--tokenizer.vocab-size {vocab_size} is more than this text can give: its merges end at {reached}; "
+                "lower the size or give more text"
+            )
+        return cls(ranks, pattern)
+
+    @classmethod
+    def load(cls, directory: Path | str) -> Tokenizer:
+        """Reads what `save` wrote. Raises UserError where the file is missing or damaged."""
+        path = Path(directory) / FILE_NAME
+        if not path.is_file():
+            raise UserError(f"no tokenizer at {path}; the tokenizer stage makes it")
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            version, pattern, specials = stored["format"], stored["pattern"], stored["specials"]
+            ranks = [base64.b64decode(token, validate=True) for token in stored["ranks"]]
+            intact = stored["fingerprint"] == _fingerprint(ranks, pattern, specials)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is not a tokenizer file ({error!r}); train the tokenizer again") from error
+        if version != FORMAT or not intact:
+            raise UserError(f"{path} is damaged or of format {version}, not {FORMAT}; train the tokenizer again")
+        return cls(ranks, pattern, specials)
+
+    def save(self, directory: Path | str) -> None:
+        """Writes `tokenizer.json`, whole or not at all."""
+        stored = {
+            "format": FORMAT,
+            "pattern": self._pattern,
+            "specials": list(self._specials),
+            "ranks": [base64.b64encode(token).decode("ascii") for token in self._ranks],
+            "token_bytes": self.token_bytes.tolist(),
+            "fingerprint": self.fingerprint(),
+        }
+        write_json(Path(directory) / FILE_NAME, stored)
+
+    def fingerprint(self) -> str:
+        """A hex digest that two tokenizers share only if they encode alike."""
+        return _fingerprint(self._ranks, self._pattern, list(self._specials))
+
+    def special_id(self, name: str) -> int:
+        """The id of a special token such as `<|assistant_end|>`."""
+        return self._specials[name]
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, special tokens in it taken as ordinary text."""
+        return self._encoding.encode_ordinary(text)
+
+    def encode_batch(self, texts: list[str], num_threads: int = 2) -> list[list[int]]:
+        """`encode` of each text, over threads."""
+        return self._encoding.encode_ordinary_batch(texts, num_threads=num_threads)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`: special tokens by name, bytes that are no UTF-8 as U+FFFD."""
+        return self._encoding.decode(ids, errors="replace")
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        """Bytes of `ids`, as they are; for streaming, where a character may be split between tokens."""
+        return self._encoding.decode_bytes(ids)
+
+    def render(self, conversation: dict, max_tokens: int | None = None) -> tuple[list[int], list[int]]:
+        """Ids of a conversation and, for each, 1 if the assistant is to learn to write it; cut to `max_tokens`.
+
+        Learned are the assistant's text, its python with both markers and its assistant_end; not what others write,
+        nor the outputs of its tools. Raises UserError where the turns are out of order.
+        """
+        return self.render_batch([conversation], max_tokens, num_threads=1)[0]
+
+    def render_batch(
+        self, conversations: Sequence[dict], max_tokens: int | None = None, num_threads: int = 2
+    ) -> list[tuple[list[int], list[int]]]:
+        """`render` of each conversation; all their texts are encoded together, over threads."""
+        all_pieces = [self._pieces(turns(conversation)) for conversation in conversations]
+        texts = [piece for pieces in all_pieces for piece, _ in pieces if isinstance(piece, str)]
+        encoded = iter(map(self.encode, texts) if num_threads == 1 else self.encode_batch(texts, num_threads))
+        rendered = []
+        for pieces in all_pieces:
+            ids: list[int] = []
+            mask: list[int] = []
+            for piece, learned in pieces:
+                tokens = next(encoded) if isinstance(piece, str) else [piece]
+                ids += tokens
+                mask += [learned] * len(tokens)
+            rendered.append((ids[:max_tokens], mask[:max_tokens]))
+        return rendered
+
+    def render_for_completion(self, conversation: dict) -> list[int]:
+        """Ids up to and including the assistant_start of an answer; a last message of the assistant is left out."""
+        messages = turns(conversation)
+        if messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+        ids, _ = self.render({"messages": messages})
+        return [*ids, self.special_id("<|assistant_start|>")]
+
+    def _pieces(self, messages: list[dict]) -> list[Piece]:
+        special = self.special_id
+        pieces: list[Piece] = [(self.bos_id, 0)]
+        for message in messages:
+            content = message["content"]
+            if message["role"] == "user":
+                pieces += [(special("<|user_start|>"), 0), (content, 0), (special("<|user_end|>"), 0)]
+                continue
+            pieces.append((special("<|assistant_start|>"), 0))
+            for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+                if part["type"] == "text":
+                    pieces.append((part["text"], 1))
+                elif part["type"] == "python":
+                    pieces += [(special("<|python_start|>"), 1), (part["text"], 1), (special("<|python_end|>"), 1)]
+                elif part["type"] == "python_output":
+                    pieces += [(special("<|output_start|>"), 0), (part["text"], 0), (special("<|output_end|>"), 0)]
+                else:
+                    raise UserError(f"part of type {part['type']!r}: only text, python and python_output are known")
+            pieces.append((special("<|assistant_end|>"), 1))
+        return pieces
+
+
+def turns(conversation: dict) -> list[dict]:
+    """The messages with a leading system message joined to the first of the user, who always begins.
+
+    Raises UserError where user and assistant do not alternate from there.
+    """
+    messages = conversation["messages"]
+    if messages and messages[0]["role"] == "system":
+        if len(messages) < 2 or messages[1]["role"] != "user":
+            raise UserError("a system message must be followed by one of the user")
+        joined = f"{messages[0]['content']}\n\n{messages[1]['content']}"
+        messages = [{"role": "user", "content": joined}, *messages[2:]]
+    if not messages:
+        raise UserError("a conversation needs at least one message of the user")
+    for i, message in enumerate(messages):
+        expected = "assistant" if i % 2 else "user"
+        if message["role"] != expected:
+            raise UserError(f"message {i + 1} is of role {message['role']!r} where the {expected}'s turn is")
+    return messages
+
+
+def _fingerprint(ranks: Sequence[bytes], pattern: str, specials: list[str]) -> str:
+    digest = hashlib.sha256(json.dumps([pattern, specials]).encode())
+    for token in ranks:
+        digest.update(len(token).to_bytes(4, "little") + token)
+    return digest.hexdigest()
