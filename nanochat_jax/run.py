@@ -1,0 +1,222 @@
+"""The folder of a run: its config.json, what is finished in it, and the model to load from it.
+
+    config.json  tokenizer/  base/ mid/ sft/ rl/ {checkpoints/ metrics.jsonl eval.json samples.md done.json}  report.*
+
+config.json is written when the run starts: the configuration, versions, git revision and the data files. A later start
+is compared with it, because a schedule or a model that changes halfway gives a run that nothing describes. Fields of a
+stage are fixed once that stage has begun; paths, devices, logging, evaluation and microbatch size stay free.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nanochat_jax.config import MODEL_STAGES, STAGES, Config, GPTConfig, to_dict
+from nanochat_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from nanochat_jax.tokenizer import Tokenizer
+
+RUNS = Path("runs")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "rustbpe", "tiktoken")
+FIXED_DATA = ("packing", "streams", "buffer_docs")
+FREE_IN_STAGE = (
+    "device_batch_size",
+    "eval_every",
+    "eval_tokens",
+    "save_every",
+    "keep",
+    "stop_after",
+    "sample_tokens",
+    "core_every",
+    "eval_examples",
+    "pass_k",
+    "control",
+)
+
+
+def open_run(config: Config, workdir: Path, *, force: bool = False, log: Callable[[str], None] = print) -> None:
+    """Creates the folder with its config.json, or checks `config` against the one there and records what changed.
+
+    Raises UserError naming the fields that differ though a stage that depends on them has begun; with `force` they are
+    accepted, and said.
+    """
+    workdir = Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    record = {"config": to_dict(config), "data": None} | _environment()
+    if (workdir / "config.json").exists():
+        old = _read_record(workdir)
+        begun = {stage for stage in STAGES if _begun(workdir, stage)}
+        before, now = (_fixed(json.loads(json.dumps(fields)), begun) for fields in (old["config"], record["config"]))
+        changed = [
+            f"{name} was {before.get(name)}, now {now.get(name)}" for name in now if before.get(name) != now[name]
+        ]
+        if changed and not force:
+            raise UserError(
+                f"{workdir} was started with other values: {'; '.join(changed)}. Use the old ones, another --workdir, "
+                "or --force to go on with the new ones"
+            )
+        for line in changed:
+            log(f"forced: {line}")
+        record = old | {"config": record["config"], "data": None if force else old["data"]}
+    _write_json(workdir / "config.json", record)
+
+
+def record_data(workdir: Path, files: Sequence[Path]) -> None:
+    """Notes names and sizes of the data files at the first start; UserError where they differ at a later one."""
+    record = _read_record(workdir)
+    found = {path.name: path.stat().st_size for path in files}
+    if record["data"] is None:
+        _write_json(Path(workdir) / "config.json", record | {"data": found})
+        return
+    for name in sorted(found.keys() | record["data"].keys()):
+        before, now = record["data"].get(name, "no"), found.get(name, "no")
+        if before != now:
+            raise UserError(
+                f"data file {name} has {now} bytes, {before} when {workdir} was started: bring the files back, use "
+                "another --workdir, or --force to go on with the new ones"
+            )
+
+
+def read_config(workdir: Path) -> Config:
+    """The configuration in `workdir`/config.json. UserError where it is missing, damaged or of another version."""
+    return config_from_dict(_read_record(workdir)["config"], f"{workdir}/config.json")
+
+
+def config_from_dict(fields: dict[str, Any], where: str) -> Config:
+    """The inverse of `to_dict`; absent fields keep their default. UserError names an unknown one and `where`."""
+
+    def build(kind: type, values: dict[str, Any], prefix: str) -> Any:
+        defaults = {field.name: getattr(kind(), field.name) for field in dataclasses.fields(kind)}
+        if unknown := values.keys() - defaults.keys():
+            raise UserError(f"{where}: unknown field {prefix}{min(unknown)}; it was written by another version")
+        built = {}
+        for name, value in values.items():
+            if dataclasses.is_dataclass(defaults[name]):
+                value = build(type(defaults[name]), value, f"{prefix}{name}.")
+            built[name] = tuple(value) if isinstance(value, list) else value
+        return dataclasses.replace(kind(), **built)
+
+    return build(Config, fields, "")
+
+
+def gpt_config(config: Config, vocab_size: int, **overrides: Any) -> GPTConfig:
+    """The architecture, `auto` resolved for the devices JAX sees. UserError where the attention cannot run there."""
+    import jax
+
+    from kernels.attention import resolve
+
+    device = jax.default_backend()
+    automatic = "float32" if device == "cpu" else "bfloat16"
+    dtype = automatic if config.compute_dtype == "auto" else config.compute_dtype
+    try:
+        impl = resolve(config.attention, device, dtype)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return GPTConfig.from_depth(config.model, vocab_size, compute_dtype=dtype, attention=impl, **overrides)
+
+
+def finished(workdir: Path, stage: str) -> dict[str, Any] | None:
+    """What done.json of a stage says, or None where the stage is not complete."""
+    path = Path(workdir) / stage / "done.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def newest_run(root: Path = RUNS) -> Path:
+    """The run under `root` with the newest checkpoint. Raises UserError where there is none."""
+    saved = [(path.stat().st_mtime, path.parents[2]) for path in Path(root).glob("*/*/checkpoints/step_*")]
+    if not saved:
+        raise UserError(f"no model under {root}/: train one with `python run_speedrun.py`, or say --workdir")
+    return max(saved)[1]
+
+
+def newest_model(workdir: Path, source: str | None = None) -> str:
+    """The last stage in order that has a checkpoint, finished or not; `source` asks for one. UserError without one."""
+    have = [stage for stage in MODEL_STAGES if any((Path(workdir) / stage / "checkpoints").glob("step_*"))]
+    if source is None and have:
+        return have[-1]
+    if source in have:
+        return source
+    wanted = f"{source} model" if source else "model"
+    raise UserError(f"no checkpoint of a {wanted} in {workdir} (there: {', '.join(have) or 'none'}): train it first")
+
+
+def load_model(
+    workdir: Path, source: str | None = None, config: Config | None = None
+) -> tuple[dict[str, Any], GPTConfig, Tokenizer, str, int]:
+    """(params, architecture, tokenizer, stage, step) of a run's model, the newest unless `source` names a stage.
+
+    Parameters are arrays on the default device, in the dtypes they were saved in. `config`, the run's own by default,
+    may differ from it in precision and attention. Raises UserError where there is no model.
+    """
+    from nanochat_jax.checkpoint import restore_params
+    from nanochat_jax.tokenizer import Tokenizer
+
+    workdir = Path(workdir)
+    stage = newest_model(workdir, source)
+    tokenizer = Tokenizer.load(workdir / "tokenizer")
+    params, _, step = restore_params(workdir / stage / "checkpoints")
+    return params, gpt_config(config or read_config(workdir), tokenizer.vocab_size), tokenizer, stage, step
+
+
+def _begun(workdir: Path, stage: str) -> bool:
+    folder = workdir / stage
+    return folder.is_dir() and any(folder.iterdir())
+
+
+def _fixed(fields: dict[str, Any], begun: set[str]) -> dict[str, Any]:
+    """Dotted name -> value of the fields that what has `begun` depends on."""
+    model_begun = bool(begun & set(MODEL_STAGES))
+    fixed = {"seed": fields["seed"]} if begun else {}
+    if "tokenizer" in begun:
+        fixed |= {f"tokenizer.{name}": value for name, value in fields["tokenizer"].items()}
+    if model_begun:
+        fixed |= {"compute_dtype": fields["compute_dtype"]}
+        fixed |= {f"model.{name}": value for name, value in fields["model"].items()}
+        fixed |= {f"data.{name}": fields["data"].get(name) for name in FIXED_DATA}
+    for stage in begun & set(MODEL_STAGES):
+        fixed |= {f"{stage}.{name}": value for name, value in fields[stage].items() if name not in FREE_IN_STAGE}
+    return fixed
+
+
+def _environment() -> dict[str, Any]:
+    """What a run should know about where it was started."""
+    versions = {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES}
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        revision = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        revision = None  # an installed copy, not a checkout
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"versions": versions, "git": revision, "started": started, "command": sys.argv}
+
+
+def _read_record(workdir: Path) -> dict[str, Any]:
+    path = Path(workdir) / "config.json"
+    try:
+        record = json.loads(path.read_text())
+        return {"config": record["config"], "data": record.get("data")} | record
+    except FileNotFoundError:
+        raise UserError(f"{workdir} is not the folder of a run: there is no config.json in it") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}): start the run in another --workdir") from None
+
+
+def _write_json(path: Path, value: Any) -> None:
+    """Writes beside the file and renames, so that a kill leaves the old contents or the new ones."""
+    fresh = path.with_name(path.name + ".new")
+    with open(fresh, "w") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    fresh.rename(path)
