@@ -258,7 +258,9 @@ def ramp(first: float, last: float) -> nn.initializers.Initializer:
 
 def init_params(cfg: GPTConfig, key: jax.Array) -> Params:
     """Initial parameters, a nested dict of arrays; float32, embeddings in the compute dtype."""
-    return GPT(cfg).init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+    mesh = jax.sharding.get_abstract_mesh()
+    rows = 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
+    return GPT(cfg).init(key, jnp.zeros((rows, 2), jnp.int32))["params"]
 
 
 def param_shapes(cfg: GPTConfig) -> Params:

@@ -13,8 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.model import Params, init_params, param_shapes, token_losses
@@ -59,9 +58,7 @@ def state_shapes(cfg: GPTConfig, mesh: Mesh) -> TrainState:
 def born_params(cfg: GPTConfig, mesh: Mesh, seed: int) -> Params:
     """Initial parameters, each created on the devices that hold it."""
     shardings = param_shardings(param_shapes(cfg), mesh)
-    make = jax.jit(_new_params, static_argnums=0, out_shardings=shardings)
-    with jax.set_mesh(mesh):
-        return make(cfg, jax.random.key(seed))
+    return jax.jit(_new_params, static_argnums=0, out_shardings=shardings)(cfg, jax.random.key(seed))
 
 
 def with_optimizer(cfg: GPTConfig, mesh: Mesh, params: Params) -> TrainState:
@@ -81,7 +78,7 @@ def loss_sum(params: Params, cfg: GPTConfig, inputs_BT: jax.Array, targets_BT: j
 
 
 def accumulated(value_and_grad: object, params: Params, microbatches: object) -> tuple[jax.Array, Params]:
-    """Sums of a loss and of its gradients (float32) over the leading axis of `microbatches`, one microbatch at a time."""
+    """Sums of a loss and of its gradients (float32) over the leading axis of `microbatches`, one after the other."""
     if jax.tree.leaves(microbatches)[0].shape[0] == 1:
         return value_and_grad(params, jax.tree.map(lambda x: x[0], microbatches))
 
@@ -96,7 +93,13 @@ def accumulated(value_and_grad: object, params: Params, microbatches: object) ->
 def apply_gradients(state: TrainState, cfg: GPTConfig, grads: Params, hyper: Hyper) -> TrainState:
     """One optimizer update; parameters keep their dtype and sharding."""
     updates, opt_state = optimizer(cfg.compute_dtype).update(grads, state.opt_state, state.params, hyper=hyper)
-    return TrainState(optax.apply_updates(state.params, updates), opt_state)
+    state = TrainState(optax.apply_updates(state.params, updates), opt_state)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return state
+    return jax.lax.with_sharding_constraint(
+        state, TrainState(param_shardings(state.params, mesh), state_shardings(state.opt_state, mesh))
+    )
 
 
 @functools.partial(jax.jit, static_argnames="cfg", donate_argnames="state")
@@ -120,13 +123,3 @@ def train_step(
 def eval_losses(params: Params, inputs: jax.Array, targets: jax.Array, *, cfg: GPTConfig) -> jax.Array:
     """Cross-entropy at each position, nats, float32 [rows, T]; 0 where the target is -1."""
     return token_losses(params, cfg, inputs, targets)
-
-
-def keep_shardings(mesh: Mesh, cfg: GPTConfig) -> TrainState:
-    """The shardings of a whole state, for jit's out_shardings."""
-    return jax.tree.map(lambda leaf: leaf.sharding, state_shapes(cfg, mesh))
-
-
-def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of what every device holds whole."""
-    return NamedSharding(mesh, P())
