@@ -1,0 +1,123 @@
+"""From the engine's events to OpenAI's chat completion objects, whole or in chunks, with stop strings on the way.
+
+Two fields go beyond OpenAI's: `tool` ({"expression", "result"}, a tool call that already ran) in a delta, or `tools` in
+a whole message; and `truncated_messages`, how many old messages no longer fit the context, in the first chunk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import time
+import uuid
+from collections.abc import Iterator
+
+from nanochat_jax.errors import UserError
+from nanochat_jax.inference.engine import Engine, SamplingParams
+from nanochat_jax.server.context import Prompt
+from nanochat_jax.tokenizer import Tokenizer
+
+
+def answer_events(
+    engine: Engine, tokenizer: Tokenizer, prompt: Prompt, sampling: SamplingParams, stop: tuple[str, ...] = ()
+) -> Iterator[dict]:
+    """The engine's text and tool events, then one {"type": "done", "finish_reason", "completion_tokens"}.
+
+    A stop string ends the answer before it; text that may be the beginning of one is held back until that is known.
+    Closing this generator, as the web server does when the client goes away, cancels the generation.
+    """
+    sampling = dataclasses.replace(sampling, max_tokens=prompt.max_tokens)
+    held, written = "", ""
+    events = engine.stream(prompt.ids, sampling)
+    try:
+        for event in events:
+            if event["type"] == "text":
+                held += event["text"]
+                at = min((held.find(s) for s in stop if s in held), default=-1)
+                send = held[:at] if at >= 0 else held[: len(held) - _may_begin_stop(held, stop)]
+                written, held = written + send, held[len(send) :]
+                if send:
+                    yield {"type": "text", "text": send}
+                if at >= 0:
+                    count = len(tokenizer.encode(written))
+                    yield {"type": "done", "finish_reason": "stop", "completion_tokens": count}
+                    return
+                continue
+            if held:
+                yield {"type": "text", "text": held}
+                held = ""
+            if event["type"] == "done":
+                count = event["usage"]["completion_tokens"]
+                yield {"type": "done", "finish_reason": event["finish_reason"], "completion_tokens": count}
+            else:
+                yield event
+    finally:
+        events.close()
+
+
+def _may_begin_stop(text: str, stop: tuple[str, ...]) -> int:
+    """Length of the longest end of `text` that is a proper beginning of a stop string."""
+    return max((n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+
+
+def completion(events: Iterator[dict], prompt: Prompt, model_name: str) -> dict:
+    """A whole `chat.completion` object."""
+    text, tools, done = "", [], {}
+    for event in events:
+        if event["type"] == "text":
+            text += event["text"]
+        elif event["type"] == "tool":
+            tools.append({"expression": event["expression"], "result": event["result"]})
+        else:
+            done = event
+    message = {"role": "assistant", "content": text, **({"tools": tools} if tools else {})}
+    choice = {"index": 0, "message": message, "finish_reason": done["finish_reason"]}
+    return {
+        **_envelope("chat.completion", model_name),
+        "choices": [choice],
+        "usage": _usage(prompt, done["completion_tokens"]),
+        "truncated_messages": prompt.dropped,
+    }
+
+
+def sse_chunks(events: Iterator[dict], prompt: Prompt, model_name: str) -> Iterator[str]:
+    """`chat.completion.chunk` objects as server-sent events, ended by [DONE]; a failure is an event with an error."""
+    envelope = _envelope("chat.completion.chunk", model_name)
+
+    def line(delta: dict, finish_reason: str | None = None, **extra: object) -> str:
+        choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
+        return f"data: {json.dumps({**envelope, 'choices': [choice], **extra})}\n\n"
+
+    try:
+        yield line({"role": "assistant", "content": ""}, truncated_messages=prompt.dropped)
+        for event in events:
+            if event["type"] == "text":
+                yield line({"content": event["text"]})
+            elif event["type"] == "tool":
+                yield line({"tool": {"expression": event["expression"], "result": event["result"]}})
+            else:
+                yield line({}, event["finish_reason"], usage=_usage(prompt, event["completion_tokens"]))
+    except UserError as error:
+        yield f"data: {json.dumps(error_body(str(error), 400))}\n\n"
+    except Exception:
+        logging.getLogger(__name__).exception("generation failed")
+        yield f"data: {json.dumps(error_body('generation failed; the server log says why', 500))}\n\n"
+    finally:
+        events.close()
+    yield "data: [DONE]\n\n"
+
+
+def error_body(message: str, status: int, param: str | None = None) -> dict:
+    """An error as OpenAI's clients expect it."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return {"error": {"message": message, "type": kind, "param": param, "code": status}}
+
+
+def _envelope(kind: str, model_name: str) -> dict:
+    return {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model_name}
+
+
+def _usage(prompt: Prompt, completion_tokens: int) -> dict:
+    total = len(prompt.ids) + completion_tokens
+    return {"prompt_tokens": len(prompt.ids), "completion_tokens": completion_tokens, "total_tokens": total}

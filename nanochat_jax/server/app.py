@@ -1,0 +1,128 @@
+"""The chat page and an OpenAI-compatible API on one engine, in Flask.
+
+Routes: `/` the page, `/health`, `/v1/models`, `/v1/chat/completions` (streamed as server-sent events, or whole). The
+page uses the same API as everyone else. Left out: accounts, rate limits and TLS, which belong to a proxy in front.
+
+    python -m nanochat_jax serve            # http://127.0.0.1:8000
+"""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+import logging
+import socket
+import sys
+import threading
+import time
+
+from flask import Flask, Response, jsonify, render_template, request
+from werkzeug.exceptions import HTTPException
+from werkzeug.serving import make_server
+
+from nanochat_jax.errors import UserError
+from nanochat_jax.inference.engine import Engine
+from nanochat_jax.server.answer import answer_events, completion, error_body, sse_chunks
+from nanochat_jax.server.context import fit
+from nanochat_jax.server.request import ApiError, parse_request
+from nanochat_jax.tokenizer import Tokenizer
+
+# The page loads nothing from elsewhere and runs no inline script, so even a hole in its Markdown could do little.
+PAGE_POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:"
+
+
+def create_app(
+    engine: Engine, tokenizer: Tokenizer, *, model_name: str, token: str | None = None, max_requests: int = 32
+) -> Flask:
+    """The web application. With `token`, /v1 asks for `Authorization: Bearer TOKEN`.
+
+    The engine takes calls from several threads and batches them as it can; at most `max_requests` wait or run at once,
+    the next one is told to come back (503).
+    """
+    app = Flask(__name__)
+    app.config["MAX_CONTENT_LENGTH"] = 2**20
+    app.config["TOKEN"] = token
+    app.json.sort_keys = False
+    started = int(time.time())
+    places = threading.BoundedSemaphore(max_requests)
+
+    @app.before_request
+    def check_token() -> None:
+        given = request.headers.get("Authorization", "").removeprefix("Bearer ").encode()
+        if token and request.path.startswith("/v1/") and not hmac.compare_digest(given, token.encode()):
+            raise ApiError("this server asks for a token: send 'Authorization: Bearer TOKEN'", status=401)
+
+    @app.get("/")
+    def page() -> Response:
+        response = Response(render_template("chat.html", model_name=model_name, context_length=engine.max_len))
+        response.headers["Content-Security-Policy"] = PAGE_POLICY
+        return response
+
+    @app.get("/health")
+    def health() -> dict:
+        return {"status": "ok", "model": model_name, "token_required": bool(token)}
+
+    @app.get("/v1/models")
+    def models() -> dict:
+        model = {"id": model_name, "object": "model", "created": started, "owned_by": "nanochat-jax"}
+        return {"object": "list", "data": [{**model, "context_length": engine.max_len}]}
+
+    @app.post("/v1/chat/completions")
+    def chat() -> Response | dict:
+        # Asking for the JSON content type also keeps other web sites out: browsers will not send it across origins.
+        chat_request = parse_request(request.get_json(silent=True), model_name, engine.max_len)
+        prompt = fit(chat_request.messages, tokenizer, engine.max_len, chat_request.sampling.max_tokens)
+        if not places.acquire(blocking=False):
+            raise ApiError(f"{max_requests} requests are waiting already; try again soon", status=503)
+        events = answer_events(engine, tokenizer, prompt, chat_request.sampling, chat_request.stop)
+        if not chat_request.stream:
+            try:
+                return completion(events, prompt, model_name)
+            finally:
+                places.release()
+        response = Response(sse_chunks(events, prompt, model_name), mimetype="text/event-stream")
+        response.headers.update({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        response.call_on_close(places.release)
+        return response
+
+    @app.errorhandler(Exception)
+    def show_error(error: Exception) -> tuple[Response, int]:
+        if isinstance(error, ApiError):
+            return jsonify(error_body(error.message, error.status, error.param)), error.status
+        if isinstance(error, UserError):
+            return jsonify(error_body(str(error), 400)), 400
+        if isinstance(error, HTTPException):
+            status = error.code or 500
+            return jsonify(error_body(error.description or error.name, status)), status
+        logging.getLogger(__name__).exception("request failed")
+        return jsonify(error_body("the request failed; the server log says why", 500)), 500
+
+    return app
+
+
+def serve(app: Flask, host: str = "127.0.0.1", port: int = 8000) -> None:
+    """Serves until interrupted. Raises UserError for a public address without a token, or a port it cannot have."""
+    if not _is_loopback(host) and not app.config["TOKEN"]:
+        raise UserError(f"--host {host} lets others reach this server: give --token TEXT, or use --host 127.0.0.1")
+    try:
+        # Bound here and handed over, because Werkzeug itself ends the process where the port is taken.
+        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except (OSError, OverflowError) as error:
+        raise UserError(f"--host {host} --port {port}: cannot listen there ({error}); choose another --port") from None
+    with listener:
+        server = make_server(host, port, app, threaded=True, fd=listener.fileno())
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)
+    print(f"Chat at http://{host}:{server.port}/ (Ctrl-C ends it)", file=sys.stderr, flush=True)
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+    finally:
+        server.server_close()
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

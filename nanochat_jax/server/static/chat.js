@@ -1,0 +1,414 @@
+// The chat page: conversations in localStorage, answers streamed from /v1/chat/completions. No build step, no libraries.
+//
+// A conversation is {id, title, messages}; a user message {role, text}; an assistant message {role, parts, note?, error?,
+// figures?}, its parts {type: "text", text} or {type: "tool", expression, result}, in the order they came.
+
+import { renderMarkdown } from "./markdown.js";
+
+const $ = (id) => document.getElementById(id);
+const SUGGESTIONS = ["What is 12 + 7?", "Why is the sky blue?", "How many r are in strawberry?", "Write a short poem about the sea"];
+const SETTINGS = { temperature: 0.8, top_k: 50, max_tokens: 256 };
+const MODEL = document.body.dataset.model;
+
+function load(key, fallback) {
+  try {
+    return JSON.parse(localStorage.getItem("nanochat." + key)) ?? fallback;
+  } catch {
+    return fallback;
+  }
+}
+
+function store(key, value) {
+  try {
+    localStorage.setItem("nanochat." + key, JSON.stringify(value));
+  } catch {
+    announce("This browser's storage is full: delete old conversations to keep new ones.");
+  }
+}
+
+let conversations = load("conversations", []);
+let current = newConversation();
+let settings = { ...SETTINGS, ...load("settings", {}) };
+let running = null; // the AbortController of the answer that is streaming in
+let editing = -1;
+
+function newConversation() {
+  return { id: crypto.randomUUID?.() ?? String(Date.now() + Math.random()), title: "", messages: [] };
+}
+
+function save() {
+  if (current.messages.length && !conversations.includes(current)) conversations.unshift(current);
+  store("conversations", conversations);
+  drawHistory();
+}
+
+// ---- drawing -------------------------------------------------------------------------------------------------------
+
+function element(tag, options = {}, ...children) {
+  const { on = {}, ...properties } = options;
+  const node = Object.assign(document.createElement(tag), properties);
+  for (const [event, handler] of Object.entries(on)) node.addEventListener(event, handler);
+  node.append(...children);
+  return node;
+}
+
+const button = (label, click, className = "") =>
+  element("button", { type: "button", textContent: label, className, on: { click } });
+
+function drawHistory() {
+  $("history").replaceChildren(
+    ...conversations.map((conversation) => {
+      const open = button(conversation.title, () => show(conversation), "open");
+      const remove = button("×", () => deleteConversation(conversation), "delete");
+      remove.setAttribute("aria-label", `Delete ${conversation.title}`);
+      return element("li", { className: conversation === current ? "current" : "" }, open, remove);
+    }),
+  );
+}
+
+function drawMessages() {
+  $("empty").hidden = current.messages.length > 0;
+  $("messages").replaceChildren(...current.messages.map(messageNode));
+}
+
+function redrawLast() {
+  const last = current.messages.length - 1;
+  const scroller = $("scroller");
+  const atEnd = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 80;
+  $("messages").children[last]?.replaceWith(messageNode(current.messages[last], last));
+  if (atEnd) scroller.scrollTop = scroller.scrollHeight;
+}
+
+function messageNode(message, index) {
+  const node = element("li", { className: "message " + message.role });
+  if (index === editing) {
+    node.append(editor(message, index));
+    return node;
+  }
+  const body = element("div", { className: "body" });
+  node.append(body);
+  const live = running && index === current.messages.length - 1;
+  if (message.role === "user") {
+    body.textContent = message.text;
+    node.append(element("div", { className: "actions" }, copyButton(() => message.text), button("Edit", () => edit(index))));
+    return node;
+  }
+  for (const part of message.parts) body.append(...(part.type === "tool" ? [toolCard(part)] : markdown(part.text)));
+  if (live) body.append(element("span", { className: "waiting" }));
+  if (message.note) node.append(element("p", { className: "note", textContent: message.note }));
+  if (message.error) node.append(element("p", { className: "note error", textContent: message.error }));
+  if (!live) {
+    const actions = element("div", { className: "actions" }, copyButton(() => plainText(message)));
+    actions.append(button(message.error ? "Try again" : "Regenerate", () => regenerate(index)));
+    if (message.figures) actions.append(element("span", { className: "figures", textContent: message.figures }));
+    node.append(actions);
+  }
+  return node;
+}
+
+function markdown(text) {
+  const holder = element("div");
+  holder.innerHTML = renderMarkdown(text); // escaped there, before any tag is added
+  for (const block of holder.querySelectorAll("pre")) block.append(copyButton(() => block.querySelector("code").textContent));
+  return holder.childNodes;
+}
+
+const toolCard = ({ expression, result }) =>
+  element(
+    "div",
+    { className: "tool", title: "The model called a tool" },
+    element("span", { className: "label", textContent: "Tool" }),
+    element("span", { textContent: expression }),
+    element("span", { className: "arrow", textContent: "→" }),
+    element("span", { className: "result", textContent: result }),
+  );
+
+function copyButton(text) {
+  const node = button("Copy", async () => {
+    try {
+      await navigator.clipboard.writeText(text());
+      node.textContent = "Copied";
+    } catch {
+      node.textContent = "Not allowed";
+    }
+    setTimeout(() => (node.textContent = "Copy"), 1500);
+  });
+  return node;
+}
+
+const plainText = (message) =>
+  message.parts.map((part) => (part.type === "tool" ? `[${part.expression} = ${part.result}]` : part.text)).join("");
+
+function announce(text) {
+  $("messages").append(element("li", { className: "note error", textContent: text }));
+}
+
+// ---- acting --------------------------------------------------------------------------------------------------------
+
+function show(conversation) {
+  running?.abort();
+  current = conversation;
+  editing = -1;
+  document.body.classList.remove("menu-open");
+  $("shade").hidden = true;
+  drawHistory();
+  drawMessages();
+  $("scroller").scrollTop = $("scroller").scrollHeight;
+  $("input").focus();
+}
+
+function deleteConversation(conversation) {
+  conversations = conversations.filter((other) => other !== conversation);
+  store("conversations", conversations);
+  if (conversation === current) show(newConversation());
+  else drawHistory();
+}
+
+function edit(index) {
+  if (running) return;
+  editing = index;
+  drawMessages();
+  const area = document.querySelector(".edit textarea");
+  area.focus();
+  area.setSelectionRange(area.value.length, area.value.length);
+}
+
+function editor(message, index) {
+  const area = element("textarea", { value: message.text, ariaLabel: "Edit message" });
+  const cancel = () => {
+    editing = -1;
+    drawMessages();
+  };
+  const commit = () => {
+    if (!area.value.trim()) return;
+    editing = -1;
+    current.messages.length = index;
+    ask(area.value.trim());
+  };
+  area.addEventListener("keydown", (event) => {
+    if (event.key === "Escape") cancel();
+    if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+      event.preventDefault();
+      commit();
+    }
+  });
+  const row = element("div", { className: "row" }, button("Cancel", cancel), button("Send", commit, "primary"));
+  return element("div", { className: "edit" }, area, row);
+}
+
+function ask(text) {
+  current.messages.push({ role: "user", text });
+  current.title = current.messages[0].text.slice(0, 60);
+  answer();
+}
+
+function regenerate(index) {
+  if (running) return;
+  current.messages.length = index;
+  answer();
+}
+
+// What the model is shown of an earlier answer: the tool calls in it are part of what it said.
+function content(message) {
+  if (message.role === "user") return message.text;
+  return message.parts.flatMap((part) =>
+    part.type === "tool"
+      ? [{ type: "python", text: part.expression }, { type: "python_output", text: part.result }]
+      : [{ type: "text", text: part.text }],
+  );
+}
+
+async function answer() {
+  const conversation = current;
+  const messages = conversation.messages
+    .filter((message, i, all) => (all[i + 1] ?? message).parts?.length !== 0 && message.parts?.length !== 0)
+    .map((message) => ({ role: message.role, content: content(message) }));
+  const reply = { role: "assistant", parts: [] };
+  conversation.messages.push(reply);
+  const control = (running = new AbortController());
+  busy(true);
+  drawMessages();
+  $("scroller").scrollTop = $("scroller").scrollHeight;
+  const started = performance.now();
+  let drawn = false;
+  const redraw = () => {
+    if (drawn) return;
+    drawn = true;
+    requestAnimationFrame(() => {
+      drawn = false;
+      if (conversation === current) redrawLast();
+    });
+  };
+  try {
+    const body = { model: MODEL, messages, stream: true, ...settings };
+    for await (const chunk of stream(body, control.signal)) {
+      if (chunk.error) throw new Error(chunk.error.message);
+      take(chunk, reply, started);
+      redraw();
+    }
+  } catch (error) {
+    if (control.signal.aborted) reply.note = "Stopped.";
+    else reply.error = error instanceof TypeError ? "The server cannot be reached. Is it still running?" : error.message;
+  }
+  if (running === control) {
+    running = null;
+    busy(false);
+  }
+  save();
+  if (conversation === current) drawMessages();
+}
+
+function take(chunk, reply, started) {
+  const { delta, finish_reason: reason } = chunk.choices[0];
+  if (chunk.truncated_messages)
+    reply.note = `The oldest ${chunk.truncated_messages} messages no longer fit the model's context and were left out.`;
+  if (delta.content) {
+    const last = reply.parts.at(-1);
+    if (last?.type === "text") last.text += delta.content;
+    else reply.parts.push({ type: "text", text: delta.content });
+  }
+  if (delta.tool) reply.parts.push({ type: "tool", ...delta.tool });
+  if (reason === "length")
+    reply.note = (reply.note ? reply.note + " " : "") + "The answer reached its length limit; raise Max tokens to let it go on.";
+  if (chunk.usage) {
+    const tokens = chunk.usage.completion_tokens;
+    reply.figures = `${tokens} tokens, ${((1000 * tokens) / (performance.now() - started)).toFixed(0)} tok/s`;
+  }
+}
+
+// The parsed objects of a server-sent event stream. Asks for the token once where the server wants one.
+async function* stream(body, signal) {
+  const response = await request("/v1/chat/completions", { method: "POST", body: JSON.stringify(body), signal });
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  let ended = false;
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) break;
+    const lines = (rest + value).split("\n");
+    rest = lines.pop();
+    for (const line of lines) {
+      if (line === "data: [DONE]") ended = true;
+      else if (line.startsWith("data: ")) yield JSON.parse(line.slice(6));
+    }
+  }
+  if (!ended) throw new Error("The connection broke before the answer was complete.");
+}
+
+async function request(path, options = {}) {
+  for (;;) {
+    const headers = { "Content-Type": "application/json" };
+    const token = load("token", "");
+    if (token) headers.Authorization = "Bearer " + token;
+    const response = await fetch(path, { ...options, headers });
+    if (response.ok) return response;
+    const message = (await response.json().catch(() => null))?.error?.message;
+    if (response.status !== 401 || !(await askToken())) throw new Error(message ?? `The server answered ${response.status}.`);
+  }
+}
+
+function askToken() {
+  const dialog = $("token-dialog");
+  $("token").value = "";
+  dialog.returnValue = "cancel";
+  if (!dialog.open) dialog.showModal();
+  return new Promise((resolve) => {
+    dialog.addEventListener(
+      "close",
+      () => {
+        const given = dialog.returnValue === "ok";
+        if (given) store("token", $("token").value);
+        resolve(given);
+      },
+      { once: true },
+    );
+  });
+}
+
+function busy(state) {
+  $("messages").setAttribute("aria-busy", String(state));
+  $("send").textContent = state ? "■" : "↑";
+  $("send").setAttribute("aria-label", state ? "Stop" : "Send");
+  $("send").title = state ? "Stop (Esc)" : "Send (Enter)";
+}
+
+function submit() {
+  const text = $("input").value.trim();
+  if (running || !text) return;
+  $("input").value = "";
+  grow();
+  ask(text);
+}
+
+function grow() {
+  $("input").style.height = "auto";
+  $("input").style.height = $("input").scrollHeight + "px";
+}
+
+function setTheme(theme) {
+  document.documentElement.dataset.theme = theme;
+  $("theme").textContent = `Theme: ${theme}`;
+}
+
+// ---- start ---------------------------------------------------------------------------------------------------------
+
+function connect() {
+  $("composer").addEventListener("submit", (event) => {
+    event.preventDefault();
+    if (running) running.abort();
+    else submit();
+  });
+  $("input").addEventListener("input", grow);
+  $("input").addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+      event.preventDefault();
+      submit();
+    }
+  });
+  document.addEventListener("keydown", (event) => {
+    if (event.key === "Escape" && running) running.abort();
+    if (event.ctrlKey && event.shiftKey && event.key.toLowerCase() === "o") {
+      event.preventDefault();
+      show(newConversation());
+    }
+  });
+  $("new-chat").addEventListener("click", () => show(newConversation()));
+  const menu = (open) => {
+    document.body.classList.toggle("menu-open", open);
+    $("shade").hidden = !open;
+  };
+  $("menu").addEventListener("click", () => menu(true));
+  $("shade").addEventListener("click", () => menu(false));
+  $("tune").addEventListener("click", () => {
+    $("settings").hidden = !$("settings").hidden;
+    $("tune").setAttribute("aria-expanded", String(!$("settings").hidden));
+  });
+  $("settings").addEventListener("submit", (event) => event.preventDefault());
+  $("theme").addEventListener("click", () => {
+    const themes = ["auto", "light", "dark"];
+    const next = themes[(themes.indexOf(load("theme", "auto")) + 1) % themes.length];
+    store("theme", next);
+    setTheme(next);
+  });
+  $("suggestions").append(...SUGGESTIONS.map((text) => button(text, () => !running && ask(text))));
+}
+
+function connectSettings() {
+  for (const name of Object.keys(SETTINGS)) {
+    const draw = () => ($(name + "-value").value = $(name).value);
+    $(name).value = settings[name];
+    settings[name] = Number($(name).value); // the slider holds it to its range
+    $(name).addEventListener("input", () => {
+      settings[name] = Number($(name).value);
+      store("settings", settings);
+      draw();
+    });
+    draw();
+  }
+}
+
+setTheme(load("theme", "auto"));
+connect();
+connectSettings();
+drawHistory();
+drawMessages();

@@ -1,0 +1,359 @@
+"""The server with an engine that plays a script: API, streaming, cancelling, tokens, limits, and the page's Markdown."""
+
+import http.client
+import json
+import shutil
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from werkzeug.serving import make_server
+
+import nanochat_jax.server
+from nanochat_jax.errors import UserError
+from nanochat_jax.server.app import create_app, serve
+from nanochat_jax.server.context import fit
+
+STATIC = Path(nanochat_jax.server.__file__).parent / "static"
+
+
+class WordTokenizer:
+    """One token a word, one a turn."""
+
+    def encode(self, text):
+        return text.split()
+
+    def render_for_completion(self, conversation):
+        assert conversation["messages"][-1]["role"] == "user"
+        ids = ["<bos>"]
+        for message in conversation["messages"]:
+            content = message["content"]
+            texts = [content] if isinstance(content, str) else [part["text"] for part in content]
+            ids += [message["role"], *" ".join(texts).split()]
+        return ids
+
+
+class ScriptedEngine:
+    """Plays `events`; remembers what it was asked and whether each generation was closed."""
+
+    max_len = 64
+
+    def __init__(self, *events):
+        self.events = events
+        self.calls = []
+        self.open = 0
+
+    def stream(self, prompt_ids, sampling):
+        self.calls.append((prompt_ids, sampling))
+        self.open += 1
+        try:
+            for event in self.events:
+                if isinstance(event, Exception):
+                    raise event
+                yield event
+        finally:
+            self.open -= 1
+
+
+def text(value):
+    return {"type": "text", "text": value}
+
+
+def done(reason="stop", tokens=3):
+    usage = {"prompt_tokens": 1, "completion_tokens": tokens}
+    return {"type": "done", "finish_reason": reason, "usage": usage}
+
+
+TOOL = {"type": "tool", "expression": "12+7", "result": "19"}
+SCRIPT = (text("The sum "), TOOL, text("is 19."), done())
+
+
+def client_of(engine, **options):
+    return create_app(engine, WordTokenizer(), model_name="tiny/sft", **options).test_client()
+
+
+def user(content="What is 12 + 7?"):
+    return {"messages": [{"role": "user", "content": content}]}
+
+
+def ask(client, **body):
+    return client.post("/v1/chat/completions", json={**user(), **body})
+
+
+def chunks_of(response):
+    lines = [line for line in response.text.split("\n\n") if line]
+    assert all(line.startswith("data: ") for line in lines)
+    return [json.loads(line[6:]) if line != "data: [DONE]" else "DONE" for line in lines]
+
+
+def test_whole_answer_as_openai_gives_it():
+    engine = ScriptedEngine(*SCRIPT)
+    answer = ask(client_of(engine), temperature=0, top_k=5, top_p=0.5, min_p=0.1, max_tokens=7, seed=3).get_json()
+    assert answer["object"] == "chat.completion" and answer["model"] == "tiny/sft" and answer["id"]
+    (choice,) = answer["choices"]
+    assert choice["message"] == {
+        "role": "assistant",
+        "content": "The sum is 19.",
+        "tools": [{"expression": "12+7", "result": "19"}],
+    }
+    assert choice["finish_reason"] == "stop"
+    assert answer["usage"] == {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
+    ids, sampling = engine.calls[0]
+    assert ids == ["<bos>", "user", "What", "is", "12", "+", "7?"]
+    assert (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p) == (0.0, 5, 0.5, 0.1)
+    assert (sampling.max_tokens, sampling.seed) == (7, 3) and engine.open == 0
+
+
+def test_streamed_answer_with_a_tool_call():
+    response = ask(client_of(ScriptedEngine(*SCRIPT)), stream=True)
+    assert response.mimetype == "text/event-stream"
+    *chunks, end = chunks_of(response)
+    assert end == "DONE" and all(chunk["object"] == "chat.completion.chunk" for chunk in chunks)
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+    assert deltas[0] == {"role": "assistant", "content": ""} and chunks[0]["truncated_messages"] == 0
+    assert deltas[1:] == [
+        {"content": "The sum "},
+        {"tool": {"expression": "12+7", "result": "19"}},
+        {"content": "is 19."},
+        {},
+    ]
+    assert chunks[-1]["choices"][0]["finish_reason"] == "stop" and chunks[-1]["usage"]["completion_tokens"] == 3
+
+
+@pytest.mark.parametrize(
+    "pieces, stop, expected",
+    [
+        (["one ST", "OP two"], "STOP", "one "),
+        (["one ST", "ART two"], "STOP", "one START two"),
+        (["abcab", "cd rest"], ["abcd"], "abc"),
+        (["x second first"], ["first", "second"], "x "),
+        (["ends in ST"], ["STOP"], "ends in ST"),
+    ],
+)
+def test_stop_strings(pieces, stop, expected):
+    engine = ScriptedEngine(*map(text, pieces), done("length"))
+    choice = ask(client_of(engine), stop=stop).get_json()["choices"][0]
+    assert choice["message"]["content"] == expected and engine.open == 0
+    assert choice["finish_reason"] == ("length" if expected == "".join(pieces) else "stop")
+
+
+def test_a_reader_who_leaves_cancels_the_generation():
+    engine = ScriptedEngine(*[text("word ")] * 1000, done())
+    response = client_of(engine).post("/v1/chat/completions", json={**user(), "stream": True}, buffered=False)
+    reader = iter(response.response)
+    for _ in range(3):
+        next(reader)
+    assert engine.open == 1
+    response.close()
+    assert engine.open == 0
+
+
+def test_a_broken_connection_cancels_the_generation():
+    class Endless(ScriptedEngine):
+        def stream(self, prompt_ids, sampling):
+            self.open += 1
+            try:
+                while True:
+                    time.sleep(0.005)
+                    yield text("word " * 200)
+            finally:
+                self.open -= 1
+
+    engine = Endless()
+    app = create_app(engine, WordTokenizer(), model_name="m", max_requests=1)
+    server = make_server("127.0.0.1", 0, app, threaded=True)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+        body = json.dumps({**user(), "stream": True})
+        connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        assert response.read(100) and engine.open == 1
+        assert ask(app.test_client()).status_code == 503, "one place only, and it is taken"
+        response.close()
+        connection.close()
+        deadline = time.monotonic() + 10
+        while engine.open and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert engine.open == 0
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def test_places_are_given_back():
+    engine = ScriptedEngine(*SCRIPT)
+    client = client_of(engine, max_requests=1)
+    for stream in (True, False, True, False):
+        response = ask(client, stream=stream)
+        assert response.status_code == 200 and response.text
+        response.close()
+    failing = client_of(ScriptedEngine(RuntimeError("boom")), max_requests=1)
+    assert [ask(failing).status_code for _ in range(3)] == [500, 500, 500]
+    # A response that is closed before anyone reads it has not even started its generator.
+    for _ in range(3):
+        response = client.post("/v1/chat/completions", json={**user(), "stream": True}, buffered=False)
+        assert response.status_code == 200
+        response.close()
+
+
+def test_token():
+    client = client_of(ScriptedEngine(*SCRIPT), token="geheim")
+    assert client.get("/health").get_json() == {"status": "ok", "model": "tiny/sft", "token_required": True}
+    assert client.get("/").status_code == 200
+    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer gehéim"}):
+        response = client.post("/v1/chat/completions", json=user(), headers=headers)
+        assert response.status_code == 401 and "token" in response.get_json()["error"]["message"]
+        assert client.get("/v1/models", headers=headers).status_code == 401
+    response = client.post("/v1/chat/completions", json=user(), headers={"Authorization": "Bearer geheim"})
+    assert response.status_code == 200
+
+
+def test_models_and_page():
+    client = client_of(ScriptedEngine())
+    (model,) = client.get("/v1/models").get_json()["data"]
+    assert model["id"] == "tiny/sft" and model["object"] == "model" and model["context_length"] == 64
+    page = client.get("/")
+    assert "tiny/sft" in page.text and "default-src 'none'" in page.headers["Content-Security-Policy"]
+    for name in ("chat.js", "chat.css", "markdown.js"):
+        assert client.get(f"/static/{name}").status_code == 200
+
+
+def turn(role, content="hi"):
+    return {"role": role, "content": content}
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"messages": None}, "messages must be a list"),
+        ({"messages": []}, "at least one"),
+        ({"messages": ["hi"]}, "needs a role"),
+        ({"messages": [turn("robot")]}, "messages[0] needs a role"),
+        ({"messages": [turn("user", 5)]}, "messages[0]: content"),
+        ({"messages": [turn("user", "")]}, "messages[0] is empty"),
+        ({"messages": [turn("user", [{"type": "image_url"}])]}, "messages[0]: a part"),
+        ({"messages": [turn("user"), turn("user")]}, "messages[1] has role 'user' where 'assistant' is due"),
+        ({"messages": [turn("assistant"), turn("user")]}, "messages[0] has role 'assistant'"),
+        ({"messages": [turn("system")]}, "must be the user's"),
+        ({"messages": [turn("user"), turn("assistant")]}, "must be the user's"),
+        ({"messages": [turn("user", "x" * 32_001)]}, "32001 characters; at most 32000"),
+        ({"messages": [turn("user")] * 201}, "201 messages; at most 200"),
+        (
+            {"messages": [turn("user", "x" * 30_000), turn("assistant", "x" * 30_000)] * 4 + [turn("user")]},
+            "at most 200000",
+        ),
+        ({"temperature": -1}, "temperature must be a number from 0 to 5, not -1"),
+        ({"temperature": "hot"}, "temperature must be a number"),
+        ({"temperature": True}, "temperature must be a number"),
+        ({"temperature": float("nan")}, "temperature must be a number"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"min_p": -0.1}, "min_p"),
+        ({"top_k": 2.5}, "top_k must be an integer"),
+        ({"max_tokens": 0}, "max_tokens must be an integer from 1 to 64"),
+        ({"max_completion_tokens": 65}, "max_completion_tokens must be an integer from 1 to 64"),
+        ({"seed": -1}, "seed"),
+        ({"stop": ["a"] * 5}, "stop must be"),
+        ({"stop": [""]}, "stop must be"),
+        ({"stop": 3}, "stop must be"),
+        ({"n": 2}, "n must be 1"),
+        ({"stream": "yes"}, "stream must be"),
+        ({"tools": [{}]}, "tools is not supported"),
+        ({"messages": [turn("user", "word " * 100)]}, "takes 102 tokens, the context holds 64"),
+    ],
+)
+def test_bad_requests_say_what_is_wrong(change, words):
+    engine = ScriptedEngine(*SCRIPT)
+    response = ask(client_of(engine), **change)
+    assert response.status_code == 400 and not engine.calls
+    error = response.get_json()["error"]
+    assert words in error["message"] and error["type"] == "invalid_request_error" and error["code"] == 400
+
+
+def test_other_errors_are_json_too():
+    client = client_of(ScriptedEngine(*SCRIPT))
+    assert ask(client, model="gpt-9").status_code == 404
+    for response in (
+        client.post("/v1/chat/completions", data=json.dumps(user()), content_type="text/plain"),
+        client.post("/v1/chat/completions", data="{", content_type="application/json"),
+        client.post("/v1/chat/completions", json=[1]),
+        client.get("/v1/chat/completions"),
+        client.get("/nowhere"),
+        client.post("/v1/chat/completions", json={"junk": "x" * 2**21}),
+    ):
+        assert response.status_code in (400, 404, 405, 413) and response.get_json()["error"]["message"]
+
+
+def test_an_engine_that_fails_is_reported_in_the_stream():
+    engine = ScriptedEngine(text("So "), RuntimeError("secret detail"))
+    chunks = chunks_of(ask(client_of(engine), stream=True))
+    assert "server log" in chunks[-2]["error"]["message"] and chunks[-1] == "DONE" and engine.open == 0
+    assert "secret" not in json.dumps(chunks)
+    chunks = chunks_of(ask(client_of(ScriptedEngine(UserError("too long: do this"))), stream=True))
+    assert chunks[-2]["error"]["message"] == "too long: do this"
+
+
+def test_old_turns_are_left_out_and_said_to_be():
+    messages = [{"role": "system", "content": "be brief"}]
+    for i in range(6):
+        messages += [
+            turn("user", f"question {i} of some more words"),
+            turn("assistant", [{"type": "python", "text": "1+1"}, {"type": "python_output", "text": "2"}]),
+        ]
+    messages.append(turn("user", "the last one"))
+    engine = ScriptedEngine(*SCRIPT)
+    answer = ask(client_of(engine), messages=messages, max_tokens=30).get_json()
+    ids, sampling = engine.calls[0]
+    assert answer["truncated_messages"] == 8 and "question 3" not in " ".join(ids)
+    assert ids[:3] == ["<bos>", "system", "be"] and ids[-3:] == ["the", "last", "one"]
+    assert ids[4:7] == ["user", "question", "4"] and len(ids) + 30 <= 64 and sampling.max_tokens == 30
+
+
+def test_fit_leaves_as_much_as_there_is():
+    only = [turn("user", "word " * 50)]
+    prompt = fit(only, WordTokenizer(), 64, 60)
+    assert len(prompt.ids) == 52 and prompt.max_tokens == 12 and prompt.dropped == 0
+
+
+def test_serve_refuses_what_is_unsafe_or_impossible():
+    app = create_app(ScriptedEngine(), WordTokenizer(), model_name="m")
+    with pytest.raises(UserError, match="--token"):
+        serve(app, "0.0.0.0", 0)
+    with pytest.raises(UserError, match="another --port"):
+        serve(app, port=99999)
+    taken = make_server("127.0.0.1", 0, app)
+    with pytest.raises(UserError, match="another --port"):
+        serve(app, port=taken.port)
+    taken.server_close()
+
+
+MARKDOWN = [
+    ("<img src=x onerror=alert(1)>", "<p>&lt;img src=x onerror=alert(1)&gt;</p>"),
+    ("```<b>\n<script>\n", '<pre data-language="&lt;b&gt;"><code>&lt;script&gt;\n</code></pre>'),
+    ('[a](https://x.org/"onx=") [b](javascript:alert(1))', None),
+    (
+        "a **bold** *word* and `<x> **no**`",
+        "<p>a <strong>bold</strong> <em>word</em> and <code>&lt;x&gt; **no**</code></p>",
+    ),
+    ("- one\n- two\n\n3. three", '<ul><li>one</li><li>two</li></ul><ol start="3"><li>three</li></ol>'),
+    ("# Top\ntext\nmore", "<h3>Top</h3><p>text<br>more</p>"),
+    ("2 * 3 * 4 = 24", "<p>2 * 3 * 4 = 24</p>"),
+]
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="runs the page's Markdown renderer in Node.js")
+def test_markdown_is_escaped_before_it_is_rendered(tmp_path):
+    shutil.copy(STATIC / "markdown.js", tmp_path / "markdown.mjs")
+    script = f"import {{renderMarkdown}} from '{tmp_path}/markdown.mjs';"
+    script += "console.log(JSON.stringify(JSON.parse(process.argv[1]).map(renderMarkdown)))"
+    sources = json.dumps([source for source, _ in MARKDOWN])
+    command = ["node", "--input-type=module", "-e", script, sources]
+    shown = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    for (source, expected), html in zip(MARKDOWN, shown, strict=True):
+        if expected:
+            assert html == expected, source
+    assert 'href="https://x.org/&quot;onx=&quot;"' in shown[2] and 'href="javascript' not in shown[2]
