@@ -1,0 +1,84 @@
+"""Folders of parquet files with a `text` column: which files there are, and their documents.
+
+The last file by name is the validation shard. A folder that was downloaded also holds `shards.json`, which names its
+validation shard, so that a folder without it is refused instead of validating on another file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from nanochat_jax.errors import UserError
+
+PIN_FILE = "shards.json"
+
+
+class Shard:
+    """One parquet file, opened. Raises UserError where it is damaged or has no `text` column of strings."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._file = pq.ParquetFile(path)
+        except (pa.ArrowException, OSError) as error:
+            raise self._damaged(error) from error
+        schema = self._file.schema_arrow
+        if "text" not in schema.names:
+            raise UserError(f"{path} has no column `text`, only {', '.join(schema.names) or 'none'}")
+        kind = schema.field("text").type
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+            raise UserError(f"{path}: column `text` is of type {kind}, not string")
+        metadata = self._file.metadata
+        self.rows = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+        """Documents in each row group."""
+
+    def texts(self, row_group: int, rows: Sequence[int] | None = None) -> list[str]:
+        """The documents of a row group, or those at `rows` in it."""
+        try:
+            column = self._file.read_row_group(row_group, columns=["text"]).column("text")
+        except (pa.ArrowException, OSError) as error:
+            raise self._damaged(error, f", row group {row_group}") from error
+        if column.null_count:
+            raise UserError(f"{self.path}, row group {row_group}: {column.null_count} rows have no text; remove them")
+        return (column if rows is None else column.take(pa.array(rows, pa.int64()))).to_pylist()
+
+    def _damaged(self, error: Exception, where: str = "") -> UserError:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return UserError(f"{self.path}{where} cannot be read as parquet ({reason}); replace the file")
+
+
+def shard_files(folder: Path | str) -> tuple[list[Path], Path]:
+    """The training files, sorted by name, and the validation file, which is the last.
+
+    Raises UserError for a missing folder, fewer than two parquet files, a file that is damaged or without `text`, and a
+    downloaded folder whose validation shard is not there.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder}; --data.dir must name a folder of parquet files")
+    files = sorted(folder.glob("*.parquet"))
+    if len(files) < 2:
+        raise UserError(
+            f"{folder} holds {len(files)} parquet files; at least 2 are needed: the last by name is for validation"
+        )
+    pin = folder / PIN_FILE
+    if pin.exists():
+        validation = json.loads(pin.read_text(encoding="utf-8"))["validation"]
+        if files[-1].name != validation:
+            raise UserError(f"{folder} lacks its validation shard {validation}; run the download command again")
+    for path in files:
+        Shard(path)
+    return files[:-1], files[-1]
+
+
+def read_texts(files: Sequence[Path]) -> Iterator[str]:
+    """Every document of the files, in order."""
+    for path in files:
+        shard = Shard(path)
+        for row_group in range(len(shard.rows)):
+            yield from shard.texts(row_group)

@@ -1,0 +1,352 @@
+"""Downloading against a local server that breaks in every way a real one does."""
+
+import dataclasses
+import hashlib
+import io
+import threading
+import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from nanochat_jax.config import Config, DataConfig
+from nanochat_jax.data import download as module
+from nanochat_jax.data.download import ensure_shards, fetch, fetch_eval_bundle, prepare_shards, shard_files
+from nanochat_jax.data.shards import Shard
+from nanochat_jax.errors import UserError
+
+
+class Server(ThreadingHTTPServer):
+    """Serves `files` by path; `faults` holds, per path, what to do wrong in the next answers."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files: dict[str, bytes] = {}
+        self.faults: dict[str, list] = {}
+        self.etags: dict[str, str] = {}
+        self.asked: list[tuple[str, str | None]] = []
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        server: Server = self.server
+        server.asked.append((self.path, self.headers.get("Range")))
+        faults = server.faults.get(self.path, [])
+        fault = faults.pop(0) if faults else None
+        body = server.files.get(self.path)
+        if isinstance(fault, int):
+            self.send_response(fault)
+            self.send_header("Retry-After", "0")
+            self.end_headers()
+            return
+        if body is None:
+            self.send_error(404)
+            return
+        start = 0
+        if self.headers.get("Range") and fault != "no range":
+            start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
+        if start >= len(body) > 0:
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{len(body)}")
+            self.end_headers()
+            return
+        self.send_response(206 if start else 200)
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+        self.send_header("Content-Length", str(len(body) - start))
+        if self.path in server.etags:
+            self.send_header("X-Linked-ETag", f'"{server.etags[self.path]}"')
+        self.end_headers()
+        sent = body[start:]
+        if fault == "cut":
+            self.wfile.write(sent[: len(sent) // 2])
+            self.wfile.flush()
+            self.connection.close()
+        elif fault == "garble":
+            self.wfile.write(sent[::-1])
+        else:
+            self.wfile.write(sent)
+
+
+@pytest.fixture
+def server(monkeypatch):
+    server = Server()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    monkeypatch.setenv("EVAL_BUNDLE_URL", f"{server.url}/bundle.zip")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(module, "SETS", {"fineweb-edu": module.ShardSet("some/set", 4)})
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def lines():
+    return []
+
+
+def parquet(*texts, column="text"):
+    file = io.BytesIO()
+    pq.write_table(pa.table({column: pa.array(texts, pa.string())}), file)
+    return file.getvalue()
+
+
+def serve_set(server, *indices):
+    for i in indices:
+        server.files[f"/datasets/some/set/resolve/main/shard_{i:05d}.parquet"] = parquet(f"document of shard {i}")
+
+
+DATA = bytes(range(256)) * 4000
+
+
+def test_fetch_resumes_where_the_connection_broke(server, tmp_path, lines):
+    server.files["/f"] = DATA
+    server.faults["/f"] = ["cut", "cut"]
+    fetch(f"{server.url}/f", tmp_path / "deep" / "f", backoff=0.01, log=lines.append)
+    assert (tmp_path / "deep" / "f").read_bytes() == DATA
+    starts = [int(r.removeprefix("bytes=").removesuffix("-")) for _, r in server.asked[1:]]
+    assert len(starts) == 2 and 0 < starts[0] < starts[1] < len(DATA)
+    assert len(lines) == 2 and "trying again" in lines[0]
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["f"]
+
+
+def test_fetch_goes_on_with_the_part_of_an_earlier_process(server, tmp_path):
+    server.files["/f"] = DATA
+    (tmp_path / "f.part").write_bytes(DATA[:1000])
+    fetch(f"{server.url}/f", tmp_path / "f", sha256=hashlib.sha256(DATA).hexdigest())
+    assert (tmp_path / "f").read_bytes() == DATA
+    assert server.asked == [("/f", "bytes=1000-")]
+
+
+def test_fetch_ends_with_a_part_that_was_already_whole(server, tmp_path):
+    server.files["/f"] = DATA
+    (tmp_path / "f.part").write_bytes(DATA)
+    fetch(f"{server.url}/f", tmp_path / "f")
+    assert (tmp_path / "f").read_bytes() == DATA
+
+
+@pytest.mark.parametrize("stale", [DATA + b"more", b"x" * 1000])
+def test_fetch_throws_a_foreign_part_away(server, tmp_path, lines, stale):
+    server.files["/f"] = DATA
+    (tmp_path / "f.part").write_bytes(stale)
+    fetch(f"{server.url}/f", tmp_path / "f", hashlib.sha256(DATA).hexdigest(), backoff=0.01, log=lines.append)
+    assert (tmp_path / "f").read_bytes() == DATA
+    assert server.asked[-1] == ("/f", None)
+
+
+def test_fetch_starts_over_where_the_server_cannot_resume(server, tmp_path):
+    server.files["/f"] = DATA
+    server.faults["/f"] = ["no range"]
+    (tmp_path / "f.part").write_bytes(b"y" * 1000)
+    fetch(f"{server.url}/f", tmp_path / "f")
+    assert (tmp_path / "f").read_bytes() == DATA
+
+
+def test_fetch_waits_out_a_busy_server(server, tmp_path, lines):
+    server.files["/f"] = DATA
+    server.faults["/f"] = [429, 503, 500]
+    fetch(f"{server.url}/f", tmp_path / "f", backoff=0.01, log=lines.append)
+    assert (tmp_path / "f").read_bytes() == DATA
+    assert len(server.asked) == 4
+
+
+def test_fetch_honours_retry_after(monkeypatch):
+    response = module.requests.Response()
+    response.headers["Retry-After"] = "7"
+    assert module._retry_after(response) == 7
+    monkeypatch.setattr(module.time, "time", lambda: 1445412000.0)
+    response.headers["Retry-After"] = "Wed, 21 Oct 2015 07:28:00 GMT"
+    assert module._retry_after(response) == 480
+    response.headers["Retry-After"] = "soon"
+    assert module._retry_after(response) is None
+
+
+def test_fetch_gives_up_with_one_line_and_leaves_no_file(server, tmp_path, lines):
+    server.files["/f"] = DATA
+    server.faults["/f"] = [500] * 3
+    with pytest.raises(UserError, match=r"could not download .*/f in 3 attempts: status 500") as caught:
+        fetch(f"{server.url}/f", tmp_path / "f", retries=2, backoff=0.01, log=lines.append)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "f").exists()
+    with pytest.raises(UserError, match="answers 404"):
+        fetch(f"{server.url}/nothing", tmp_path / "g", log=lines.append)
+    assert [path for path, _ in server.asked].count("/nothing") == 1
+
+
+def test_fetch_believes_the_hash_that_the_server_tells(server, tmp_path, lines):
+    server.files["/f"] = DATA
+    server.etags["/f"] = hashlib.sha256(DATA).hexdigest()
+    server.faults["/f"] = ["garble"]
+    fetch(f"{server.url}/f", tmp_path / "f", backoff=0.01, log=lines.append)
+    assert (tmp_path / "f").read_bytes() == DATA
+    assert "sha256" in lines[0]
+    with pytest.raises(UserError, match="sha256"):
+        fetch(f"{server.url}/f", tmp_path / "g", "0" * 64, retries=1, backoff=0.01, log=lines.append)
+    assert not (tmp_path / "g").exists()
+
+
+def test_offline_is_said(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE"):
+        fetch(f"{server.url}/f", tmp_path / "f")
+    assert not server.asked
+
+
+def test_two_processes_fetch_one_file_once(server, tmp_path):
+    server.files["/f"] = DATA
+    threads = [threading.Thread(target=fetch, args=(f"{server.url}/f", tmp_path / "f")) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (tmp_path / "f").read_bytes() == DATA
+    assert len(server.asked) == 1
+
+
+def test_shards_come_validation_first(server, tmp_path, lines):
+    serve_set(server, 0, 1, 2, 3, 4)
+    config = DataConfig(cache=str(tmp_path), num_shards=2)
+    train, validation = prepare_shards(config, lines.append)
+    assert [p.name for p in train] == ["shard_00000.parquet", "shard_00001.parquet"]
+    assert validation.name == "shard_00004.parquet"
+    assert server.asked[0][0].endswith("shard_00004.parquet")
+    assert len(server.asked) == 3 and any("3/3" in line for line in lines)
+    prepare_shards(config, lines.append)
+    assert len(server.asked) == 3
+    assert len(prepare_shards(dataclasses.replace(config, num_shards=3), lines.append)[0]) == 3
+    assert len(prepare_shards(config, lines.append)[0]) == 2
+
+
+def test_no_validation_shard_no_run(server, tmp_path, lines):
+    serve_set(server, 0, 1, 2)
+    config = DataConfig(cache=str(tmp_path), num_shards=2)
+    with pytest.raises(UserError, match=r"shard_00004.*404"):
+        ensure_shards(config, lines.append)
+    assert len(server.asked) == 1
+    serve_set(server, 4)
+    folder = ensure_shards(config, lines.append)
+    (folder / "shard_00004.parquet").unlink()
+    with pytest.raises(UserError, match=r"lacks its validation shard shard_00004.parquet"):
+        shard_files(folder)
+
+
+def test_a_shard_that_is_no_parquet_is_not_kept(server, tmp_path, lines, monkeypatch):
+    monkeypatch.setattr(module, "fetch", lambda *args, **kw: fetch(*args, retries=1, backoff=0.01, **kw))
+    serve_set(server, 0, 1, 4)
+    server.files["/datasets/some/set/resolve/main/shard_00001.parquet"] = b"<html>quota exceeded</html>"
+    with pytest.raises(UserError, match=r"shard_00001.*cannot be read as parquet"):
+        ensure_shards(DataConfig(cache=str(tmp_path), num_shards=2), lines.append)
+    assert not (tmp_path / "fineweb-edu" / "shard_00001.parquet").exists()
+
+
+def test_a_full_disk_and_wrong_counts_are_seen_before(server, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"num-shards 5: .* 1 to 4"):
+        ensure_shards(DataConfig(cache=str(tmp_path), num_shards=5))
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 5_000_000}))
+    with pytest.raises(UserError, match=r"0.0 GB free, 3 shards need 0.3"):
+        ensure_shards(DataConfig(cache=str(tmp_path), num_shards=2))
+    assert not server.asked
+
+
+def test_the_embedded_corpus_needs_no_network(server):
+    train, validation = prepare_shards(DataConfig(source="embedded"))
+    assert len(train) == 3 and validation.name == "shard_00003.parquet"
+    assert not server.asked
+
+
+def write(folder, name, data):
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_bytes(data)
+
+
+def test_folders_that_cannot_be_used_are_one_line(tmp_path):
+    folder = tmp_path / "shards"
+    with pytest.raises(UserError, match="no folder"):
+        shard_files(folder)
+    write(folder, "b.parquet", parquet("one"))
+    write(folder, "readme.txt", b"not counted")
+    with pytest.raises(UserError, match="holds 1 parquet files"):
+        shard_files(folder)
+    write(folder, "a.parquet", parquet("one"))
+    assert shard_files(folder) == ([folder / "a.parquet"], folder / "b.parquet")
+    write(folder, "c.parquet", parquet("one", column="body"))
+    with pytest.raises(UserError, match=r"c.parquet has no column `text`, only body"):
+        shard_files(folder)
+    write(folder, "c.parquet", parquet("one")[:-20])
+    with pytest.raises(UserError, match=r"c.parquet cannot be read as parquet") as caught:
+        shard_files(folder)
+    assert "\n" not in str(caught.value)
+    pq.write_table(pa.table({"text": [1, 2]}), folder / "c.parquet")
+    with pytest.raises(UserError, match="of type int64, not string"):
+        shard_files(folder)
+
+
+def test_damage_inside_a_shard_names_the_row_group(tmp_path):
+    path = tmp_path / "s.parquet"
+    table = pa.table({"text": [f"{i} words " * 50 for i in range(200)]})
+    pq.write_table(table, path, row_group_size=100, compression="zstd", write_page_checksum=False)
+    data = bytearray(path.read_bytes())
+    start = pq.ParquetFile(path).metadata.row_group(1).column(0).dictionary_page_offset
+    data[start + 40 : start + 200] = b"\xff" * 160
+    path.write_bytes(data)
+    assert len(Shard(path).texts(0)) == 100
+    with pytest.raises(UserError, match=r"s.parquet, row group 1 cannot be read"):
+        Shard(path).texts(1)
+    pq.write_table(pa.table({"text": ["a", None]}), path)
+    with pytest.raises(UserError, match="1 rows have no text"):
+        Shard(path).texts(0)
+
+
+def bundle(**members):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, text in members.items():
+            archive.writestr(name, text)
+    return file.getvalue()
+
+
+def test_the_bundle_is_unpacked_once(server, tmp_path, lines):
+    server.files["/bundle.zip"] = bundle(**{"eval_bundle/core.yaml": "tasks", "eval_bundle/eval_data/a.jsonl": "{}"})
+    config = DataConfig(cache=str(tmp_path))
+    folder = fetch_eval_bundle(config, lines.append)
+    assert (folder / "core.yaml").read_text() == "tasks" and (folder / "eval_data" / "a.jsonl").exists()
+    assert fetch_eval_bundle(config, lines.append) == folder and len(server.asked) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["eval_bundle"]
+    assert fetch_eval_bundle(DataConfig(eval_bundle=str(folder))) == folder
+    with pytest.raises(UserError, match=r"has no core.yaml"):
+        fetch_eval_bundle(DataConfig(eval_bundle=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("archive", "message"),
+    [
+        (bundle(**{"eval_bundle/core.yaml": "", "../outside": "x"}), "leads out"),
+        (bundle(**{"/etc/outside": "x"}), "leads out"),
+        (b"<html>", "not a zip archive"),
+        (bundle(**{"eval_bundle/other.yaml": ""}), r"no core.yaml"),
+    ],
+)
+def test_bundles_that_are_wrong_leave_nothing_behind(server, tmp_path, lines, archive, message):
+    server.files["/bundle.zip"] = archive
+    cache = tmp_path / "cache"
+    with pytest.raises(UserError, match=message):
+        fetch_eval_bundle(DataConfig(cache=str(cache)), lines.append)
+    assert not (cache / "eval_bundle").exists() and not (tmp_path / "outside").exists()
+
+
+def test_the_command_brings_shards_and_bundle(server, tmp_path, lines):
+    serve_set(server, 0, 1, 4)
+    server.files["/bundle.zip"] = bundle(**{"core.yaml": "tasks"})
+    config = Config(data=DataConfig(cache=str(tmp_path), num_shards=2))
+    module.download(config, lines.append)
+    assert (tmp_path / "eval_bundle" / "core.yaml").exists()
+    assert any("2 training shards and shard_00004.parquet" in line for line in lines)
