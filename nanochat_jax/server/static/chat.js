@@ -255,7 +255,7 @@ async function answer() {
     busy(false);
   }
   save();
-  if (conversation === current) drawMessages();
+  if (conversation === current) redrawLast();
 }
 
 function take(chunk, reply, started) {
@@ -303,13 +303,14 @@ async function request(path, options = {}) {
     const response = await fetch(path, { ...options, headers });
     if (response.ok) return response;
     const message = (await response.json().catch(() => null))?.error?.message;
-    if (response.status !== 401 || !(await askToken())) throw new Error(message ?? `The server answered ${response.status}.`);
+    if (response.status !== 401 || !(await askToken(token !== ""))) throw new Error(message ?? `The server answered ${response.status}.`);
   }
 }
 
-function askToken() {
+function askToken(again) {
   const dialog = $("token-dialog");
   $("token").value = "";
+  $("token-why").textContent = again ? "That was not the one." : "Whoever started it has it. It stays in this browser.";
   dialog.returnValue = "cancel";
   if (!dialog.open) dialog.showModal();
   return new Promise((resolve) => {
@@ -372,6 +373,7 @@ function connect() {
       show(newConversation());
     }
   });
+  $("token-cancel").addEventListener("click", () => $("token-dialog").close("cancel"));
   $("new-chat").addEventListener("click", () => show(newConversation()));
   const menu = (open) => {
     document.body.classList.toggle("menu-open", open);
