@@ -115,8 +115,8 @@ class MuonState(NamedTuple):
 def stacks_of(params: optax.Params) -> dict[str, list[str]]:
     """Which matrices share a stack: "in x out" -> their paths, in the tree's order."""
     stacks: dict[str, list[str]] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        stacks.setdefault("x".join(map(str, leaf.shape)), []).append(path_of(path))
+    for path, leaf in _by_path(params).items():
+        stacks.setdefault("x".join(map(str, leaf.shape)), []).append(path)
     return stacks
 
 
@@ -218,6 +218,46 @@ def labels(params: optax.Params) -> optax.Params:
 def make_optimizer(dtype: str) -> optax.GradientTransformationExtraArgs:
     """The whole optimizer; `update(grads, state, params, hyper=schedule.hyper(step))`."""
     return optax.partition({group: adamw(group) for group in ADAMW} | {"muon": muon(dtype)}, labels)
+
+
+def to_portable(opt_state: optax.OptState, params: optax.Params) -> dict[str, dict[str, jax.Array]]:
+    """Optimizer state as {parameter path: its moments}, nothing stacked or padded: what checkpoints hold."""
+    portable = {}
+    for group in ADAMW:
+        state: AdamState = opt_state.inner_states[group].inner_state
+        mu, nu = _by_path(state.mu), _by_path(state.nu)
+        portable |= {path: {"mu": mu[path], "nu": nu[path], "count": state.count} for path in mu}
+    muon_state: MuonState = opt_state.inner_states["muon"].inner_state
+    for key, paths in _muon_stacks(params).items():
+        momentum, second = muon_state.momentum_stacks[key], muon_state.second_stacks[key]
+        portable |= {path: {"momentum": momentum[i], "second": second[i]} for i, path in enumerate(paths)}
+    return portable
+
+
+def from_portable(
+    portable: dict[str, dict[str, jax.Array]], fresh: optax.OptState, params: optax.Params
+) -> optax.OptState:
+    """The inverse of `to_portable` for the mesh in use; `fresh` is a state of the same parameters."""
+    inner = dict(fresh.inner_states)
+    for group in ADAMW:
+        state: AdamState = inner[group].inner_state
+
+        def moments(tree: optax.Params, name: str) -> optax.Params:
+            return jax.tree_util.tree_map_with_path(lambda path, _: portable[path_of(path)][name], tree)
+
+        count = portable[path_of(jax.tree_util.tree_leaves_with_path(state.mu)[0][0])]["count"]
+        restored = AdamState(count, moments(state.mu, "mu"), moments(state.nu, "nu"))
+        inner[group] = inner[group]._replace(inner_state=restored)
+    stacks = _muon_stacks(params)
+    momentum = {key: stack([portable[p]["momentum"] for p in paths]) for key, paths in stacks.items()}
+    second = {key: stack([portable[p]["second"] for p in paths]) for key, paths in stacks.items()}
+    inner["muon"] = inner["muon"]._replace(inner_state=MuonState(momentum, second))
+    return fresh._replace(inner_states=inner)
+
+
+def _muon_stacks(params: optax.Params) -> dict[str, list[str]]:
+    matrices = {path: leaf for path, leaf in _by_path(params).items() if match(path, GROUP_OF) == "muon"}
+    return stacks_of(matrices)
 
 
 @dataclass(frozen=True)

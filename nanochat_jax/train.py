@@ -13,11 +13,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.model import Params, init_params, param_shapes, token_losses
-from nanochat_jax.optim import Hyper, make_optimizer
+from nanochat_jax.optim import Hyper, from_portable, make_optimizer, to_portable
 from nanochat_jax.sharding import param_shardings, state_shardings
 
 
@@ -72,9 +73,32 @@ def with_optimizer(cfg: GPTConfig, mesh: Mesh, params: Params) -> TrainState:
         return TrainState(params, make(cfg, params))
 
 
-def loss_sum(params: Params, cfg: GPTConfig, inputs_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    """Sum of the cross-entropy over counted targets, nats, float32."""
-    return jnp.sum(token_losses(params, cfg, inputs_BT, targets_BT))
+@functools.partial(jax.jit, static_argnames="cfg")
+def saved_tree(state: TrainState, *, cfg: GPTConfig) -> dict:
+    """What a checkpoint holds: {"params", "optimizer": {path: moments}}, the same on every mesh."""
+    return {"params": state.params, "optimizer": to_portable(state.opt_state, state.params)}
+
+
+def saved_shapes(cfg: GPTConfig, mesh: Mesh) -> dict:
+    """The shapes of `saved_tree`, with the shardings to restore it to: the parameters' own, moments whole."""
+    shapes = state_shapes(cfg, mesh)
+    with jax.set_mesh(mesh):
+        tree = jax.eval_shape(functools.partial(saved_tree, cfg=cfg), shapes)
+    whole = NamedSharding(mesh, P())
+    moments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), tree["optimizer"])
+    return {"params": shapes.params, "optimizer": moments}
+
+
+def _from_saved(cfg: GPTConfig, tree: dict) -> optax.OptState:
+    return from_portable(tree["optimizer"], _new_opt_state(cfg, tree["params"]), tree["params"])
+
+
+def restored_state(cfg: GPTConfig, mesh: Mesh, tree: dict) -> TrainState:
+    """The state on this mesh from a restored `saved_tree`."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state_shapes(cfg, mesh).opt_state)
+    make = jax.jit(_from_saved, static_argnums=0, out_shardings=shardings)
+    with jax.set_mesh(mesh):
+        return TrainState(tree["params"], make(cfg, tree))
 
 
 def accumulated(value_and_grad: object, params: Params, microbatches: object) -> tuple[jax.Array, Params]:
@@ -108,15 +132,19 @@ def train_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One step on batch["inputs"] and batch["targets"], int32 [A microbatches, rows, T], targets -1 not counted.
 
-    Returns the new state and {"loss": mean nats per counted target before the update, "targets": their number}.
+    batch may hold "weights", float32 of the same shape: then the loss is the weighted sum over the positions, else their
+    mean. Returns the new state and {"loss": before the update, "targets": how many were counted}.
     """
-    targets = jnp.sum(batch["targets"] >= 0)
+    counted = jnp.sum(batch["targets"] >= 0)
 
     def loss(params: Params, microbatch: dict[str, jax.Array]) -> jax.Array:
-        return loss_sum(params, cfg, microbatch["inputs"], microbatch["targets"]) / jnp.maximum(targets, 1)
+        losses_BT = token_losses(params, cfg, microbatch["inputs"], microbatch["targets"])
+        if "weights" in microbatch:
+            return jnp.sum(losses_BT * microbatch["weights"])
+        return jnp.sum(losses_BT) / jnp.maximum(counted, 1)
 
     total, grads = accumulated(jax.value_and_grad(loss), state.params, batch)
-    return apply_gradients(state, cfg, grads, hyper), {"loss": total, "targets": targets}
+    return apply_gradients(state, cfg, grads, hyper), {"loss": total, "targets": counted}
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
