@@ -9,7 +9,7 @@ from pathlib import Path
 
 from nanochat_jax.config import DataConfig
 from nanochat_jax.errors import UserError
-from nanochat_jax.tasks import arithmetic, choice, spelling
+from nanochat_jax.tasks import arc, arithmetic, choice, gsm8k, humaneval, identity, mmlu, smoltalk, spelling
 from nanochat_jax.tasks.task import Task
 
 __all__ = ["LOADERS", "Mixture", "Task", "load"]
@@ -28,6 +28,14 @@ LOADERS: dict[str, Callable[[str, DataConfig, int], Task]] = {
     "simple_spelling": lambda split, data, seed: spelling.load("simple_spelling", split, seed),
     "spelling_bee": lambda split, data, seed: spelling.load("spelling_bee", split, seed),
     "choice": lambda split, data, seed: choice.load(split, seed),
+    "identity": lambda split, data, seed: identity.load(split, seed),
+    "smoltalk": lambda split, data, seed: smoltalk.load(split, data),
+    "mmlu": lambda split, data, seed: mmlu.load(split, data),
+    "mmlu_aux": lambda split, data, seed: mmlu.load_auxiliary(split, data),
+    "arc_easy": lambda split, data, seed: arc.load("arc_easy", "ARC-Easy", split, data),
+    "arc_challenge": lambda split, data, seed: arc.load("arc_challenge", "ARC-Challenge", split, data),
+    "gsm8k": lambda split, data, seed: gsm8k.load(split, data),
+    "humaneval": lambda split, data, seed: humaneval.load(split, data),
 }
 
 

@@ -5,7 +5,6 @@ A question (the set of its numbers, its series, its pair of opposites) is in one
 
 from __future__ import annotations
 
-import itertools
 import random
 
 from nanochat_jax.tasks.task import SPLITS, Task, is_letter, multiple_choice, one_of, row_rng, split_of
@@ -20,6 +19,8 @@ OPPOSITES = (
     "come go,love hate,laugh cry,deep shallow,wide narrow,thick thin,sharp blunt,sweet bitter,rough smooth,brave timid,"
     "peace war,friend enemy,north south,east west,front back,inside outside,above below,before after"
 )
+Question = tuple[str, str, str, list[str]]
+"""What decides the split, the question, the right answer, the wrong answers."""
 
 
 def load(split: str, seed: int) -> Task:
@@ -32,14 +33,9 @@ def load(split: str, seed: int) -> Task:
 def conversation(split: str, seed: int, row: int) -> dict:
     """The row's first question that belongs to the split."""
     rng = row_rng("choice", split, seed, row)
-    kind = rng.choice((largest, smallest, next_number, opposite))
+    make = rng.choice((largest, smallest, next_number, opposite))
     while True:
-        question, right, wrong = kind(rng)
-        key = (
-            f"{kind.__name__} {question} {' '.join(sorted([right, *wrong]))}"
-            if kind in (largest, smallest)
-            else question
-        )
+        key, question, right, wrong = make(rng)
         if split_of(key) == split:
             break
     choices = [right, *wrong]
@@ -47,36 +43,33 @@ def conversation(split: str, seed: int, row: int) -> dict:
     return multiple_choice(question, LETTERS, choices, LETTERS[choices.index(right)])
 
 
-def numbers(rng: random.Random) -> list[int]:
-    """Four different numbers below 100, in order."""
-    return sorted(rng.sample(range(100), 4))
+def largest(rng: random.Random) -> Question:
+    """The largest of four different numbers below 100."""
+    numbers = sorted(rng.sample(range(100), 4))
+    *wrong, right = map(str, numbers)
+    return f"numbers {numbers}", "Which number is the largest?", right, wrong
 
 
-def largest(rng: random.Random) -> tuple[str, str, list[str]]:
-    """Question, right answer, wrong answers."""
-    *wrong, right = map(str, numbers(rng))
-    return "Which number is the largest?", right, wrong
+def smallest(rng: random.Random) -> Question:
+    """The smallest of four different numbers below 100."""
+    numbers = sorted(rng.sample(range(100), 4))
+    right, *wrong = map(str, numbers)
+    return f"numbers {numbers}", "Which number is the smallest?", right, wrong
 
 
-def smallest(rng: random.Random) -> tuple[str, str, list[str]]:
-    """Question, right answer, wrong answers."""
-    right, *wrong = map(str, numbers(rng))
-    return "Which number is the smallest?", right, wrong
-
-
-def next_number(rng: random.Random) -> tuple[str, str, list[str]]:
-    """A series with a constant step."""
+def next_number(rng: random.Random) -> Question:
+    """The next number of a series with a constant step."""
     start, step = rng.randrange(50), rng.randrange(1, 11)
-    series = list(itertools.islice(itertools.count(start, step), 5))
-    right = series[-1]
-    wrong = rng.sample([right + d for d in (-2, -1, 1, 2, 3)], 3)
-    return f"Which number comes next: {', '.join(map(str, series[:-1]))}?", str(right), list(map(str, wrong))
+    series = [start + step * i for i in range(4)]
+    right = start + step * 4
+    wrong = [str(right + d) for d in rng.sample((-2, -1, 1, 2, 3), 3)]
+    return f"series {series}", f"Which number comes next: {', '.join(map(str, series))}?", str(right), wrong
 
 
-def opposite(rng: random.Random) -> tuple[str, str, list[str]]:
-    """A word, its opposite, and words of other pairs."""
+def opposite(rng: random.Random) -> Question:
+    """The opposite of a word, among words of other pairs."""
     pairs = [pair.split() for pair in OPPOSITES.split(",")]
     pair = rng.choice(pairs)
     word, right = pair if rng.random() < 0.5 else pair[::-1]
-    others = rng.sample([rng.choice(p) for p in pairs if p is not pair], 3)
-    return f"Which word is the opposite of {word}?", right, others
+    wrong = [rng.choice(p) for p in rng.sample([p for p in pairs if p is not pair], 3)]
+    return f"opposites {pair}", f"Which word is the opposite of {word}?", right, wrong

@@ -100,3 +100,8 @@ def is_number(conversation: dict, completion: str) -> bool:
     """Grader of tasks whose conversation holds the right number under "answer"."""
     number = final_number(completion)
     return number is not None and float(number) == float(conversation["answer"])
+
+
+def ungraded(conversation: dict, completion: str) -> bool:
+    """Grader of sets to learn from only. Always raises UserError."""
+    raise UserError("this set holds conversations without a right answer; it can be learned from but not evaluated")

@@ -1,0 +1,38 @@
+"""GSM8K (arXiv 2110.14168): grade-school word problems whose answers call a calculator. Set: openai/gsm8k."""
+
+from __future__ import annotations
+
+import re
+
+from nanochat_jax.config import DataConfig
+from nanochat_jax.tasks.hub import load_rows
+from nanochat_jax.tasks.spelling import FINAL_ANSWER, is_final_answer
+from nanochat_jax.tasks.task import SPLITS, Task, dialogue, one_of
+
+HELD_OUT = 400
+"""Rows at the end of the shuffled training split that only validation sees; a tenth of it where that is less."""
+
+
+def load(split: str, data: DataConfig) -> Task:
+    """train and val share the training split without overlap; test is the benchmark."""
+    one_of("gsm8k", split, SPLITS)
+    rows = load_rows(data, "openai/gsm8k", "main", "test" if split == "test" else "train", ("question", "answer"))
+    cut = len(rows) - min(HELD_OUT, len(rows) // 10)
+    if split == "train":
+        rows = rows.part(0, cut)
+    elif split == "val":
+        rows = rows.part(cut, len(rows))
+    return Task("gsm8k", "generative", rows, conversation, is_final_answer)
+
+
+def conversation(row: dict) -> dict:
+    """`<<12/60=0.2>>` in the answer becomes the tool call `12/60` and its output `0.2`."""
+    parts = []
+    for piece in re.split(r"(<<[^>]+>>)", row["answer"]):
+        if piece.startswith("<<"):
+            expression, _, result = piece[2:-2].rpartition("=")
+            parts += [{"type": "python", "text": expression}, {"type": "python_output", "text": result}]
+        elif piece:
+            parts.append({"type": "text", "text": piece})
+    answer = FINAL_ANSWER.search(row["answer"]).group(1).replace(",", "")
+    return dialogue(row["question"], parts, answer=answer)

@@ -1,0 +1,64 @@
+"""HumanEval (arXiv 2107.03374): Python functions from docstrings, judged by tests. Set: openai/openai_humaneval.
+
+The programs run in the sandbox only. A secret printed after the tests shows that they were reached: a program that
+leaves early with status 0 has not passed.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+
+from nanochat_jax.config import DataConfig
+from nanochat_jax.inference.sandbox import require_isolation, run_program
+from nanochat_jax.tasks.hub import load_rows
+from nanochat_jax.tasks.task import Task, dialogue, one_of
+
+COLUMNS = ("prompt", "canonical_solution", "test", "entry_point")
+FENCED = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
+
+
+def load(split: str, data: DataConfig, unsafe_sandbox: bool = False) -> Task:
+    """The 164 problems. Raises UserError where programs cannot be isolated, before anything is generated."""
+    one_of("humaneval", split, ("test",))
+    if not unsafe_sandbox:
+        require_isolation()
+    rows = load_rows(data, "openai/openai_humaneval", "openai_humaneval", "test", COLUMNS)
+
+    def grade(conversation: dict, completion: str) -> bool:
+        return passes(conversation, completion, unsafe_sandbox)
+
+    return Task("humaneval", "generative", rows, conversation, grade)
+
+
+def conversation(row: dict) -> dict:
+    """The prompt is the beginning of the program, the reference answer is the whole of it."""
+    solution = row["prompt"] + row["canonical_solution"]
+    return dialogue(row["prompt"], solution, entry_point=row["entry_point"], test=row["test"])
+
+
+def passes(conversation: dict, completion: str, unsafe_sandbox: bool) -> bool:
+    """Whether the program reaches the end of its tests."""
+    secret = secrets.token_hex(16)
+    program = "\n\n".join(
+        [
+            imports(conversation["messages"][0]["content"]),
+            code(completion),
+            conversation["test"],
+            f"check({conversation['entry_point']})",
+            f"print({secret!r}, flush=True)",
+        ]
+    )
+    result = run_program(program, unsafe=unsafe_sandbox)
+    return result.ok and result.stdout.endswith(f"{secret}\n")
+
+
+def imports(prompt: str) -> str:
+    """The import lines of a prompt, which the completion may leave out."""
+    return "\n".join(line for line in prompt.splitlines() if re.match(r"(import|from)\s", line))
+
+
+def code(completion: str) -> str:
+    """The last fenced block of a completion, or all of it."""
+    blocks = FENCED.findall(completion)
+    return blocks[-1] if blocks else completion

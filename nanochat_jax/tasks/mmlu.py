@@ -1,0 +1,34 @@
+"""MMLU (arXiv 2009.03300): four choices over 57 subjects, and auxiliary questions to train on. Set: cais/mmlu."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nanochat_jax.config import DataConfig
+from nanochat_jax.tasks.hub import load_rows
+from nanochat_jax.tasks.task import Task, is_letter, multiple_choice, one_of
+
+REPO = "cais/mmlu"
+COLUMNS = ("question", "subject", "choices", "answer")
+LETTERS = ("A", "B", "C", "D")
+
+
+def load(split: str, data: DataConfig) -> Task:
+    """The benchmark: splits val and test, nothing to train on."""
+    one_of("mmlu", split, ("val", "test"))
+    rows = load_rows(data, REPO, "all", "validation" if split == "val" else split, COLUMNS)
+    return Task("mmlu", "categorical", rows, conversation, is_letter, baseline=0.25)
+
+
+def load_auxiliary(split: str, data: DataConfig) -> Task:
+    """The training questions, from either place where the repository keeps them."""
+    one_of("mmlu_aux", split, ("train",))
+    flat = not data.mirror or (Path(data.mirror).expanduser() / REPO / "all" / "auxiliary_train.parquet").is_file()
+    config, name = ("all", "auxiliary_train") if flat else ("auxiliary_train", "train")
+    rows = load_rows(data, REPO, config, name, COLUMNS)
+    return Task("mmlu_aux", "categorical", rows, conversation, is_letter, baseline=0.25)
+
+
+def conversation(row: dict) -> dict:
+    """Row with `answer` 0 to 3 -> multiple choice."""
+    return multiple_choice(row["question"], LETTERS, row["choices"], LETTERS[row["answer"]], subject=row["subject"])
