@@ -29,6 +29,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from nanochat_jax.errors import UserError
+from nanochat_jax.sharding import path_of
 
 FORMAT = 1
 PyTree = Any
@@ -188,10 +189,7 @@ def _read_state(path: Path, target: PyTree | None, only: str | None) -> PyTree:
 
 def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
     """Shape per leaf, under names that are the same for a NamedTuple and for the dict orbax makes of it."""
-    return {
-        "/".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", None)))) for key in path): leaf.shape
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
+    return {path_of(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -22,9 +21,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanochat_jax.config import MODEL_STAGES, STAGES, Config, GPTConfig, to_dict
+from nanochat_jax.data.files import write_json
 from nanochat_jax.errors import UserError
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from nanochat_jax.tokenizer import Tokenizer
 
 RUNS = Path("runs")
@@ -52,7 +54,10 @@ def open_run(config: Config, workdir: Path, *, force: bool = False, log: Callabl
     accepted, and said.
     """
     workdir = Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--workdir {workdir}: cannot be made a folder ({error.strerror}); name another") from None
     record = {"config": to_dict(config), "data": None} | _environment()
     if (workdir / "config.json").exists():
         old = _read_record(workdir)
@@ -69,7 +74,7 @@ def open_run(config: Config, workdir: Path, *, force: bool = False, log: Callabl
         for line in changed:
             log(f"forced: {line}")
         record = old | {"config": record["config"], "data": None if force else old["data"]}
-    _write_json(workdir / "config.json", record)
+    write_json(workdir / "config.json", record)
 
 
 def record_data(workdir: Path, files: Sequence[Path]) -> None:
@@ -77,7 +82,7 @@ def record_data(workdir: Path, files: Sequence[Path]) -> None:
     record = _read_record(workdir)
     found = {path.name: path.stat().st_size for path in files}
     if record["data"] is None:
-        _write_json(Path(workdir) / "config.json", record | {"data": found})
+        write_json(Path(workdir) / "config.json", record | {"data": found})
         return
     for name in sorted(found.keys() | record["data"].keys()):
         before, now = record["data"].get(name, "no"), found.get(name, "no")
@@ -152,21 +157,30 @@ def newest_model(workdir: Path, source: str | None = None) -> str:
 
 
 def load_model(
-    workdir: Path, source: str | None = None, config: Config | None = None
+    workdir: Path, source: str | None = None, config: Config | None = None, mesh: Mesh | None = None
 ) -> tuple[dict[str, Any], GPTConfig, Tokenizer, str, int]:
     """(params, architecture, tokenizer, stage, step) of a run's model, the newest unless `source` names a stage.
 
-    Parameters are arrays on the default device, in the dtypes they were saved in. `config`, the run's own by default,
-    may differ from it in precision and attention. Raises UserError where there is no model.
+    Parameters are placed on `mesh`, or on the default device. `config`, the run's own by default, may differ from it in
+    precision and attention. Raises UserError where there is no model, or one of another shape.
     """
+    import jax
+
     from nanochat_jax.checkpoint import restore_params
+    from nanochat_jax.model import param_shapes
+    from nanochat_jax.sharding import param_shardings
     from nanochat_jax.tokenizer import Tokenizer
 
     workdir = Path(workdir)
     stage = newest_model(workdir, source)
     tokenizer = Tokenizer.load(workdir / "tokenizer")
-    params, _, step = restore_params(workdir / stage / "checkpoints")
-    return params, gpt_config(config or read_config(workdir), tokenizer.vocab_size), tokenizer, stage, step
+    cfg = gpt_config(config or read_config(workdir), tokenizer.vocab_size)
+    shapes = param_shapes(cfg)
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shardings = jax.tree.map(lambda _: here, shapes) if mesh is None else param_shardings(shapes, mesh)
+    target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    params, _, step = restore_params(workdir / stage / "checkpoints", target)
+    return params, cfg, tokenizer, stage, step
 
 
 def _begun(workdir: Path, stage: str) -> bool:
@@ -210,13 +224,3 @@ def _read_record(workdir: Path) -> dict[str, Any]:
         raise UserError(f"{workdir} is not the folder of a run: there is no config.json in it") from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}): start the run in another --workdir") from None
-
-
-def _write_json(path: Path, value: Any) -> None:
-    """Writes beside the file and renames, so that a kill leaves the old contents or the new ones."""
-    fresh = path.with_name(path.name + ".new")
-    with open(fresh, "w") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    fresh.rename(path)

@@ -1,0 +1,18 @@
+"""GPT-2 grade on FineWeb-Edu: depth 24, 8 tokens per scaling parameter.
+
+Command:  python run_speedrun.py --mesh 8
+Cost:     eight H100 or H200; --plan says the hours
+Result:   not measured yet
+"""
+
+from dataclasses import replace
+
+from nanochat_jax.config import Config
+
+defaults = Config()
+config = replace(
+    defaults,
+    model=replace(defaults.model, depth=24),
+    data=replace(defaults.data, source="fineweb-edu", num_shards=170),
+    base=replace(defaults.base, target_param_data_ratio=8.0, device_batch_size=16),
+)

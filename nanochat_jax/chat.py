@@ -1,0 +1,115 @@
+"""The terminal chat: one answer for a script, or a conversation of several turns, streamed as it is written.
+
+python -m nanochat_jax chat                          # /reset starts over, /quit leaves, Ctrl-C stops an answer
+python -m nanochat_jax chat -p "Why is the sky blue?"
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from nanochat_jax.errors import UserError
+from nanochat_jax.inference.engine import Engine, SamplingParams
+from nanochat_jax.server.context import fit
+from nanochat_jax.tokenizer import Tokenizer
+
+
+def answer_once(
+    engine: Engine, tokenizer: Tokenizer, sampling: SamplingParams, prompt: str, *, raw: bool, show: bool
+) -> dict[str, Any]:
+    """The answer to one user message, or with `raw` the continuation of a text; streamed to stdout where `show` is set.
+
+    Returns {"text", "tool_calls", "finish_reason", "usage"}. UserError where the prompt fills the context.
+    """
+    if raw:
+        ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+        room = engine.max_len - len(ids)
+        if room < 1:
+            raise UserError(f"the prompt takes {len(ids)} tokens, the context holds {engine.max_len}: shorten it")
+        sampling = dataclasses.replace(sampling, max_tokens=min(sampling.max_tokens, room))
+    else:
+        ids, sampling, _ = _fitted([{"role": "user", "content": prompt}], engine, tokenizer, sampling)
+    answer = {"text": "", "tool_calls": [], "finish_reason": None, "usage": None}
+    for event in _shown(engine.stream(ids, sampling), show):
+        if event["type"] == "text":
+            answer["text"] += event["text"]
+        elif event["type"] == "tool":
+            answer["tool_calls"].append({"expression": event["expression"], "result": event["result"]})
+        else:
+            answer |= {"finish_reason": event["finish_reason"], "usage": event["usage"]}
+    return answer
+
+
+def talk(engine: Engine, tokenizer: Tokenizer, sampling: SamplingParams) -> None:
+    """Reads messages from stdin and answers each, until /quit or the end of the input."""
+    print("/reset starts over, /quit leaves", file=sys.stderr)
+    messages: list[dict[str, Any]] = []
+    while (text := _read_line()) not in (None, "/quit"):
+        if text == "/reset":
+            messages.clear()
+            print("(a new conversation)", file=sys.stderr)
+        elif text:
+            messages.append({"role": "user", "content": text})
+            try:
+                ids, turn, dropped = _fitted(messages, engine, tokenizer, sampling)
+            except UserError as error:
+                print(f"error: {error}", file=sys.stderr)
+                messages.pop()
+                continue
+            if dropped:
+                print(f"({dropped} old messages no longer fit the context)", file=sys.stderr)
+            # The same question asked twice should not get the same sample.
+            turn = dataclasses.replace(turn, seed=sampling.seed + len(messages) // 2)
+            messages.append({"role": "assistant", "content": _parts(engine.stream(ids, turn))})
+
+
+def _read_line() -> str | None:
+    """One line from the person, stripped; None at the end of the input."""
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return None
+
+
+def _parts(events: Iterator[dict]) -> list[dict[str, str]]:
+    """Shows an answer and returns it as message parts; Ctrl-C ends it where it is."""
+    parts: list[dict[str, str]] = [{"type": "text", "text": ""}]
+    try:
+        for event in _shown(events, True):
+            if event["type"] == "text":
+                parts[-1]["text"] += event["text"]
+            elif event["type"] == "tool":
+                parts += [
+                    {"type": "python", "text": event["expression"]},
+                    {"type": "python_output", "text": event["result"]},
+                    {"type": "text", "text": ""},
+                ]
+    except KeyboardInterrupt:
+        print()
+    return parts
+
+
+def _shown(events: Iterator[dict], show: bool) -> Iterator[dict]:
+    """Passes the engine's events on, printing them; stopping early cancels the generation."""
+    try:
+        for event in events:
+            if show and event["type"] == "text":
+                print(event["text"], end="", flush=True)
+            elif show and event["type"] == "tool":
+                print(f"[{event['expression']} = {event['result']}]", end="", flush=True)
+            elif show:
+                print(flush=True)
+            yield event
+    finally:
+        events.close()
+
+
+def _fitted(
+    messages: list[dict], engine: Engine, tokenizer: Tokenizer, sampling: SamplingParams
+) -> tuple[list[int], SamplingParams, int]:
+    """Prompt ids, sampling with what room is left for the answer, and how many old messages were left out."""
+    prompt = fit(messages, tokenizer, engine.max_len, sampling.max_tokens)
+    return prompt.ids, dataclasses.replace(sampling, max_tokens=prompt.max_tokens), prompt.dropped

@@ -1,0 +1,395 @@
+"""The command line: `python -m nanochat_jax COMMAND [--workdir DIR] [--experiment FILE] [--FIELD VALUE ...]`.
+
+tyro builds every option from the dataclasses below and in config.py. A mistake of the user is one line on stderr:
+status 2 where the command line itself is wrong, 1 where something else is (`UserError`). JAX and the stages are
+imported by the commands that need them, so that --help is quick.
+
+Values come from, later ones winning: the experiment file (or config.json of the run), then the options.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import importlib.util
+import io
+import json
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from nanochat_jax import run
+from nanochat_jax.config import Config
+from nanochat_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from nanochat_jax.inference.engine import Engine
+    from nanochat_jax.tokenizer import Tokenizer
+
+PROGRAM = "python -m nanochat_jax"
+EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+Flag = tyro.conf.FlagCreatePairsOff[bool]
+Source = Literal["base", "mid", "sft", "rl"]
+MENDABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+
+
+class UsageError(UserError):
+    """The command line itself is wrong: status 2."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What every command takes."""
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    workdir: str | None = None
+    """Folder of the run; unset: runs/<experiment> for training, else the run with the newest model."""
+    experiment: str | None = None
+    """Python file that defines `config`; unset: the run's config.json, else experiments/speedrun.py where JAX sees a
+    GPU or TPU and experiments/tiny_cpu.py where it does not."""
+
+    def check(self) -> None:
+        """Raises UsageError where options contradict each other; called before anything is done."""
+
+
+@dataclass(frozen=True)
+class TrainOptions(Options):
+    """Options of the training commands."""
+
+    plan: Flag = False
+    """Print parameters, steps, tokens, FLOPs, memory, disk, hours and dollars, and stop."""
+    force: Flag = False
+    """Go on with values that differ from those the run was started with."""
+
+
+@dataclass(frozen=True)
+class EvalOptions(Options):
+    """Options of `eval`."""
+
+    source: Source | None = None
+    """Stage whose model is evaluated; unset: the last one that has a checkpoint."""
+    tasks: str | None = None
+    """Evaluations, separated by commas: bpb, core, arc_easy, ...; unset: those of the configuration."""
+    max_examples: int | None = None
+    """Rows of each task; unset: as configured."""
+
+
+@dataclass(frozen=True)
+class ChatOptions(Options):
+    """Options of `chat`. `--seed` is the seed of the sampling here."""
+
+    source: Source | None = None
+    """Stage whose model answers; unset: the last one that has a checkpoint."""
+    prompt: Annotated[str | None, tyro.conf.arg(aliases=["-p"])] = None
+    """Answer this and stop; unset: talk until /quit."""
+    raw: Flag = False
+    """Continue the prompt as plain text, without chat tokens."""
+    temperature: float = 0.6
+    """Sampling temperature; 0: always the likeliest token."""
+    top_k: int = 50
+    """Sample from this many tokens; 0: all."""
+    top_p: float = 1.0
+    """Sample from the likeliest tokens that hold this share of the probability."""
+    min_p: float = 0.0
+    """Sample from tokens at least this likely relative to the likeliest."""
+    max_tokens: int = 256
+    """Longest answer, tokens."""
+    json: Flag = False
+    """End stdout with one line of JSON: text, tool calls, usage; needs a prompt."""
+
+    def check(self) -> None:
+        if self.prompt is None and (self.json or self.raw):
+            raise UsageError(f"{'--json' if self.json else '--raw'} needs a prompt: -p TEXT")
+
+
+@dataclass(frozen=True)
+class ServeOptions(Options):
+    """Options of `serve`."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; anything but this machine needs a token."""
+    port: int = 8000
+    """TCP port; 0: any free one."""
+    source: Source | None = None
+    """Stage whose model answers; unset: the last one that has a checkpoint."""
+    token: str | None = None
+    """Bearer token that requests to the API must carry."""
+    rows: int = 8
+    """Conversations answered at the same time."""
+
+
+Command = Callable[[Any, Path], None]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs `argv`, the words after the program's name; returns the exit status."""
+    if not argv or argv[0] in ("-h", "--help"):
+        return guarded(lambda: print(_overview()))
+    name, *rest = argv
+    if name not in COMMANDS:
+        return guarded(lambda: _unknown_command(name))
+    kind, command = COMMANDS[name]
+    return guarded(lambda: run_command(f"{PROGRAM} {name}", kind, command, rest))
+
+
+def program() -> None:
+    """The entry point of the process: `main` with this process's words, the compilation cache and quiet libraries."""
+    set_up_process()
+    sys.exit(main(sys.argv[1:]))
+
+
+def set_up_process() -> None:
+    """Keeps compiled programs in the user's cache folder, and libraries from printing what is raised anyway."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanochat_jax" / "xla"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+
+
+def guarded(action: Callable[[], None]) -> int:
+    """Exit status of `action`, what a user can mend being one line on stderr. Other exceptions are bugs and pass."""
+    try:
+        action()
+    except SystemExit as stop:  # tyro, after --help
+        return int(stop.code or 0)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader of stdout has gone; Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in MENDABLE:
+            raise
+        log(f"error: {' '.join(str(error).split())}")
+        return 2 if isinstance(error, UsageError) else 1
+    return 0
+
+
+def run_command(prog: str, kind: type[Options], command: Command, argv: Sequence[str]) -> None:
+    """Parses `argv` into `kind` on top of the experiment or the run it names, and calls `command(options, workdir)`."""
+    training = issubclass(kind, TrainOptions)
+    config, workdir, origin = _defaults(argv, starts_run=issubclass(kind, TrainOptions) or command is download)
+    about = f"{command.__doc__}\n\nDefaults shown are those of {origin}."
+    options = parse(kind, config, argv, prog, about)
+    options.check()
+    log(f"run {workdir}, configuration from {origin}")
+    if training and options.plan:
+        from nanochat_jax.plan import format_plan, plan
+
+        print(format_plan(plan(options.config)))
+        return
+    if training:
+        run.open_run(options.config, workdir, force=options.force, log=log)
+    command(options, workdir)
+
+
+def parse(kind: type[Options], config: Config, argv: Sequence[str], prog: str, description: str) -> Any:
+    """`argv` as an instance of `kind` with `config` as defaults. UsageError with tyro's message in one line."""
+    stderr = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(stderr):
+            return tyro.cli(kind, args=list(argv), default=kind(config), prog=prog, description=description)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UsageError(f"{_one_line(stderr.getvalue())}; see {prog} --help") from None
+
+
+def load_experiment(path: Path) -> Config:
+    """`config` of an experiment file. UserError where the file is missing, fails or defines none."""
+    if not path.is_file():
+        raise UserError(f"--experiment {path}: there is no such file")
+    spec = importlib.util.spec_from_file_location(f"experiment_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"--experiment {path}: not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"--experiment {path}: {type(error).__name__}: {error}") from None
+    if not isinstance(getattr(module, "config", None), Config):
+        raise UserError(f"--experiment {path}: it must define `config`, a nanochat_jax.config.Config")
+    return module.config
+
+
+def log(text: str) -> None:
+    """Progress, for people: stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def download(options: Options, workdir: Path) -> None:
+    """Fetch the pretraining shards, the validation shard first."""
+    from nanochat_jax.data.download import download
+
+    download(options.config, log)
+
+
+def tokenizer(options: TrainOptions, workdir: Path) -> None:
+    """Train the tokenizer on the training shards."""
+    from nanochat_jax.stages import tokenizer
+
+    tokenizer.run(options.config, workdir, log)
+
+
+def pretrain(options: TrainOptions, workdir: Path) -> None:
+    """Train the base model on raw text."""
+    from nanochat_jax.stages import pretrain
+
+    pretrain.run(options.config, workdir, log)
+
+
+def mid(options: TrainOptions, workdir: Path) -> None:
+    """Teach the base model conversations, tools and multiple choice."""
+    from nanochat_jax.stages import finetune
+
+    finetune.run(options.config, workdir, "mid", log)
+
+
+def sft(options: TrainOptions, workdir: Path) -> None:
+    """Fine-tune on the assistant's side of conversations."""
+    from nanochat_jax.stages import finetune
+
+    finetune.run(options.config, workdir, "sft", log)
+
+
+def rl(options: TrainOptions, workdir: Path) -> None:
+    """Reinforce right answers on a task with a reward."""
+    from nanochat_jax.stages import rl
+
+    rl.run(options.config, workdir, log)
+
+
+def evaluate(options: EvalOptions, workdir: Path) -> None:
+    """Measure a model; the last line of stdout is JSON with every figure."""
+    from nanochat_jax.stages import evaluate
+
+    tasks = None if options.tasks is None else tuple(name.strip() for name in options.tasks.split(","))
+    source = run.newest_model(workdir, options.source)
+    figures = evaluate.run(options.config, workdir, source, tasks, options.max_examples, log)
+    print(json.dumps(figures), flush=True)
+
+
+def chat(options: ChatOptions, workdir: Path) -> None:
+    """Talk to a model in the terminal, or answer one prompt."""
+    from nanochat_jax.chat import answer_once, talk
+    from nanochat_jax.inference.engine import SamplingParams
+
+    sampling = SamplingParams(
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+        max_tokens=options.max_tokens,
+        seed=options.config.seed,
+    )
+    engine, tokenizer, name = _engine(options, workdir, rows=1)
+    if options.prompt is None:
+        talk(engine, tokenizer, sampling)
+        return
+    answer = answer_once(engine, tokenizer, sampling, options.prompt, raw=options.raw, show=not options.json)
+    if options.json:
+        print(json.dumps({"model": name} | answer), flush=True)
+
+
+def serve(options: ServeOptions, workdir: Path) -> None:
+    """Serve the chat page and the OpenAI-compatible API."""
+    from nanochat_jax.server.app import create_app, serve
+
+    engine, tokenizer, name = _engine(options, workdir, rows=options.rows)
+    serve(create_app(engine, tokenizer, model_name=name, token=options.token), options.host, options.port)
+
+
+def report(options: Options, workdir: Path) -> None:
+    """Write report.md and report.html of a run."""
+    from nanochat_jax.report import write_report
+
+    print(write_report(workdir))
+
+
+def _defaults(argv: Sequence[str], starts_run: bool) -> tuple[Config, Path, str]:
+    """(configuration before the options, folder of the run, where the configuration is from)."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    early.add_argument("--workdir")
+    early.add_argument("--experiment")
+    try:
+        given, _ = early.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise UsageError(str(error)) from None
+    workdir = None if given.workdir is None else Path(given.workdir).expanduser()
+    if given.experiment is None:
+        if "-h" in argv or "--help" in argv:
+            # Looking for devices takes seconds, and memory on a GPU that may be busy.
+            path = EXPERIMENTS / "speedrun.py"
+            return load_experiment(path), workdir or run.RUNS, f"{path.name}; with --experiment FILE, of that file"
+        if workdir is None and not starts_run:
+            workdir = run.newest_run()
+        if workdir is not None and ((workdir / "config.json").exists() or not starts_run):
+            return run.read_config(workdir), workdir, f"{workdir}/config.json"
+    path, why = (Path(given.experiment), "") if given.experiment else _default_experiment()
+    return load_experiment(path), workdir or run.RUNS / path.stem, f"{path}{why}"
+
+
+def _default_experiment() -> tuple[Path, str]:
+    import jax
+
+    platform = jax.default_backend()
+    name = "tiny_cpu.py" if platform == "cpu" else "speedrun.py"
+    return EXPERIMENTS / name, f" (JAX sees {'no GPU or TPU' if platform == 'cpu' else platform.upper()})"
+
+
+def _engine(options: ChatOptions | ServeOptions, workdir: Path, rows: int) -> tuple[Engine, Tokenizer, str]:
+    """The engine on the run's model, and the name of that model: run/stage."""
+    from nanochat_jax.inference.engine import Engine
+
+    params, cfg, tokenizer, stage, step = run.load_model(workdir, options.source, options.config)
+    log(f"{stage} model of step {step}")
+    if stage == "base" and not getattr(options, "raw", False):
+        log("the base model has not learned to chat; `chat --raw -p TEXT` continues a text")
+    engine = Engine(params, cfg, tokenizer, max_rows=rows, max_len=cfg.sequence_len)
+    return engine, tokenizer, f"{workdir.resolve().name}/{stage}"
+
+
+def _one_line(box: str) -> str:
+    """tyro's boxed message without its frame and help text, as one line."""
+    lines = [re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯]", "", line).strip() for line in box.splitlines()]
+    rules = [i for i, line in enumerate(lines) if line and not line.strip("─")]
+    message = " ".join(lines[1 : rules[0] if rules else None])
+    guess = re.search(r"Perhaps you meant:\s*(--\S+)", "\n".join(lines))
+    return message.rstrip(".") + (f"; perhaps you meant {guess[1]}" if guess else "")
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    about = [f"  {name:<{width}}  {(command.__doc__ or '').splitlines()[0]}" for name, (_, command) in COMMANDS.items()]
+    return "\n".join(
+        [f"usage: {PROGRAM} COMMAND [OPTIONS]", "", *about, "", f"{PROGRAM} COMMAND --help lists its options."]
+    )
+
+
+def _unknown_command(name: str) -> None:
+    raise UsageError(f"unknown command {name!r}; commands: {' '.join(COMMANDS)}")
+
+
+TRAINING: dict[str, Command] = {"tokenizer": tokenizer, "base": pretrain, "mid": mid, "sft": sft, "rl": rl}
+
+COMMANDS: dict[str, tuple[type[Options], Command]] = {
+    "download": (Options, download),
+    "tokenizer": (TrainOptions, tokenizer),
+    "pretrain": (TrainOptions, pretrain),
+    "mid": (TrainOptions, mid),
+    "sft": (TrainOptions, sft),
+    "rl": (TrainOptions, rl),
+    "eval": (EvalOptions, evaluate),
+    "chat": (ChatOptions, chat),
+    "serve": (ServeOptions, serve),
+    "report": (Options, report),
+}

@@ -1,0 +1,54 @@
+"""From raw text to a model that chats: all stages in order, each measured when it is done, then the report.
+
+    python run_speedrun.py                  # experiments/speedrun.py on a GPU or TPU, experiments/tiny_cpu.py without
+    python run_speedrun.py --mesh 8         # eight devices
+    python run_speedrun.py --stages base,mid
+
+What is finished is skipped and what was cut is resumed, so the same command continues a run that was stopped.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanochat_jax import cli, run
+from nanochat_jax.config import MODEL_STAGES, STAGES
+
+
+@dataclass(frozen=True)
+class SpeedrunOptions(cli.TrainOptions):
+    """Options of the speedrun."""
+
+    stages: str = ",".join(STAGES)
+    """Stages to run, separated by commas."""
+
+    def check(self) -> None:
+        if unknown := [name for name in self.chosen() if name not in STAGES]:
+            raise cli.UsageError(f"--stages {self.stages}: unknown stage {unknown[0]!r}; stages: {', '.join(STAGES)}")
+
+    def chosen(self) -> list[str]:
+        """The names in `stages`."""
+        return [name.strip() for name in self.stages.split(",")]
+
+
+def speedrun(options: SpeedrunOptions, workdir: Path) -> None:
+    """Run all stages in order, evaluate each model and write the report."""
+    from nanochat_jax.report import write_report
+    from nanochat_jax.stages import evaluate
+
+    for stage in [name for name in STAGES if name in options.chosen()]:
+        if run.finished(workdir, stage):
+            cli.log(f"{stage}: finished already, skipped")
+        else:
+            cli.TRAINING[stage](options, workdir)
+        if stage in MODEL_STAGES and not (workdir / stage / "eval.json").exists():
+            evaluate.run(options.config, workdir, stage, None, None, cli.log)
+    cli.log(f"report: {write_report(workdir)}")
+
+
+if __name__ == "__main__":
+    cli.set_up_process()
+    command = Path(sys.argv[0]).name
+    sys.exit(cli.guarded(lambda: cli.run_command(f"python {command}", SpeedrunOptions, speedrun, sys.argv[1:])))
