@@ -1,8 +1,8 @@
 """Runs programs that a model wrote, isolated by the kernel.
 
 Each program runs in new user, mount, pid and network namespaces (made by bubblewrap where it is installed, else by
-sandbox_launcher.py): no network, a read-only system without /home and /proc, an empty /tmp in memory as the only writable
-place, limits on memory, CPU, processes, files, output and time. Where the kernel denies that, nothing runs.
+sandbox_launcher.py): no network, a read-only system without /home and /proc, an empty /tmp in memory as the only
+writable place, limits on memory, CPU, processes, files, output and time. Where the kernel denies that, nothing runs.
 Left out: a filter of system calls, and a limit on the memory of all the program's processes together.
 """
 

@@ -1,9 +1,9 @@
 """Runs a command in namespaces of its own: what bubblewrap does, with system calls, for machines that lack it.
 
-Started as a script by sandbox.py, `python -I -S sandbox_launcher.py TMP_BYTES PATHS -- COMMAND...`, never imported, so that
-the forking happens in a small process with one thread. Standard library only. The command sees PATHS (joined by colons),
-read-only, three devices, and one writable folder, /tmp; no network, no /proc, no other process. It runs as a user
-without rights, and everything in its process namespace dies with it.
+Started as a script by sandbox.py, `python -I -S sandbox_launcher.py TMP_BYTES PATHS -- COMMAND...`, never imported,
+so that the forking happens in a small process with one thread. Standard library only. The command sees PATHS (joined
+by colons), read-only, three devices, and one writable folder, /tmp; no network, no /proc, no other process. It runs
+as a user without rights, and everything in its process namespace dies with it.
 
 Exit status: the command's; 128 + the signal that ended it. What the kernel denies is said on stderr.
 See user_namespaces(7), pid_namespaces(7), mount_setattr(2) (Linux 5.12), pivot_root(2).

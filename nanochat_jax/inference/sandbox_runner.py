@@ -1,8 +1,8 @@
 """The process that runs a program inside the sandbox: takes its limits, says that it got there, runs what stdin holds.
 
-Started as `python -I -S -c TEXT STATUS_FD MEMORY CPU_SECONDS FILE_BYTES PROCESSES`, TEXT being this file, because nothing
-of this package is visible inside. Standard library only. PROCESSES 0: no limit; outside a namespace it would count all
-processes of the user.
+Started as `python -I -S -c TEXT STATUS_FD MEMORY CPU_SECONDS FILE_BYTES PROCESSES`, TEXT being this file, because
+nothing of this package is visible inside. Standard library only. PROCESSES 0: no limit; outside a namespace it would
+count all processes of the user.
 """
 
 import os

@@ -1,0 +1,93 @@
+"""Accuracy of a chat model on tasks, and ChatCORE.
+
+Categorical tasks compare the logits of the answer's letters at the place of the answer; generative ones sample
+greedily and are graded by the task.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from tqdm import tqdm
+
+from nanochat_jax.errors import UserError
+from nanochat_jax.evals.intervals import wilson
+from nanochat_jax.inference.engine import Engine, SamplingParams
+from nanochat_jax.tasks.task import Task
+from nanochat_jax.tokenizer import Tokenizer
+
+Log = Callable[[str], None]
+
+CHATCORE = {"arc_easy": 0.25, "arc_challenge": 0.25, "mmlu": 0.25, "gsm8k": 0.0, "humaneval": 0.0}
+"""The five tasks of ChatCORE and the accuracy of guessing."""
+
+
+def evaluate_task(
+    task: Task,
+    engine: Engine,
+    tokenizer: Tokenizer,
+    *,
+    max_examples: int | None = None,
+    batch_size: int = 64,
+    max_new_tokens: int = 512,
+    log: Log,
+) -> dict:
+    """{"accuracy", "n", "interval": [lo, hi], "correct": 0 or 1 a row} over the first max_examples rows.
+
+    A prompt that does not fit the engine counts as wrong; how many did not is logged.
+    """
+    n = len(task) if max_examples is None else min(max_examples, len(task))
+    if n < 1:
+        raise UserError(f"task {task.name}: no example to evaluate; --max-examples must be at least 1")
+    conversations = [task[i] for i in range(n)]
+    prompts = [tokenizer.render_for_completion(conversation) for conversation in conversations]
+    limit = engine.cfg.max_positions if task.kind == "categorical" else engine.max_len - 1
+    # Prompts of like length together need less padding.
+    order = sorted((i for i in range(n) if len(prompts[i]) <= limit), key=lambda i: len(prompts[i]))
+    if len(order) < n:
+        log(f"{task.name}: {n - len(order)} of {n} prompts are longer than {limit} tokens and count as wrong")
+    # The engine refills its rows by itself while it has more prompts than rows.
+    step = batch_size if task.kind == "categorical" else 4 * batch_size
+    sampling = SamplingParams(temperature=0.0, max_tokens=max_new_tokens)
+    correct = [0] * n
+    with (
+        ThreadPoolExecutor(os.cpu_count()) as graders,
+        tqdm(total=n, desc=task.name, unit="ex", leave=False, disable=None) as bar,
+    ):
+        for start in range(0, len(order), step):
+            chosen = order[start : start + step]
+            batch = [conversations[i] for i in chosen]
+            if task.kind == "categorical":
+                answers = most_likely(engine.logits_at([prompts[i] for i in chosen]), batch, tokenizer)
+            else:
+                answers = [completion.text for completion in engine.generate([prompts[i] for i in chosen], sampling)]
+            for i, right in zip(chosen, graders.map(task.grade, batch, answers), strict=True):
+                correct[i] = int(right)
+            bar.update(len(chosen))
+    right = sum(correct)
+    low, high = wilson(right, n)
+    log(f"{task.name}: accuracy {right / n:.4f} (n {n}, 95% {low:.4f} to {high:.4f})")
+    return {"accuracy": right / n, "n": n, "interval": [low, high], "correct": correct}
+
+
+def most_likely(logits: np.ndarray, conversations: list[dict], tokenizer: Tokenizer) -> list[str]:
+    """The letter of each conversation with the highest logit; logits [n, V]."""
+    answers = []
+    for row, conversation in zip(logits, conversations, strict=True):
+        letters = conversation["letters"]
+        ids = [tokenizer.encode(letter) for letter in letters]
+        if any(len(tokens) != 1 for tokens in ids):
+            raise UserError(f"the letters {' '.join(letters)} are not single tokens of this tokenizer; train it again")
+        answers.append(letters[int(np.argmax([row[token] for (token,) in ids]))])
+    return answers
+
+
+def chatcore(results: Mapping[str, Mapping]) -> float | None:
+    """Mean centred accuracy of the five tasks, guessing 0 and perfect 1; None where one of them was not measured."""
+    if not set(CHATCORE) <= set(results):
+        return None
+    centred = [(results[name]["accuracy"] - base) / (1 - base) for name, base in CHATCORE.items()]
+    return sum(centred) / len(centred)

@@ -1,0 +1,261 @@
+"""CORE, the in-context-learning metric of DCLM (arXiv 2406.11794): 22 tasks, centred on guessing and averaged.
+
+Prompts, shots and scoring are the reference's, row for row. Prompts of like length are scored together, in batches
+whose lengths are powers of two, so that at most a dozen programs are compiled. Prompts are never cropped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import functools
+import json
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import yaml
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from nanochat_jax import model
+from nanochat_jax.config import GPTConfig
+from nanochat_jax.errors import UserError
+from nanochat_jax.evals.intervals import Z, wilson
+from nanochat_jax.sharding import data_shards, put_batch
+from nanochat_jax.tokenizer import Tokenizer
+
+Log = Callable[[str], None]
+Forward = Callable[[model.Params, GPTConfig, jax.Array], jax.Array]
+
+SHUFFLE_SEED, SHOTS_SEED = 1337, 1234
+SHORTEST = 64
+"""Tokens of the shortest batches."""
+BATCH_LOGITS = 2**28
+"""Logits of one batch, at most: a gigabyte in float32."""
+
+
+@dataclass(frozen=True)
+class CoreTask:
+    """One line of core.yaml with its rows, shuffled, and its baseline."""
+
+    label: str
+    kind: str
+    shots: int
+    delimiter: str
+    baseline: float
+    rows: list[dict]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A token sequence and the part of it that is scored: tokens start to end, each given all before it."""
+
+    tokens: list[int]
+    start: int
+    end: int
+
+
+def evaluate_core(
+    params: model.Params,
+    gpt_config: GPTConfig,
+    tokenizer: Tokenizer,
+    bundle_dir: Path | str,
+    *,
+    max_examples: int | None = None,
+    batch_size: int = 64,
+    log: Log,
+    mesh: Mesh | None = None,
+    forward: Forward = model.forward,
+) -> dict:
+    """{"core_metric", "interval", "results", "centered_results", "intervals", "n"}, the last four by task label.
+
+    max_examples cuts what is scored, never the rows that shots are drawn from. batch_size: rows scored at once, fewer
+    where they are long. Raises UserError for an incomplete bundle or a prompt beyond the model's positions.
+    """
+    run = functools.partial(score, params, gpt_config, batch_size=batch_size, mesh=mesh, forward=forward)
+    results, centred, intervals, counts = {}, {}, {}, {}
+    variance = 0.0
+    for task in read_bundle(Path(bundle_dir).expanduser()):
+        n = len(task.rows) if max_examples is None else min(max_examples, len(task.rows))
+        items = [candidates(task, i, tokenizer) for i in range(n)]
+        right = sum(judge(task, items, run, tokenizer.bos_id))
+        accuracy = right / n
+        results[task.label] = accuracy
+        centred[task.label] = (accuracy - task.baseline) / (1 - task.baseline)
+        intervals[task.label] = list(wilson(right, n))
+        counts[task.label] = n
+        variance += accuracy * (1 - accuracy) / n / (1 - task.baseline) ** 2
+        log(f"CORE {task.label}: accuracy {accuracy:.4f}, centred {centred[task.label]:.4f} (n {n})")
+    core = sum(centred.values()) / len(centred)
+    half = Z * math.sqrt(variance) / len(centred)
+    log(f"CORE {core:.4f} over {len(centred)} tasks (95% {core - half:.4f} to {core + half:.4f})")
+    return {
+        "core_metric": core,
+        "interval": [core - half, core + half],
+        "results": results,
+        "centered_results": centred,
+        "intervals": intervals,
+        "n": counts,
+    }
+
+
+def read_bundle(folder: Path) -> list[CoreTask]:
+    """The tasks in the order of core.yaml. Raises UserError for what is missing."""
+    try:
+        entries = yaml.safe_load((folder / "core.yaml").read_text(encoding="utf-8"))["icl_tasks"]
+        with open(folder / "eval_meta_data.csv", encoding="utf-8") as file:
+            baselines = {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in csv.DictReader(file)}
+        tasks = []
+        for entry in entries:
+            lines = (folder / "eval_data" / entry["dataset_uri"]).read_text(encoding="utf-8").splitlines()
+            rows = [json.loads(line) for line in lines if line.strip()]
+            random.Random(SHUFFLE_SEED).shuffle(rows)
+            delimiter = entry.get("continuation_delimiter", " ")
+            label = entry["label"]
+            kind, shots = entry["icl_task_type"], entry["num_fewshot"][0]
+            tasks.append(CoreTask(label, kind, shots, delimiter, baselines[label], rows))
+    except (OSError, KeyError, ValueError, yaml.YAMLError) as error:
+        raise UserError(
+            f"{folder} is not a complete CORE bundle ({type(error).__name__}: {error}); "
+            "it needs core.yaml, eval_meta_data.csv and eval_data/: remove the folder to download it again"
+        ) from error
+    return tasks
+
+
+def candidates(task: CoreTask, i: int, tokenizer: Tokenizer) -> list[Candidate]:
+    """What is scored for row i: the choices, the contexts, or the one continuation."""
+    item = task.rows[i]
+    others = [j for j in range(len(task.rows)) if j != i]
+    shots = [task.rows[j] for j in random.Random(SHOTS_SEED + i).sample(others, task.shots)] if task.shots else []
+    prompts = {"multiple_choice": choice_prompts, "schema": schema_prompts, "language_modeling": continuation_prompts}
+    if task.kind not in prompts:
+        raise UserError(f"CORE task {task.label} has the unknown type {task.kind!r}; types are {', '.join(prompts)}")
+    sequences = [
+        [tokenizer.bos_id, *tokenizer.encode(text)] for text in prompts[task.kind](item, shots, task.delimiter)
+    ]
+    if task.kind == "schema":
+        shared = common([tokens[::-1] for tokens in sequences])
+        return [Candidate(tokens, len(tokens) - shared, len(tokens)) for tokens in sequences]
+    start = common(sequences)
+    if task.kind == "language_modeling":
+        sequences = sequences[1:]
+    return [Candidate(tokens, start, len(tokens)) for tokens in sequences]
+
+
+def choice_prompts(item: dict, shots: Sequence[dict], delimiter: str) -> list[str]:
+    """One prompt a choice."""
+    before = "".join(f"{shot['query']}{delimiter}{shot['choices'][shot['gold']]}\n\n" for shot in shots)
+    return [f"{before}{item['query']}{delimiter}{choice}" for choice in item["choices"]]
+
+
+def schema_prompts(item: dict, shots: Sequence[dict], delimiter: str) -> list[str]:
+    """One prompt a context, all with the same continuation."""
+    before = "".join(f"{shot['context_options'][shot['gold']]}{delimiter}{shot['continuation']}\n\n" for shot in shots)
+    return [f"{before}{context}{delimiter}{item['continuation']}" for context in item["context_options"]]
+
+
+def continuation_prompts(item: dict, shots: Sequence[dict], delimiter: str) -> list[str]:
+    """The prompt without and with the continuation. The blank before a continuation belongs to its first token."""
+    before = "".join(f"{shot['context'].strip()}{delimiter}{shot['continuation']}\n\n" for shot in shots)
+    prompt = f"{before}{item['context'].strip()}{delimiter}"
+    return [prompt.strip(), f"{prompt}{item['continuation']}"]
+
+
+def common(sequences: Sequence[Sequence[int]]) -> int:
+    """Length of the common prefix."""
+    shortest = min(map(len, sequences))
+    return next((i for i in range(shortest) if len({tokens[i] for tokens in sequences}) > 1), shortest)
+
+
+def judge(task: CoreTask, items: Sequence[Sequence[Candidate]], run: Callable, padding: int) -> list[bool]:
+    """Whether each item is right: the gold choice has the lowest mean loss, or all of a continuation is argmax."""
+    flat = [candidate for item in items for candidate in item]
+    losses, exact = run(flat, padding=padding, label=task.label)
+    right, first = [], 0
+    for row, item in zip(task.rows, items, strict=False):
+        if task.kind == "language_modeling":
+            right.append(bool(exact[first]))
+        else:
+            right.append(int(np.argmin(losses[first : first + len(item)])) == row["gold"])
+        first += len(item)
+    return right
+
+
+def score(
+    params: model.Params,
+    cfg: GPTConfig,
+    sequences: Sequence[Candidate],
+    *,
+    batch_size: int,
+    padding: int,
+    label: str,
+    mesh: Mesh | None,
+    forward: Forward,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean loss (float32) and all-argmax (bool) of the scored part of each sequence."""
+    groups: dict[int, list[int]] = {}
+    for i, sequence in enumerate(sequences):
+        groups.setdefault(bucket(len(sequence.tokens), cfg, label), []).append(i)
+    losses, exact = np.empty(len(sequences), np.float32), np.empty(len(sequences), bool)
+    shards = 1 if mesh is None else data_shards(mesh)
+    with tqdm(total=len(sequences), desc=label, unit="row", leave=False, disable=None) as bar:
+        for length, members in sorted(groups.items()):
+            fitting = max(1, min(batch_size, BATCH_LOGITS // (length * cfg.vocab_size)))
+            rows = -(-fitting // shards) * shards
+            for first in range(0, len(members), rows):
+                chosen = members[first : first + rows]
+                batch = padded([sequences[i] for i in chosen], rows, length, padding)
+                with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+                    batch = batch if mesh is None else put_batch(batch, mesh)
+                    batch_losses, batch_exact = score_batch(params, batch, cfg=cfg, forward=forward)
+                losses[chosen] = np.asarray(batch_losses)[: len(chosen)]
+                exact[chosen] = np.asarray(batch_exact)[: len(chosen)]
+                bar.update(len(chosen))
+    return losses, exact
+
+
+def bucket(length: int, cfg: GPTConfig, label: str) -> int:
+    """The padded length: a power of two, or all of the model's positions."""
+    if length > cfg.max_positions:
+        raise UserError(
+            f"CORE task {label} has a prompt of {length} tokens, the model reaches {cfg.max_positions} "
+            "(10 x --model.sequence-len); leave core out of the evaluations of so short a context"
+        )
+    return min(cfg.max_positions, max(SHORTEST, 2 ** math.ceil(math.log2(length))))
+
+
+def padded(sequences: Sequence[Candidate], rows: int, length: int, padding: int) -> dict[str, np.ndarray]:
+    """A batch of fixed shape: tokens int32 [rows, length], start and end int32 [rows]."""
+    batch = {
+        "tokens": np.full((rows, length), padding, np.int32),
+        "start": np.ones(rows, np.int32),
+        "end": np.full(rows, 2, np.int32),
+    }
+    for row, sequence in enumerate(sequences):
+        batch["tokens"][row, : len(sequence.tokens)] = sequence.tokens
+        batch["start"][row], batch["end"][row] = sequence.start, sequence.end
+    return batch
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "forward"))
+def score_batch(
+    params: model.Params, batch: dict[str, jax.Array], *, cfg: GPTConfig, forward: Forward
+) -> tuple[jax.Array, jax.Array]:
+    """Mean loss [B] over tokens start to end of each row (infinite where none), and whether all are the argmax."""
+    targets_BT = batch["tokens"][:, 1:]
+    logits_BTV = forward(params, cfg, batch["tokens"])[:, :-1]
+    place_1T = jnp.arange(1, batch["tokens"].shape[1])[None, :]
+    scored_BT = (place_1T >= batch["start"][:, None]) & (place_1T < batch["end"][:, None])
+    target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+    losses_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - target_BT
+    count_B = jnp.sum(scored_BT, axis=1)
+    total_B = jnp.sum(jnp.where(scored_BT, losses_BT, 0.0), axis=1)
+    mean_B = jnp.where(count_B > 0, total_B / jnp.maximum(count_B, 1), jnp.inf)
+    right_BT = jnp.argmax(logits_BTV, axis=-1) == targets_BT
+    return mean_B, jnp.all(right_BT | ~scored_BT, axis=1)
