@@ -1,0 +1,280 @@
+"""Parquet shards -> tokens -> packed rows -> batches: a Grain iterator whose position is saved and restored exactly.
+
+Two ways to pack. `bestfit`: every row begins with BOS and holds whole documents, chosen by best fit from a buffer, the
+last one cropped; nothing is padded, what is cropped is dropped. `stream`: documents one after the other, cut into rows
+that overlap by one token, so that every token is a target; for small corpora. With several streams, stream s reads the
+row groups s, s + streams, ... of each file, and the rows of a batch are dealt from the streams in turn.
+
+The saved state names where reading stands and which documents wait in the buffers; their tokens are made again on
+restore. Left out: shuffling (the published sets are shuffled) and tokens cached on disk (text is small beside them).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import grain
+import numpy as np
+
+from nanochat_jax.data.documents import Document, DocumentReader, Place
+from nanochat_jax.data.packing import BestFitBuffer
+from nanochat_jax.errors import UserError
+from nanochat_jax.tokenizer import Tokenizer
+
+Batch = dict[str, np.ndarray]
+"""inputs, targets: int32 [rows, T]; a target of -1 is not counted."""
+Packing = Literal["bestfit", "stream"]
+
+
+def pretrain_batches(
+    files: Sequence[Path],
+    tokenizer: Tokenizer,
+    *,
+    rows: int,
+    sequence_len: int,
+    packing: Packing,
+    streams: int = 1,
+    buffer_docs: int = 1000,
+    prefetch: int = 2,
+    threads: int = 2,
+) -> grain.DatasetIterator[Batch]:
+    """Batches of [rows, sequence_len] without end, made by a background thread `prefetch` batches ahead.
+
+    `get_state` gives the position after the last batch that was handed out, as a small dict for JSON; after `set_state`
+    with it, an iterator over the same files with the same packing gives the batches that would have come. `rows` may
+    change between the two. Raises UserError where a stream has nothing to read, and for a state that does not belong.
+    """
+    packed = PackedBatches(
+        files,
+        tokenizer,
+        rows=rows,
+        sequence_len=sequence_len,
+        packing=packing,
+        streams=streams,
+        buffer_docs=buffer_docs,
+        threads=threads,
+    )
+    return grain.experimental.ThreadPrefetchDatasetIterator(packed, prefetch)
+
+
+def validation_batches(
+    file: Path,
+    tokenizer: Tokenizer,
+    *,
+    rows: int,
+    sequence_len: int,
+    packing: Packing,
+    eval_tokens: int,
+    streams: int = 1,
+    buffer_docs: int = 1000,
+    threads: int = 2,
+) -> Iterator[Batch]:
+    """The same batches of the validation file at each call, with `eval_tokens` targets at most.
+
+    `bestfit` packs as in training. `stream` gives each document rows of its own, so that no document is read after
+    another. The last batch is filled up with rows that have no target. Raises UserError where there is no row to give.
+    """
+    if packing == "bestfit":
+        source = _bestfit_rows(file, tokenizer, sequence_len, eval_tokens, streams, buffer_docs, threads)
+    else:
+        source = _document_rows(file, tokenizer, sequence_len, eval_tokens, threads)
+    empty = (np.full(sequence_len, tokenizer.bos_id, np.int32), np.full(sequence_len, -1, np.int32))
+    batch: list[tuple[np.ndarray, np.ndarray]] = []
+    found = False
+    for row in source:
+        found = True
+        batch.append(row)
+        if len(batch) == rows:
+            yield _stack(batch)
+            batch = []
+    if batch:
+        yield _stack(batch + [empty] * (rows - len(batch)))
+    if not found:
+        raise UserError(
+            f"{file} gives no row of {sequence_len} tokens within eval-tokens {eval_tokens}; raise it or add text"
+        )
+
+
+def _stack(rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> Batch:
+    return {"inputs": np.stack([inputs for inputs, _ in rows]), "targets": np.stack([targets for _, targets in rows])}
+
+
+def _bestfit_rows(
+    file: Path, tokenizer: Tokenizer, sequence_len: int, eval_tokens: int, streams: int, buffer_docs: int, threads: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    readers = [DocumentReader([file], s, streams, tokenizer, threads) for s in range(streams)]
+    sources = [BestFitStream(reader, buffer_docs) for reader in readers]
+    limit, given = eval_tokens, 0
+    while (given + 1) * sequence_len <= limit:
+        row = sources[given % streams].next_row(sequence_len + 1)
+        yield row[:-1], row[1:]
+        given += 1
+        if all(reader.epoch > 1 for reader in readers):  # a small file is read again and again: stop at its size
+            limit = min(eval_tokens, sum(reader.first_pass_tokens for reader in readers))
+
+
+def _document_rows(
+    file: Path, tokenizer: Tokenizer, sequence_len: int, eval_tokens: int, threads: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    reader = DocumentReader([file], 0, 1, tokenizer, threads)
+    given = 0
+    while reader.epoch == 1:
+        for document in reader.read_slice():
+            for start in range(0, len(document.tokens) - 1, sequence_len):
+                piece = document.tokens[start : start + sequence_len + 1]
+                given += len(piece) - 1
+                if given > eval_tokens:
+                    return
+                inputs = np.full(sequence_len, tokenizer.bos_id, np.int32)
+                targets = np.full(sequence_len, -1, np.int32)
+                inputs[: len(piece) - 1] = piece[:-1]
+                targets[: len(piece) - 1] = piece[1:]
+                yield inputs, targets
+
+
+class BestFitStream:
+    """Rows packed by best fit from the documents of one reader."""
+
+    def __init__(self, reader: DocumentReader, buffer_docs: int) -> None:
+        self.reader = reader
+        self._buffer_docs = buffer_docs
+        self._buffer: BestFitBuffer[Document] = BestFitBuffer()
+        self._dropped = 0
+
+    def next_row(self, size: int) -> np.ndarray:
+        """int32 [size]: whole documents, then one cropped to fill the row."""
+        row = np.empty(size, np.int32)
+        filled = 0
+        while filled < size:
+            while len(self._buffer) < self._buffer_docs:
+                self._add(self.reader.read_slice())
+            room = size - filled
+            document = self._buffer.take(room)
+            if document is None:
+                document = self._buffer.take_shortest()
+                self._dropped += len(document.tokens) - room
+            used = document.tokens[:room]
+            row[filled : filled + len(used)] = used
+            filled += len(used)
+        return row
+
+    def get_state(self) -> dict[str, Any]:
+        return self.reader.get_state() | {"waiting": _places(self._buffer.items()), "dropped_tokens": self._dropped}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self.reader.set_state(state)
+        self._dropped = state["dropped_tokens"]
+        self._buffer = BestFitBuffer()
+        self._add(self.reader.read_again(_parse_places(state["waiting"])))
+
+    def _add(self, documents: list[Document]) -> None:
+        for document in documents:
+            self._buffer.add(len(document.tokens), document)
+
+
+class ConcatStream:
+    """Rows cut from the documents of one reader, joined; the last token of a row is the first of the next."""
+
+    def __init__(self, reader: DocumentReader) -> None:
+        self.reader = reader
+        self._waiting: deque[Document] = deque()
+        self._start = 0  # tokens of the first waiting document that are in earlier rows
+
+    def next_row(self, size: int) -> np.ndarray:
+        """int32 [size]."""
+        row = np.empty(size, np.int32)
+        filled = 0
+        while True:
+            if not self._waiting:
+                self._waiting.extend(self.reader.read_slice())
+            tokens = self._waiting[0].tokens
+            used = tokens[self._start : self._start + size - filled]
+            row[filled : filled + len(used)] = used
+            filled += len(used)
+            if filled == size:
+                self._start += len(used) - 1
+                return row
+            self._waiting.popleft()
+            self._start = 0
+
+    def get_state(self) -> dict[str, Any]:
+        return self.reader.get_state() | {"waiting": _places(self._waiting), "start": self._start}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self.reader.set_state(state)
+        self._start = state["start"]
+        self._waiting = deque(self.reader.read_again(_parse_places(state["waiting"])))
+
+
+def _places(documents: Iterable[Document]) -> str:
+    """The documents' places as one string: Grain copies the state for every batch, and a string is copied for free."""
+    return " ".join("/".join(map(str, document.place)) for document in documents)
+
+
+def _parse_places(text: str) -> list[Place]:
+    return [tuple(map(int, place.split("/"))) for place in text.split()]
+
+
+class PackedBatches(grain.DatasetIterator[Batch]):
+    """Batches of rows dealt from the streams in turn; `pretrain_batches` puts a prefetching thread in front."""
+
+    def __init__(
+        self,
+        files: Sequence[Path],
+        tokenizer: Tokenizer,
+        *,
+        rows: int,
+        sequence_len: int,
+        packing: Packing,
+        streams: int,
+        buffer_docs: int,
+        threads: int,
+    ) -> None:
+        super().__init__()
+        if min(rows, streams, buffer_docs, threads) < 1:
+            raise UserError(f"rows {rows}, streams {streams}, buffer-docs {buffer_docs}: each must be at least 1")
+        self._rows, self._size = rows, sequence_len + 1
+        readers = [DocumentReader(files, s, streams, tokenizer, threads) for s in range(streams)]
+        self._streams = [
+            BestFitStream(reader, buffer_docs) if packing == "bestfit" else ConcatStream(reader) for reader in readers
+        ]
+        self._turn = 0
+        # What must be the same for a saved position to mean the same.
+        names = "\n".join(f"{file.name} {file.stat().st_size}" for file in files)
+        self._origin = {
+            "packing": packing,
+            "streams": streams,
+            "buffer_docs": buffer_docs,
+            "tokenizer": tokenizer.fingerprint()[:16],
+            "training files": hashlib.sha256(names.encode()).hexdigest()[:16],
+        }
+
+    def __next__(self) -> Batch:
+        table = np.empty((self._rows, self._size), np.int32)
+        for i in range(self._rows):
+            table[i] = self._streams[self._turn].next_row(self._size)
+            self._turn = (self._turn + 1) % len(self._streams)
+        return {"inputs": table[:, :-1].copy(), "targets": table[:, 1:].copy()}
+
+    def get_state(self) -> dict[str, Any]:
+        return {
+            "origin": self._origin,
+            "turn": self._turn,
+            "streams": [stream.get_state() for stream in self._streams],
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        for name, value in self._origin.items():
+            saved = state["origin"].get(name)
+            if saved != value:
+                raise UserError(
+                    f"the saved position belongs to other data: {name} was {saved}, now {value}; "
+                    "restore it as it was or start a new run"
+                )
+        self._turn = state["turn"]
+        for stream, saved in zip(self._streams, state["streams"], strict=True):
+            stream.set_state(saved)
