@@ -47,6 +47,10 @@ PEAK_FLOPS = (
 )
 
 
+STEP_KINDS = ("train", "rl")
+"""Records of one optimizer step each."""
+
+
 class MetricsLog:
     """`metrics.jsonl` of one stage. Opened for appending: a resumed run goes on in the same file."""
 
@@ -64,8 +68,12 @@ class MetricsLog:
         self._file.flush()
 
     def drop_after(self, step: int) -> None:
-        """Forgets the records of `step` and later, which a run resumed at `step` writes again. Atomic."""
-        kept = [record for record in self.read(self.path) if record.get("step", -1) < step]
+        """Forgets what a run resumed with `step` steps done writes again. Atomic.
+
+        Steps are logged by their index, from 0; measurements (val, pass_at_k, ...) by the number of steps done.
+        """
+        records = self.read(self.path)
+        kept = [r for r in records if r.get("step", -1) < step + (r["kind"] not in STEP_KINDS)]
         self._file.close()
         fresh = self.path.with_suffix(".jsonl.new")
         fresh.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
@@ -112,8 +120,10 @@ def _plain(value: Any) -> Any:
 class Pace:
     """Speed of a training loop: call `lap` once a step. The first lap, which compiles, is kept out of the ETA."""
 
-    def __init__(self, total_steps: int, tokens_per_step: int, flops_per_token: float) -> None:
+    def __init__(self, total_steps: int, tokens_per_step: int, flops_per_token: float, n_devices: int = 0) -> None:
+        """`n_devices` share the work; 0: all that JAX sees."""
         self.total_steps, self.tokens_per_step, self.flops_per_token = total_steps, tokens_per_step, flops_per_token
+        self.n_devices = n_devices or jax.device_count()
         self._recent: deque[float] = deque(maxlen=20)
         self._laps = 0
         self._last = time.perf_counter()
@@ -134,7 +144,7 @@ class Pace:
         return {
             "step_seconds": seconds,
             "tok_per_sec": tokens_per_second,
-            "mfu": mfu(tokens_per_second, self.flops_per_token, jax.device_count()),
+            "mfu": mfu(tokens_per_second, self.flops_per_token, self.n_devices),
             "eta_seconds": statistics.median(self._recent) * (self.total_steps - steps_done),
         }
 

@@ -120,7 +120,7 @@ const toolCard = ({ expression, result }) =>
     element("span", { className: "label", textContent: "Tool" }),
     element("span", { textContent: expression }),
     element("span", { className: "arrow", textContent: "→" }),
-    element("span", { className: "result", textContent: result }),
+    element("span", { className: "result", textContent: result ?? "failed" }),
   );
 
 function copyButton(text) {
@@ -137,7 +137,7 @@ function copyButton(text) {
 }
 
 const plainText = (message) =>
-  message.parts.map((part) => (part.type === "tool" ? `[${part.expression} = ${part.result}]` : part.text)).join("");
+  message.parts.map((part) => (part.type === "tool" ? `[${part.expression} = ${part.result ?? "failed"}]` : part.text)).join("");
 
 function announce(text) {
   $("messages").append(element("li", { className: "note error", textContent: text }));
@@ -211,11 +211,11 @@ function regenerate(index) {
 // What the model is shown of an earlier answer: the tool calls in it are part of what it said.
 function content(message) {
   if (message.role === "user") return message.text;
-  return message.parts.flatMap((part) =>
-    part.type === "tool"
-      ? [{ type: "python", text: part.expression }, { type: "python_output", text: part.result }]
-      : [{ type: "text", text: part.text }],
-  );
+  return message.parts.flatMap((part) => {
+    if (part.type === "text") return [part];
+    const call = { type: "python", text: part.expression };
+    return part.result === null ? [call] : [call, { type: "python_output", text: part.result }];
+  });
 }
 
 async function answer() {

@@ -1,0 +1,201 @@
+"""The report of a whole run, of a partial one and of a damaged one; the same figures in Markdown and HTML."""
+
+import base64
+import dataclasses
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from nanochat_jax.config import Config, ModelConfig, TokenizerConfig, to_dict
+from nanochat_jax.errors import UserError
+from nanochat_jax.plots import smoothed
+from nanochat_jax.report import write_report
+from nanochat_jax.report_render import Bullets, Code, Heading, Paragraph, Table, to_html, to_markdown
+
+CONFIG = dataclasses.replace(
+    Config(),
+    model=ModelConfig(depth=2, head_dim=32, sequence_len=64),
+    tokenizer=TokenizerConfig(vocab_size=300),
+    device_hour_cost=3.0,
+)
+COMPARISON = {
+    "task": "multistep",
+    "n": 1000,
+    "sft": 0.5,
+    "rl": 0.62,
+    "sft_continued": 0.51,
+    "rl_minus_sft": [0.12, 0.09, 0.15],
+    "sft_continued_minus_sft": [0.01, -0.02, 0.04],
+    "rl_flops": 2.0e13,
+    "sft_continued_flops": 2.1e13,
+    "seconds": {"rl": 90, "sft_continued": 80},
+}
+
+
+def write_json(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))
+
+
+def write_stage(root, name, records, figures, **done):
+    write_json(root / name / "eval.json", figures)
+    (root / name / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    (root / name / "samples.md").write_text(f"# Samples of {name}\n> Hello <b>you</b>\n\n```\n1 | 2\n```\n")
+    facts = {"steps": 100, "tokens": 2_000_000, "flops": 4e12, "seconds": 1800.0, "device": "cpu", "devices": 2}
+    write_json(root / name / "done.json", {"stage": name, "params": 1_234_567, **facts, **done})
+
+
+@pytest.fixture
+def run(tmp_path):
+    root = tmp_path / "tiny_run"
+    write_json(
+        root / "config.json",
+        {"config": to_dict(CONFIG), "versions": {"jax": "0.10.2"}, "git": "abc123", "command": ["run.py", "--x"]},
+    )
+    write_json(root / "tokenizer" / "done.json", {"seconds": 12.0})
+    write_json(root / "tokenizer" / "eval.json", {"vocab_size": 300, "bytes_per_token": {"news": {"ours": 3.21}}})
+    train = [{"kind": "train", "step": i, "loss": 5 - i / 50, "tok_per_sec": 1000.0, "mfu": None} for i in range(100)]
+    val = [{"kind": "val", "step": 50, "bpb": 2.0}, {"kind": "val", "step": 100, "bpb": 1.65}]
+    core = {"core_metric": 0.2219, "results": {"hellaswag": 0.4}, "centered_results": {"hellaswag": 0.2}, "n": 10}
+    write_stage(root, "base", train + val, {"bpb": {"val": 1.6543}, "core": core, "tasks": {}, "chatcore": None})
+    accuracy = {"accuracy": 0.3561, "n": 2376, "interval": [0.337, 0.376]}
+    chat = {"tasks": {"arc_easy": accuracy, "letter_count": accuracy | {"n": 1000}}, "chatcore": 0.0731}
+    write_stage(root, "mid", train, {"bpb": {"val": 1.7}, **chat})
+    write_stage(root, "sft", [*train, {"kind": "val", "step": 100, "loss": 1.0}], chat)
+    rl = [{"kind": "rl", "step": i, "reward": i / 100} for i in range(30)]
+    rl += [{"kind": "pass_at_k", "step": s, "pass": {"1": 0.2 + s / 100, "8": 0.5}} for s in (0, 30)]
+    write_stage(root, "rl", rl, {**chat, "comparison": COMPARISON})
+    return root
+
+
+class Cells(HTMLParser):
+    """Table rows, pictures and all text of a page."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.rows, self.images, self.words = [], [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+        if tag == "img":
+            self.images.append(dict(attrs)["src"])
+
+    def handle_data(self, data):
+        self.words.append(data)
+        if self.rows and self.rows[-1] and self.lasttag in ("td", "th"):
+            self.rows[-1][-1] += data.strip("\n")
+
+
+def md_rows(text):
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
+    return [row for row in rows if not set(row[0]) <= {"-"}]
+
+
+def row(text, label):
+    (found,) = [r for r in md_rows(text)[:20] if r[0] == label]
+    return found[1:]
+
+
+def test_whole_run(run):
+    text = write_report(run).read_text()
+    assert "Missing or damaged" not in text and (run / "report.md").read_text() == text
+    interval = "0.3561 [0.337, 0.376]"
+    assert md_rows(text)[0] == ["metric", "BASE", "MID", "SFT", "RL", "n"]
+    assert row(text.split("For scale")[0], "CORE") == ["0.2219", "-", "-", "-", "-"]
+    assert row(text.split("For scale")[0], "ARC-Easy") == ["-", interval, interval, interval, "2,376"]
+    assert row(text.split("For scale")[0], "MMLU") == ["-"] * 5
+    assert row(text.split("For scale")[0], "ChatCORE") == ["-", "0.0731", "0.0731", "0.0731", "-"]
+    assert row(text, "letter count")[-1] == "1,000"
+    assert row(text, "bits per byte, val") == ["1.6543", "1.7000", "-", "-", "-"]
+    base = next(r for r in md_rows(text) if r[0] == "base")
+    assert base == ["base", "100", "2M", "4e+12", "30m00s", "1k", "-", "-", "$3.00"]
+    total = next(r for r in md_rows(text) if r[0] == "total")
+    assert total[1:5] == ["-", "8M", "1.6e+13", "2h00m"] and total[-1] == "$12.00"
+    for wanted in ("0.2219", "3h51m", "hellaswag", "jax 0.10.2", "abc123", "run.py --x", "news", "3.21", "context 64"):
+        assert wanted in text
+    assert "The interval" not in text and "+0.1200 [+0.090, +0.150]: the interval excludes 0, a gain" in text
+    assert "includes 0, no clear difference" in text and "rl minus sft continued" not in text
+
+
+def test_pictures_are_there_and_embedded(run):
+    text = write_report(run).read_text()
+    page = Cells((run / "report.html").read_text())
+    linked = [run / path for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text)]
+    assert [path.stem for path in linked] == ["base", "mid", "sft", "rl"]
+    for path, source in zip(linked, page.images, strict=True):
+        data = path.read_bytes()
+        assert data.startswith(b"\x89PNG") and len(data) > 5000
+        assert base64.b64decode(source.removeprefix("data:image/png;base64,")) == data
+
+
+def test_html_says_the_same_and_escapes(run):
+    text = write_report(run).read_text()
+    html = (run / "report.html").read_text()
+    assert "<b>you</b>" not in html and "&lt;b&gt;you" in html and "http" not in html.split("<body>")[0]
+    assert [[cell.replace("\\", "") for cell in r] for r in md_rows(text) if len(r) > 2] == [
+        r for r in Cells(html).rows if len(r) > 2
+    ]
+
+
+def test_partial_run_says_what_is_missing(run):
+    for stage in ("mid", "rl"):
+        for path in (run / stage).iterdir():
+            path.unlink()
+        (run / stage).rmdir()
+    (run / "sft" / "done.json").unlink()
+    (run / "sft" / "eval.json").unlink()
+    (run / "base" / "samples.md").unlink()
+    with (run / "sft" / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "st')
+    text = write_report(run).read_text()
+    missing = text.split("## Missing or damaged")[1].split("##")[0]
+    assert "- mid: not started" in missing and "- rl: not started" in missing
+    assert "- sft: not finished, last logged step 100" in missing and "- base/samples.md: No such file" in missing
+    assert any(r[0] == "sft (unfinished)" for r in md_rows(text)) and (run / "plots" / "sft.png").exists()
+    assert "Reinforcement learning against" not in text
+
+
+def test_damaged_files_are_named_and_the_rest_is_shown(run):
+    (run / "config.json").write_text('{"config": {"model"')
+    (run / "base" / "eval.json").write_text("[1, 2]")
+    (run / "mid" / "done.json").write_text("\x00\x01")
+    (run / "tokenizer" / "eval.json").unlink()
+    (run / "sft" / "metrics.jsonl").write_text('{"kind": "train", "step": 0, "loss": 3}\nxx\n{"kind": "train"}\n')
+    write_json(run / "rl" / "eval.json", {"tasks": [1], "bpb": 3, "chatcore": "high", "comparison": {"n": None}})
+    text = write_report(run).read_text()
+    missing = text.split("## Missing or damaged")[1].split("##")[0]
+    for name in ("config.json", "base/eval.json", "mid/done.json", "sft/metrics.jsonl", "tokenizer/eval.json"):
+        assert f"- {name}: " in missing, name
+    assert "line 2" in missing
+    assert row(text.split("For scale")[0], "ARC-Easy")[2].startswith("0.3561")
+
+
+def test_a_folder_without_a_run_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="not the folder of a run"):
+        write_report(tmp_path)
+
+
+def test_rendering():
+    blocks = [
+        Heading("A *b*", 1),
+        Paragraph("x_y _z_ <i> `c` | d"),
+        Bullets(["one", "two"]),
+        Table(("k", "v"), [("a|b", "1")], numeric=False),
+        Code("a\n```\nb"),
+        Code("c", "more"),
+    ]
+    text = to_markdown(blocks, None)
+    assert "# A \\*b\\*" in text and "x_y \\_z\\_ \\<i> \\`c\\` \\| d" in text and "- one\n- two" in text
+    assert "| --- | --- |\n| a\\|b | 1 |" in text and "````\na\n```\nb\n````" in text
+    html = to_html(blocks, "t<")
+    assert "<title>t&lt;</title>" in html and "&lt;i&gt;" in html and "<details><summary>more</summary>" in html
+
+
+def test_smoothing_has_no_bias_at_the_start():
+    assert smoothed([(i, 3.0) for i in range(500)]) == [(i, pytest.approx(3.0)) for i in range(500)]
