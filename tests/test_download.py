@@ -149,6 +149,7 @@ def test_fetch_starts_over_where_the_server_cannot_resume(server, tmp_path):
     (tmp_path / "f.part").write_bytes(b"y" * 1000)
     fetch(f"{server.url}/f", tmp_path / "f")
     assert (tmp_path / "f").read_bytes() == DATA
+    assert len(server.asked) == 1
 
 
 def test_fetch_waits_out_a_busy_server(server, tmp_path, lines):

@@ -236,7 +236,7 @@ def test_validation_stops_at_its_tokens(tmp_path, tokenizer):
 
 
 def test_bestfit_validation_packs_as_training_and_ends_with_a_small_file(tmp_path, tokenizer):
-    (path,) = write_shards(tmp_path, 6, [[60, 60]], longest=30)
+    (path,) = write_shards(tmp_path, 6, [[15] * 8], longest=30)
     options = dict(sequence_len=32, packing="bestfit", streams=2, buffer_docs=10)
     batches = list(validation_batches(path, tokenizer, rows=1, eval_tokens=10**7, **options))
     training = pretrain_batches([path], tokenizer, rows=1, prefetch=0, **options)
