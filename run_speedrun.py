@@ -43,6 +43,9 @@ def speedrun(options: SpeedrunOptions, workdir: Path) -> None:
             cli.log(f"{stage}: finished already, skipped")
         else:
             cli.TRAINING[stage](options, workdir)
+            if not run.finished(workdir, stage):
+                cli.log(f"{stage}: not at its end; the same command without --{stage}.stop-after goes on")
+                return
         if stage in MODEL_STAGES and not (workdir / stage / "eval.json").exists():
             evaluate.run(options.config, workdir, stage, None, None, cli.log)
     cli.log(f"report: {write_report(workdir)}")

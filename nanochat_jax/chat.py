@@ -82,11 +82,10 @@ def _parts(events: Iterator[dict]) -> list[dict[str, str]]:
             if event["type"] == "text":
                 parts[-1]["text"] += event["text"]
             elif event["type"] == "tool":
-                parts += [
-                    {"type": "python", "text": event["expression"]},
-                    {"type": "python_output", "text": event["result"]},
-                    {"type": "text", "text": ""},
-                ]
+                parts.append({"type": "python", "text": event["expression"]})
+                if event["result"] is not None:
+                    parts.append({"type": "python_output", "text": event["result"]})
+                parts.append({"type": "text", "text": ""})
     except KeyboardInterrupt:
         print()
     return parts
@@ -99,7 +98,7 @@ def _shown(events: Iterator[dict], show: bool) -> Iterator[dict]:
             if show and event["type"] == "text":
                 print(event["text"], end="", flush=True)
             elif show and event["type"] == "tool":
-                print(f"[{event['expression']} = {event['result']}]", end="", flush=True)
+                print(f"[{event['expression']} = {event['result'] or '?'}]", end="", flush=True)
             elif show:
                 print(flush=True)
             yield event

@@ -147,10 +147,10 @@ def newest_run(root: Path = RUNS) -> Path:
 
 def newest_model(workdir: Path, source: str | None = None) -> str:
     """The last stage in order that has a checkpoint, finished or not; `source` asks for one. UserError without one."""
-    have = [stage for stage in MODEL_STAGES if any((Path(workdir) / stage / "checkpoints").glob("step_*"))]
+    have = [stage for stage in MODEL_STAGES if _has_checkpoint(workdir, stage)]
     if source is None and have:
         return have[-1]
-    if source in have:
+    if source is not None and _has_checkpoint(workdir, source):
         return source
     wanted = f"{source} model" if source else "model"
     raise UserError(f"no checkpoint of a {wanted} in {workdir} (there: {', '.join(have) or 'none'}): train it first")
@@ -181,6 +181,10 @@ def load_model(
     target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     params, _, step = restore_params(workdir / stage / "checkpoints", target)
     return params, cfg, tokenizer, stage, step
+
+
+def _has_checkpoint(workdir: Path, stage: str) -> bool:
+    return any((Path(workdir) / stage / "checkpoints").glob("step_*"))
 
 
 def _begun(workdir: Path, stage: str) -> bool:
