@@ -132,8 +132,8 @@ def train_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One step on batch["inputs"] and batch["targets"], int32 [A microbatches, rows, T], targets -1 not counted.
 
-    batch may hold "weights", float32 of the same shape: then the loss is the weighted sum over the positions, else their
-    mean. Returns the new state and {"loss": before the update, "targets": how many were counted}.
+    batch may hold "weights", float32 of the same shape: then the loss is the weighted sum over the positions, else
+    their mean. Returns the new state and {"loss": before the update, "targets": how many were counted}.
     """
     counted = jnp.sum(batch["targets"] >= 0)
 

@@ -1,0 +1,148 @@
+"""Evaluation of a stage's model: bits per byte, CORE, and the chat tasks, into eval.json.
+
+python -m nanochat_jax eval --workdir runs/tiny_cpu --source sft --tasks arithmetic,multistep
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from nanochat_jax.config import Config, GPTConfig
+from nanochat_jax.data.download import ensure_shards, fetch_eval_bundle
+from nanochat_jax.data.files import write_json
+from nanochat_jax.data.pretrain import validation_batches
+from nanochat_jax.data.shards import shard_files
+from nanochat_jax.evals.bpb import bits_per_byte
+from nanochat_jax.evals.chat import chatcore, evaluate_task, paired_interval
+from nanochat_jax.evals.core import evaluate_core
+from nanochat_jax.inference.engine import Engine
+from nanochat_jax.model import Params
+from nanochat_jax.run import finished, load_model
+from nanochat_jax.sharding import data_shards, make_mesh, put_batch
+from nanochat_jax.stages.session import Log, loss_chunk
+from nanochat_jax.tasks import Task, load
+from nanochat_jax.tokenizer import Tokenizer
+from nanochat_jax.train import eval_losses
+
+
+def run(
+    config: Config, workdir: Path, source: str, tasks: tuple[str, ...] | None, max_examples: int | None, log: Log
+) -> dict:
+    """Measure the model of stage `source` on `tasks` ("bpb", "core", task names; None: the configured ones).
+
+    Returns {"bpb": {"val"}, "core": {...}, "tasks": {name: {"accuracy", "n", "interval"}}, "chatcore"}. A whole
+    evaluation as configured is also written to the stage's eval.json.
+    """
+    names = tasks if tasks is not None else config.eval.base if source == "base" else config.eval.chat
+    mesh = make_mesh(config.mesh)
+    params, cfg, tokenizer, _, step = load_model(workdir, source, config, mesh)
+    limit = max_examples if max_examples is not None else config.eval.max_examples
+    loaded = {name: load(name, "test", config.data, config.seed) for name in names if name not in ("bpb", "core")}
+    figures: dict = {"source": source, "step": step, "tasks": {}, "chatcore": None}
+    if "bpb" in names:
+        _, val_file = shard_files(ensure_shards(config.data, log))
+        figures["bpb"] = {"val": validation_bpb(params, cfg, mesh, tokenizer, val_file, config)}
+        log(f"{source}: validation {figures['bpb']['val']:.4f} bits per byte")
+    if "core" in names:
+        figures["core"] = core_metric(params, cfg, tokenizer, config, log, limit)
+    correct = {}
+    if loaded:
+        engine = chat_engine(params, cfg, tokenizer, mesh, config)
+        for name, task in loaded.items():
+            result = measure(task, engine, tokenizer, config, limit, log)
+            correct[name] = result.pop("correct")
+            figures["tasks"][name] = result
+        figures["chatcore"] = chatcore(figures["tasks"])
+    if source == "rl" and finished(workdir, "sft_continued") and config.rl.task in correct:
+        figures["comparison"] = compare(
+            config, workdir, mesh, loaded[config.rl.task], correct[config.rl.task], limit, log
+        )
+    if tasks is None and max_examples is None:
+        write_json(workdir / source / "eval.json", figures)
+        # Row by row, so that stages can be compared in pairs without running them again.
+        write_json(workdir / source / "correct.json", correct)
+    return figures
+
+
+def validation_bpb(
+    params: Params, cfg: GPTConfig, mesh: Mesh, tokenizer: Tokenizer, val_file: Path, config: Config
+) -> float:
+    """Bits per byte of the validation shard, up to base.eval_tokens."""
+    rows = config.base.device_batch_size * data_shards(mesh)
+    cfg = dataclasses.replace(cfg, loss_chunk=loss_chunk(cfg, rows // data_shards(mesh), mesh))
+
+    def losses(inputs: object, targets: object) -> jax.Array:
+        batch = put_batch({"inputs": inputs, "targets": targets}, mesh)
+        with jax.set_mesh(mesh):
+            return eval_losses(params, batch["inputs"], batch["targets"], cfg=cfg)
+
+    batches = validation_batches(
+        val_file,
+        tokenizer,
+        rows=rows,
+        sequence_len=cfg.sequence_len,
+        packing=config.data.packing,
+        eval_tokens=config.base.eval_tokens,
+        buffer_docs=config.data.buffer_docs,
+    )
+    return bits_per_byte(losses, batches, tokenizer.token_bytes)
+
+
+def core_metric(
+    params: Params, cfg: GPTConfig, tokenizer: Tokenizer, config: Config, log: Log, max_examples: int | None = None
+) -> dict:
+    """CORE (arXiv 2406.11794) of the model: {"core_metric", "results", "centered_results", "n"}."""
+    bundle = Path(config.data.eval_bundle) if config.data.eval_bundle else fetch_eval_bundle(config.data, log)
+    return evaluate_core(
+        params, cfg, tokenizer, bundle, max_examples=max_examples, batch_size=config.eval.batch_size, log=log
+    )
+
+
+def chat_engine(params: Params, cfg: GPTConfig, tokenizer: Tokenizer, mesh: Mesh, config: Config) -> Engine:
+    """An engine as wide as the evaluation's batch."""
+    return Engine(params, cfg, tokenizer, max_rows=config.eval.batch_size, max_len=cfg.sequence_len, mesh=mesh)
+
+
+def measure(task: Task, engine: Engine, tokenizer: Tokenizer, config: Config, limit: int | None, log: Log) -> dict:
+    """One task's {"accuracy", "n", "interval", "correct"}."""
+    return evaluate_task(
+        task,
+        engine,
+        tokenizer,
+        max_examples=limit,
+        batch_size=config.eval.batch_size,
+        max_new_tokens=config.eval.max_new_tokens,
+        log=log,
+    )
+
+
+def compare(config: Config, workdir: Path, mesh: Mesh, task: Task, rl: list[int], limit: int | None, log: Log) -> dict:
+    """rl beside sft, and beside sft continued for rl's compute, on the same questions, with paired 95% intervals."""
+    right = {"rl": rl}
+    for source in ("sft", "sft_continued"):
+        saved = workdir / source / "correct.json"
+        before = json.loads(saved.read_text()).get(task.name, []) if saved.exists() else []
+        if len(before) == len(rl):
+            right[source] = before
+            continue
+        params, cfg, tokenizer, _, _ = load_model(workdir, source, config, mesh)
+        log(f"{source}: {task.name}, for the comparison with rl")
+        engine = chat_engine(params, cfg, tokenizer, mesh, config)
+        right[source] = measure(task, engine, tokenizer, config, limit, log)["correct"]
+    done = {source: finished(workdir, source) or {} for source in right}
+    return {
+        "task": task.name,
+        "n": len(rl),
+        **{source: sum(rows) / max(len(rows), 1) for source, rows in right.items()},
+        "rl_minus_sft": paired_interval(right["sft"], right["rl"]),
+        "sft_continued_minus_sft": paired_interval(right["sft"], right["sft_continued"]),
+        "rl_minus_sft_continued": paired_interval(right["sft_continued"], right["rl"]),
+        "rl_flops": done["rl"].get("flops"),
+        "sft_continued_flops": done["sft_continued"].get("flops"),
+        "seconds": {source: facts.get("seconds") for source, facts in done.items()},
+    }

@@ -1,0 +1,148 @@
+"""Mid-training and supervised fine-tuning: conversations packed into rows, the loss on what is to be learned.
+
+    python -m nanochat_jax mid --workdir runs/tiny_cpu
+    python -m nanochat_jax sft --workdir runs/tiny_cpu
+
+Both start from the stage before with fresh optimizer moments. `continued` trains sft further, for as much compute as
+reinforcement learning used: the comparison without which a gain of rl says little.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from nanochat_jax.config import Config, FinetuneConfig
+from nanochat_jax.data.conversations import conversation_batches, epoch_rows
+from nanochat_jax.errors import UserError
+from nanochat_jax.metrics import Console
+from nanochat_jax.model import flops_per_token
+from nanochat_jax.optim import Schedule
+from nanochat_jax.stages.samples import write_samples
+from nanochat_jax.stages.session import Log, Session, due, is_done, open_session, params_from, step_batch
+from nanochat_jax.tasks import Mixture
+from nanochat_jax.train import eval_losses, train_step
+
+PREVIOUS = {"mid": "base", "sft": "mid", "sft_continued": "sft"}
+DEFAULT_ROWS = 32
+
+
+def run(config: Config, workdir: Path, stage: str, log: Log) -> None:
+    """Train "mid" or "sft" in its folder of `workdir`; nothing to do where it is complete."""
+    settings: FinetuneConfig = getattr(config, stage)
+    if stage == "sft" and not (workdir / "mid" / "checkpoints").is_dir() and not settings.init_from:
+        settings = dataclasses.replace(settings, init_from=str(workdir / "base"))
+        log("sft: there is no mid stage in this run, so it starts from base")
+    train(config, settings, workdir, stage, log)
+
+
+def continued(config: Config, workdir: Path, flops: float, log: Log) -> None:
+    """Train sft on, in `workdir`/sft_continued, with its own schedule anew, for `flops` FLOPs."""
+    train(config, config.sft, workdir, "sft_continued", log, flops=flops)
+
+
+def train(
+    config: Config, settings: FinetuneConfig, workdir: Path, name: str, log: Log, flops: float | None = None
+) -> None:
+    """The loop of every supervised stage."""
+    if is_done(workdir, name, log):
+        return
+    session = open_session(config, workdir, name, settings, log)
+    cfg, mesh = session.cfg, session.mesh
+    if not settings.mixture:
+        raise UserError(f"--{name}.mixture is empty: name the sets to learn from, such as smoltalk:10000")
+    conversations = Mixture(settings.mixture, "train", config.data, config.seed)
+    held_out = min(settings.val_rows, len(conversations) // 10)
+    train_set, val_set = Part(conversations, held_out, None), Part(conversations, 0, held_out)
+    batch_tokens = settings.total_batch_size or DEFAULT_ROWS * cfg.sequence_len
+    microbatches, rows = session.rows(batch_tokens)
+    cfg = session.cfg
+    packed = {
+        "sequence_len": cfg.sequence_len,
+        "packing": settings.packing,
+        "loss_on": settings.loss_on,
+        "seed": config.seed,
+    }
+    step_flops = batch_tokens * flops_per_token(cfg)
+    if flops is not None:
+        steps = max(1, round(flops / step_flops))
+    elif settings.num_iterations is not None:
+        steps = settings.num_iterations
+    else:
+        steps = max(1, epoch_rows(train_set, session.tokenizer, **packed) // (microbatches * rows))
+    schedule = Schedule(settings, steps, cfg.n_embd)
+    batches = conversation_batches(train_set, session.tokenizer, rows=microbatches * rows, **packed)
+    start = functools.partial(params_from, session, workdir, PREVIOUS[name])
+    pace = session.begin(schedule, batch_tokens, start, batches)
+    console = Console(name, steps)
+    last = steps if settings.stop_after is None else min(steps, settings.stop_after)
+    pending = None
+
+    def record(step: int, metrics: dict) -> None:
+        loss = float(metrics["loss"])
+        session.check_finite(step, loss)
+        values = {"loss": loss, "lr_mult": schedule.lr_multiplier(step), **pace.lap(step + 1)}
+        session.metrics.write("train", step=step, targets=int(metrics["targets"]), **values)
+        console.step(step + 1, **values)
+
+    while session.step < last:
+        step = session.step
+        batch = step_batch(batches, microbatches, mesh)
+        with jax.set_mesh(mesh):
+            session.state, metrics = train_step(session.state, batch, schedule.hyper(step), cfg=cfg)
+        if pending:
+            record(*pending)
+        pending = (step, metrics)
+        session.step += 1
+        session.meta["tokens"] += batch_tokens
+        session.meta["flops"] += step_flops
+        validate, save = due(session.step, settings.eval_every, last), due(session.step, settings.save_every, last)
+        if validate or save:
+            record(*pending)
+            pending = None
+        if validate and held_out:
+            loss = validation_loss(session, val_set, rows, packed)
+            session.metrics.write("val", step=session.step, loss=loss)
+            console.note(f"{name} {session.step}: validation loss {loss:.4f}")
+        if save:
+            session.save(batches)
+        if validate or save:
+            pace.skip()
+    if session.step < steps:
+        log(f"{name}: stopped after step {session.step} of {steps} as asked; start again to go on")
+        return
+    write_samples(session, session.state.params, raw=False)
+    session.finish(conversations=len(train_set), batch_tokens=batch_tokens)
+
+
+class Part(Sequence[dict]):
+    """Some of a sequence of conversations, from `start` to `stop`."""
+
+    def __init__(self, whole: Sequence[dict], start: int, stop: int | None) -> None:
+        self.whole = whole
+        self.span = range(len(whole))[start:stop]
+
+    def __len__(self) -> int:
+        return len(self.span)
+
+    def __getitem__(self, i: int) -> dict:
+        return self.whole[self.span[i]]
+
+
+def validation_loss(session: Session, held_out: Part, rows: int, packed: dict) -> float:
+    """Mean loss over the targets of the held-out conversations, nats."""
+    total, counted = 0.0, 0
+    row_count = epoch_rows(held_out, session.tokenizer, **packed)
+    batches = conversation_batches(held_out, session.tokenizer, rows=rows, **packed)
+    for _ in range(max(1, row_count // rows)):
+        batch = step_batch(batches, 1, session.mesh)
+        with jax.set_mesh(session.mesh):
+            losses = eval_losses(session.state.params, batch["inputs"][0], batch["targets"][0], cfg=session.cfg)
+        total += float(np.asarray(losses).sum())
+        counted += int((np.asarray(batch["targets"]) >= 0).sum())
+    return total / max(counted, 1)

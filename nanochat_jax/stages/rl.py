@@ -1,0 +1,202 @@
+"""Reinforcement learning: the reference's simplified GRPO on a task with a reward.
+
+    python -m nanochat_jax rl --workdir runs/tiny_cpu
+
+Each step samples several answers to several questions in one batch through the engine, over all devices; an answer's
+advantage is its reward minus the mean over its question. The objective is sum(log-probability * advantage) over the
+tokens the model itself wrote, divided by their number in a microbatch, averaged over microbatches: no KL term, no
+ratio, one update a step. Left out: PPO clipping and several updates a batch.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from nanochat_jax.config import Config, RLConfig
+from nanochat_jax.errors import UserError
+from nanochat_jax.inference.engine import Completion, Engine, SamplingParams, bucket
+from nanochat_jax.metrics import Console
+from nanochat_jax.model import flops_per_token
+from nanochat_jax.optim import Schedule
+from nanochat_jax.sharding import data_shards, put_batch
+from nanochat_jax.stages.finetune import continued
+from nanochat_jax.stages.samples import write_samples
+from nanochat_jax.stages.session import Log, Session, due, is_done, open_session, params_from
+from nanochat_jax.tasks import Task, load
+from nanochat_jax.tokenizer import Tokenizer
+from nanochat_jax.train import train_step
+
+SHORTEST = 32
+"""Rows of an update are padded to this many tokens times a power of two, so that few shapes are compiled."""
+
+
+def run(config: Config, workdir: Path, log: Log) -> None:
+    """Train the rl model in `workdir`/rl, from its newest checkpoint on; a complete stage is left alone."""
+    if is_done(workdir, "rl", log):
+        return
+    settings = config.rl
+    session = open_session(config, workdir, "rl", settings, log)
+    train_task = load(settings.task, "train", config.data, config.seed)
+    held_out = load(settings.task, "val", config.data, config.seed)
+    if train_task.kind != "generative":
+        raise UserError(f"--rl.task {settings.task} is answered by a letter; name a task with generated answers")
+    steps = settings.num_iterations or max(1, len(train_task) // settings.questions_per_step)
+    schedule = Schedule(settings, steps, session.cfg.n_embd)
+    samples = settings.questions_per_step * settings.samples_per_question
+    session.begin(schedule, samples, functools.partial(params_from, session, workdir, "sft"))
+    console = Console("rl", steps)
+    longest = min(session.cfg.sequence_len, longest_prompt(train_task, session.tokenizer) + settings.max_new_tokens + 1)
+    engine = Engine(
+        session.state.params, session.cfg, session.tokenizer, max_rows=samples, max_len=longest, mesh=session.mesh
+    )
+    last = steps if settings.stop_after is None else min(steps, settings.stop_after)
+    while session.step < last:
+        step, clock = session.step, time.perf_counter()
+        engine.params = session.state.params
+        order = (step * settings.questions_per_step + np.arange(settings.questions_per_step)) % len(train_task)
+        questions = [train_task[int(i)] for i in order]
+        prompts = [session.tokenizer.render_for_completion(question) for question in questions]
+        answers = engine.generate(prompts, sampling(settings, config.seed, step), settings.samples_per_question)
+        rewards = graded(train_task, questions, answers)
+        sampled = time.perf_counter()
+        batch = policy_batch(prompts, answers, rewards, settings.device_batch_size, session.tokenizer.bos_id)
+        loss, tokens = update(session, batch, schedule, step)
+        session.check_finite(step, loss)
+        done = time.perf_counter()
+        session.step += 1
+        written = sum(len(answer.ids) for answer in answers)
+        prompted = sum(len(prompt) for prompt in prompts)
+        session.meta["tokens"] += tokens
+        # A sampled token costs a forward pass, a third of a trained one.
+        session.meta["flops"] += flops_per_token(session.cfg) * (tokens + (written + prompted) / 3)
+        calls = [call for answer in answers for call in answer.tool_calls]
+        values = {
+            "loss": loss,
+            "reward": float(rewards.mean()),
+            "response_tokens": written / len(answers),
+            "tool_valid": sum(call["result"] is not None for call in calls) / max(len(calls), 1),
+            "rollout_seconds": sampled - clock,
+            "update_seconds": done - sampled,
+            "lr_mult": schedule.lr_multiplier(step),
+            "eta_seconds": (done - clock) * (steps - session.step),
+        }
+        session.metrics.write("rl", step=step, **values)
+        console.step(session.step, **values)
+        if due(session.step, settings.eval_every, last):
+            engine.params = session.state.params
+            rates = pass_at_k(held_out, engine, session.tokenizer, settings, config.seed)
+            session.metrics.write("pass_at_k", step=session.step, **{"pass": rates})
+            console.step(session.step, **{"pass": rates})
+        if due(session.step, settings.save_every, last):
+            session.save()
+    if session.step < steps:
+        log(f"rl: stopped after step {session.step} of {steps} as asked; start again to go on")
+        return
+    if settings.control:
+        continued(config, workdir, session.meta["flops"], log)
+    write_samples(session, session.state.params, raw=False)
+    session.finish(task=settings.task)
+
+
+def sampling(settings: RLConfig, seed: int, step: int) -> list[SamplingParams]:
+    """Sampling parameters of each question of a step; every sample of the run draws with a seed of its own."""
+    first = (seed * 1_000_003 + step * settings.questions_per_step * settings.samples_per_question) % 2**31
+    return [
+        SamplingParams(
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            max_tokens=settings.max_new_tokens,
+            seed=first + i * settings.samples_per_question,
+        )
+        for i in range(settings.questions_per_step)
+    ]
+
+
+def graded(task: Task, questions: Sequence[dict], answers: Sequence[Completion]) -> np.ndarray:
+    """Rewards float32 [questions, samples]."""
+    samples = len(answers) // len(questions)
+    rewards = [task.reward(questions[i // samples], answer.text) for i, answer in enumerate(answers)]
+    return np.asarray(rewards, np.float32).reshape(len(questions), samples)
+
+
+def policy_batch(
+    prompts: Sequence[Sequence[int]], answers: Sequence[Completion], rewards: np.ndarray, microbatch: int, pad: int
+) -> dict[str, np.ndarray]:
+    """The update's rows: "inputs", "targets" int32 [n, T] and "weights" float32 [n, T], loss = sum(weights * nats).
+
+    A token that the model drew has weight advantage / (drawn tokens of its microbatch) / microbatches, every other one
+    0: prompts, what a tool wrote, padding. Microbatches are `microbatch` samples of one question in order (all of its
+    samples where there are fewer). Rows of a question whose samples were all right or all wrong have weight 0
+    throughout and are left out; n may be 0.
+    """
+    count, samples = rewards.shape
+    size = min(microbatch, samples)
+    advantages = rewards - rewards.mean(axis=1, keepdims=True)
+    groups = count * -(-samples // size)
+    rows = []
+    for question in range(count):
+        if not advantages[question].any():
+            continue
+        for first in range(0, samples, size):
+            members = range(first, min(first + size, samples))
+            drawn = sum(sum(answers[question * samples + j].mask) for j in members)
+            for j in members:
+                answer = answers[question * samples + j]
+                weight = advantages[question, j] / max(drawn, 1) / groups
+                rows.append((prompts[question], answer, weight))
+    longest = max((len(prompt) + len(answer.ids) for prompt, answer, _ in rows), default=2) - 1
+    length = bucket(longest, longest * 2, SHORTEST)
+    inputs = np.full((len(rows), length), pad, np.int32)
+    targets = np.full((len(rows), length), -1, np.int32)
+    weights = np.zeros((len(rows), length), np.float32)
+    for i, (prompt, answer, weight) in enumerate(rows):
+        tokens = [*prompt, *answer.ids]
+        start, stop = len(prompt) - 1, len(tokens) - 1
+        inputs[i, :stop] = tokens[:-1]
+        drawn = np.asarray(answer.mask, bool)
+        targets[i, start:stop] = np.where(drawn, answer.ids, -1)
+        weights[i, start:stop] = np.where(drawn, weight, 0.0)
+    return {"inputs": inputs, "targets": targets, "weights": weights}
+
+
+def update(session: Session, batch: dict[str, np.ndarray], schedule: Schedule, step: int) -> tuple[float, int]:
+    """One optimizer step on a policy batch, whatever its number of rows; (loss, tokens put through the model)."""
+    rows, length = batch["inputs"].shape
+    if rows == 0:
+        return 0.0, 0
+    here = session.stage.device_batch_size * data_shards(session.mesh)
+    microbatches = bucket(-(-rows // here), rows * 2, 1)
+    padding = microbatches * here - rows
+    fill = {"inputs": 0, "targets": -1, "weights": 0.0}
+    whole = {
+        name: np.pad(x, ((0, padding), (0, 0)), constant_values=fill[name]).reshape(microbatches, here, length)
+        for name, x in batch.items()
+    }
+    with jax.set_mesh(session.mesh):
+        session.state, metrics = train_step(
+            session.state, put_batch(whole, session.mesh, leading=1), schedule.hyper(step), cfg=session.cfg
+        )
+    return float(metrics["loss"]), microbatches * here * length
+
+
+def pass_at_k(task: Task, engine: Engine, tokenizer: Tokenizer, settings: RLConfig, seed: int) -> dict[str, float]:
+    """Share of held-out questions with a right answer among the first k of `pass_k` samples, for k = 1, 2, 4, ..."""
+    questions = [task[i] for i in range(min(settings.eval_examples, len(task)))]
+    prompts = [tokenizer.render_for_completion(question) for question in questions]
+    how = SamplingParams(
+        temperature=settings.temperature, top_k=settings.top_k, max_tokens=settings.max_new_tokens, seed=seed
+    )
+    rewards = graded(task, questions, engine.generate(prompts, how, settings.pass_k))
+    ks = [2**i for i in range(settings.pass_k.bit_length()) if 2**i <= settings.pass_k]
+    return {str(k): float((rewards[:, :k].max(axis=1) > 0).mean()) for k in ks}
+
+
+def longest_prompt(task: Task, tokenizer: Tokenizer) -> int:
+    """Tokens of the longest of the first thousand prompts; longer ones later would be refused by the engine."""
+    return max(len(tokenizer.render_for_completion(task[i])) for i in range(min(1000, len(task))))

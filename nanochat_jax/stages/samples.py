@@ -1,0 +1,39 @@
+"""The samples a stage leaves behind: a few fixed prompts, answered by the model it ended with."""
+
+from __future__ import annotations
+
+from nanochat_jax.inference.engine import Engine, SamplingParams
+from nanochat_jax.model import Params
+from nanochat_jax.stages.session import Session
+
+TEXTS = (
+    "The capital of France is",
+    "The chemical symbol of gold is",
+    "If yesterday was Friday, then tomorrow will be",
+    "It is a truth universally acknowledged,",
+    "The ship sailed",
+)
+QUESTIONS = (
+    "Hello! Who are you?",
+    "What is 12 + 7?",
+    "How many r are in strawberry?",
+    "Why is the sky blue?",
+)
+
+
+def write_samples(session: Session, params: Params, *, raw: bool) -> None:
+    """samples.md in the stage's folder: continuations of texts (`raw`) or answers to questions, greedy."""
+    tokenizer, length = session.tokenizer, session.stage.sample_tokens
+    asked = TEXTS if raw else QUESTIONS
+    if raw:
+        prompts = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in asked]
+    else:
+        prompts = [tokenizer.render_for_completion({"messages": [{"role": "user", "content": text}]}) for text in asked]
+    limit = min(session.cfg.sequence_len, max(map(len, prompts)) + length + 1)
+    engine = Engine(params, session.cfg, tokenizer, max_rows=len(prompts), max_len=limit, mesh=session.mesh)
+    fitting = [(text, prompt) for text, prompt in zip(asked, prompts, strict=True) if len(prompt) < limit]
+    answers = engine.generate([prompt for _, prompt in fitting], SamplingParams(temperature=0.0, max_tokens=length))
+    lines = [f"# Samples of {session.name}, step {session.step}, greedy, at most {length} tokens", ""]
+    for (text, _), answer in zip(fitting, answers, strict=True):
+        lines += [f"> {text}", "", answer.text.strip() or "(nothing)", ""]
+    (session.folder / "samples.md").write_text("\n".join(lines))

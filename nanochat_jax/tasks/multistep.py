@@ -1,0 +1,68 @@
+"""Word problems of several steps, each step a call of the calculator: the offline task that reinforcement learning
+has something to do on.
+
+"Emma has 34 letters. She buys 12 more. She loses 7. How many letters has Emma?" A story is a start and two to five
+changes. A result has to be carried from one call into the next, so one slip anywhere makes the answer wrong. Every pair
+of neighbouring operands belongs to one split only, the one it has in `arithmetic`: a test story holds no pair that any
+training set showed.
+"""
+
+from __future__ import annotations
+
+import random
+
+from nanochat_jax.tasks.spelling import is_final_answer
+from nanochat_jax.tasks.task import SPLITS, Task, dialogue, one_of, row_rng, split_of
+
+ROWS = {"train": 100_000, "val": 1_000, "test": 1_000}
+STEPS = (2, 3, 4, 5)
+WOMEN = ("Emma", "Jane", "Harriet", "Elizabeth", "Lydia", "Mary")
+MEN = ("Frank", "Starbuck", "Charles", "Peter", "George", "Henry")
+THINGS = ("letters", "books", "horses", "ships", "stones", "trees", "fish", "coins")
+GAINS = ("{who} buys {n} more.", "{who} finds {n} more.", "{who} is given {n}.", "Then come {n} more.")
+LOSSES = ("{who} loses {n}.", "{who} sells {n}.", "{who} gives away {n}.", "Then {n} are gone.")
+DOUBLES = ("Then the number doubles.",)
+
+
+def load_multistep(split: str, seed: int) -> Task:
+    """The stories of one split, made row by row from fixed seeds."""
+    one_of("multistep", split, SPLITS)
+    return Task(
+        "multistep",
+        "generative",
+        range(ROWS[split]),
+        lambda row: conversation(split, row_rng("multistep", split, seed, row)),
+        is_final_answer,
+    )
+
+
+def conversation(split: str, rng: random.Random) -> dict:
+    """One story, its tool calls and the final answer after ####."""
+    women = rng.random() < 0.5
+    name, who, thing = rng.choice(WOMEN if women else MEN), "She" if women else "He", rng.choice(THINGS)
+    operand = rng.randrange(1, 100)
+    total = operand
+    sentences, parts = [f"{name} has {total} {thing}."], []
+    for _ in range(rng.choice(STEPS)):
+        kind = rng.choice((GAINS, GAINS, LOSSES, LOSSES, DOUBLES))
+        if kind is DOUBLES and total < 500:
+            sentences.append(rng.choice(DOUBLES))
+            expression, total = f"{total}*2", total * 2
+        else:
+            operand = neighbour(split, operand, rng)
+            gain = kind is GAINS or operand > total
+            sentences.append(rng.choice(GAINS if gain else LOSSES).format(who=who, n=operand))
+            expression = f"{total}{'+' if gain else '-'}{operand}"
+            total += operand if gain else -operand
+        parts += [{"type": "python", "text": expression}, {"type": "python_output", "text": str(total)}]
+    sentences.append(f"How many {thing} has {name}?")
+    parts.append({"type": "text", "text": f"#### {total}"})
+    return dialogue(" ".join(sentences), parts, answer=str(total))
+
+
+def neighbour(split: str, operand: int, rng: random.Random) -> int:
+    """An operand below 100 whose pair with `operand` belongs to the split."""
+    while True:
+        other = rng.randrange(1, 100)
+        if split_of(f"arithmetic {min(operand, other)} {max(operand, other)}") == split:
+            return other
