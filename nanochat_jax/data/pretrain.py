@@ -22,6 +22,7 @@ import numpy as np
 
 from nanochat_jax.data.documents import Document, DocumentReader, Place
 from nanochat_jax.data.packing import BestFitBuffer
+from nanochat_jax.data.position import check_origin
 from nanochat_jax.errors import UserError
 from nanochat_jax.tokenizer import Tokenizer
 
@@ -268,13 +269,7 @@ class PackedBatches(grain.DatasetIterator[Batch]):
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
-        for name, value in self._origin.items():
-            saved = state["origin"].get(name)
-            if saved != value:
-                raise UserError(
-                    f"the saved position belongs to other data: {name} was {saved}, now {value}; "
-                    "restore it as it was or start a new run"
-                )
+        check_origin(state["origin"], self._origin)
         self._turn = state["turn"]
         for stream, saved in zip(self._streams, state["streams"], strict=True):
             stream.set_state(saved)
