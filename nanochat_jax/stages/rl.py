@@ -51,9 +51,19 @@ def run(config: Config, workdir: Path, log: Log) -> None:
     samples = settings.questions_per_step * settings.samples_per_question
     session.begin(schedule, samples, functools.partial(params_from, session, workdir, "sft"))
     console = Console("rl", steps)
-    longest = min(session.cfg.sequence_len, longest_prompt(train_task, session.tokenizer) + settings.max_new_tokens + 1)
+    longest = longest_prompt(train_task, steps * settings.questions_per_step, session.tokenizer)
+    if longest >= session.cfg.sequence_len:
+        raise UserError(
+            f"--rl.task {settings.task} has a prompt of {longest} tokens, the context is {session.cfg.sequence_len}: "
+            "name another task or raise --model.sequence-len"
+        )
     engine = Engine(
-        session.state.params, session.cfg, session.tokenizer, max_rows=samples, max_len=longest, mesh=session.mesh
+        session.state.params,
+        session.cfg,
+        session.tokenizer,
+        max_rows=samples,
+        max_len=min(session.cfg.sequence_len, longest + settings.max_new_tokens + 1),
+        mesh=session.mesh,
     )
     last = steps if settings.stop_after is None else min(steps, settings.stop_after)
     while session.step < last:
@@ -189,14 +199,15 @@ def pass_at_k(task: Task, engine: Engine, tokenizer: Tokenizer, settings: RLConf
     """Share of held-out questions with a right answer among the first k of `pass_k` samples, for k = 1, 2, 4, ..."""
     questions = [task[i] for i in range(min(settings.eval_examples, len(task)))]
     prompts = [tokenizer.render_for_completion(question) for question in questions]
-    how = SamplingParams(
-        temperature=settings.temperature, top_k=settings.top_k, max_tokens=settings.max_new_tokens, seed=seed
-    )
+    how = [
+        SamplingParams(settings.temperature, settings.top_k, max_tokens=settings.max_new_tokens, seed=seed + 1000 * i)
+        for i in range(len(questions))
+    ]
     rewards = graded(task, questions, engine.generate(prompts, how, settings.pass_k))
     ks = [2**i for i in range(settings.pass_k.bit_length()) if 2**i <= settings.pass_k]
     return {str(k): float((rewards[:, :k].max(axis=1) > 0).mean()) for k in ks}
 
 
-def longest_prompt(task: Task, tokenizer: Tokenizer) -> int:
-    """Tokens of the longest of the first thousand prompts; longer ones later would be refused by the engine."""
-    return max(len(tokenizer.render_for_completion(task[i])) for i in range(min(1000, len(task))))
+def longest_prompt(task: Task, rows: int, tokenizer: Tokenizer) -> int:
+    """Tokens of the longest prompt among the first `rows` questions, those a run will ask."""
+    return max(len(tokenizer.render_for_completion(task[i])) for i in range(min(rows, len(task))))
