@@ -36,8 +36,8 @@ Forward = Callable[[model.Params, GPTConfig, jax.Array], jax.Array]
 SHUFFLE_SEED, SHOTS_SEED = 1337, 1234
 SHORTEST = 64
 """Tokens of the shortest batches."""
-BATCH_LOGITS = 2**28
-"""Logits of one batch, at most: a gigabyte in float32."""
+BATCH_TOKENS = 2**14
+"""Tokens of one device's share of a batch, at most: with 32,768 words their logits take 2 GiB in float32."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,9 @@ def evaluate_core(
 ) -> dict:
     """{"core_metric", "interval", "results", "centered_results", "intervals", "n"}, the last four by task label.
 
-    max_examples cuts what is scored, never the rows that shots are drawn from. batch_size: rows scored at once, fewer
-    where they are long. Raises UserError for an incomplete bundle or a prompt beyond the model's positions.
+    max_examples cuts what is scored, never the rows that shots are drawn from. batch_size: rows a device scores at
+    once, fewer where they are long. Raises UserError for an incomplete bundle or a prompt beyond the model's
+    positions.
     """
     run = functools.partial(score, params, gpt_config, batch_size=batch_size, mesh=mesh, forward=forward)
     results, centred, intervals, counts = {}, {}, {}, {}
@@ -206,8 +207,7 @@ def score(
     shards = 1 if mesh is None else data_shards(mesh)
     with tqdm(total=len(sequences), desc=label, unit="row", leave=False, disable=None) as bar:
         for length, members in sorted(groups.items()):
-            fitting = max(1, min(batch_size, BATCH_LOGITS // (length * cfg.vocab_size)))
-            rows = -(-fitting // shards) * shards
+            rows = max(1, min(batch_size, BATCH_TOKENS // length)) * shards
             for first in range(0, len(members), rows):
                 chosen = members[first : first + rows]
                 batch = padded([sequences[i] for i in chosen], rows, length, padding)

@@ -1,7 +1,7 @@
 """Runs programs that a model wrote, isolated by the kernel.
 
-Each program runs in new user, mount, pid and network namespaces (made by bubblewrap where it is installed, else by
-sandbox_launcher.py): no network, a read-only system without /home and /proc, an empty /tmp in memory as the only
+Each program runs in new user, mount, pid and network namespaces, made by sandbox_launcher.py or, for ordinary users
+who have it, by bubblewrap: no network, a read-only system without /home and /proc, an empty /tmp in memory as the only
 writable place, limits on memory, CPU, processes, files, output and time. Where the kernel denies that, nothing runs.
 Left out: a filter of system calls, and a limit on the memory of all the program's processes together.
 """
@@ -112,7 +112,8 @@ def command(status: int, timeout: float, memory_mb: int, unsafe: bool) -> list[s
     paths = [path for path in SYSTEM_PATHS if os.path.lexists(path)]
     paths += [path for path in {sys.base_prefix, str(Path(python).parent)} if not path.startswith(tuple(SYSTEM_PATHS))]
     bubblewrap = shutil.which("bwrap")
-    if bubblewrap:
+    # Root's limit on processes is not enforced; the launcher can run the program as another user, bubblewrap cannot.
+    if bubblewrap and os.geteuid() != 0:
         return [bubblewrap, *bubblewrap_options(paths), "--", *inner]
     launcher = str(Path(__file__).with_name("sandbox_launcher.py"))
     return [python, "-I", "-S", "-B", launcher, str(TMP_BYTES), ":".join(paths), "--", *inner]

@@ -88,13 +88,24 @@ def change_root(paths: list[str], tmp_bytes: int) -> None:
     os.chdir("/tmp")
 
 
-def map_ids(pid: int) -> None:
-    """Users of the new namespace: root's own (for mounting only) and nobody, or the caller as a nobody."""
+def has_nobody() -> bool:
+    """Whether this is root and can hand the command to another user: limits on processes do not bind root."""
+    if os.geteuid() != 0:
+        return False
+    for kind in ("uid", "gid"):
+        with open(f"/proc/self/{kind}_map") as file:
+            if not any(int(first) <= NOBODY < int(first) + int(count) for first, _, count in map(str.split, file)):
+                return False
+    return True
+
+
+def map_ids(pid: int, privileged: bool) -> None:
+    """Users of the new namespace: root (for mounting only) and nobody, or the caller under another number."""
     with open(f"/proc/{pid}/setgroups", "w") as file:
         file.write("deny")
     for kind, own in (("uid", os.geteuid()), ("gid", os.getegid())):
         with open(f"/proc/{pid}/{kind}_map", "w") as file:
-            file.write(f"0 {own} 1\n{INNER_ID} {NOBODY} 1" if os.geteuid() == 0 else f"{INNER_ID} {own} 1")
+            file.write(f"0 {own} 1\n{INNER_ID} {NOBODY} 1" if privileged else f"{INNER_ID} {own} 1")
 
 
 def die_with_parent() -> None:
@@ -121,7 +132,7 @@ def spawn() -> int:
 
 def main(tmp_bytes: int, paths: list[str], command: list[str]) -> None:
     """Three processes: one outside that names the users, the first one of the namespaces, and the command."""
-    privileged = os.geteuid() == 0
+    privileged = has_nobody()
     die_with_parent()
     if privileged:
         os.setgroups([])
@@ -131,7 +142,7 @@ def main(tmp_bytes: int, paths: list[str], command: list[str]) -> None:
         os.close(outside[1])
         os.close(inside[0])
         if os.read(outside[0], 1):
-            map_ids(pid)
+            map_ids(pid, privileged)
             os.write(inside[1], b"x")
         os.close(inside[1])
         finish(pid)
