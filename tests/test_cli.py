@@ -1,0 +1,297 @@
+"""The command line: options as promised, and one clear line for every mistake a user can make."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from nanochat_jax import cli, run
+from nanochat_jax.checkpoint import Checkpointer
+from nanochat_jax.config import Config, GPTConfig
+from nanochat_jax.model import param_shapes
+from nanochat_jax.tokenizer import Tokenizer
+
+ROOT = Path(__file__).parent.parent
+EXPERIMENT = """
+from dataclasses import replace
+from nanochat_jax.config import Config
+c = Config()
+config = replace(
+    c,
+    model=replace(c.model, depth=1, aspect_ratio=32, head_dim=16, sequence_len=64),
+    data=replace(c.data, source="embedded", packing="stream"),
+    base=replace(c.base, num_iterations=3, total_batch_size=128, device_batch_size=1),
+    eval=replace(c.eval, base=("bpb",)),
+)
+"""
+TEXTS = [f"the cat sat on mat {i}, and then it ran away from the dog\n" for i in range(200)]
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("experiments") / "mini.py"
+    path.write_text(EXPERIMENT)
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, experiment) -> Path:
+    """A run folder with a tokenizer and a base model that finds all tokens equally likely."""
+    workdir = tmp_path_factory.mktemp("runs") / "mini"
+    config = cli.load_experiment(experiment)
+    run.open_run(config, workdir, log=cli.log)
+    tokenizer = Tokenizer.train(TEXTS, 300)
+    tokenizer.save(workdir / "tokenizer")
+    cfg = GPTConfig.from_depth(config.model, tokenizer.vocab_size)
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), param_shapes(cfg))
+    Checkpointer(workdir / "base" / "checkpoints", 1).save(3, {"params": params}, {})
+    return workdir
+
+
+def expect_error(capsys, argv: list, status: int, *parts: str) -> None:
+    """`argv` ends with `status` and a last line on stderr that starts with "error:" and names `parts`."""
+    capsys.readouterr()
+    assert cli.main([str(word) for word in argv]) == status
+    captured = capsys.readouterr()
+    errors = [line for line in captured.err.splitlines() if line.startswith("error: ")]
+    assert errors == captured.err.splitlines()[-1:], captured.err
+    assert "Traceback" not in captured.err
+    for part in parts:
+        assert part in errors[0]
+
+
+def parquet(folder: Path, name: str, column: str = "text") -> Path:
+    folder.mkdir(exist_ok=True)
+    pq.write_table(pa.table({column: TEXTS}), folder / name)
+    return folder / name
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        (["nonsense"], ["unknown command 'nonsense'", "download tokenizer pretrain mid sft rl eval chat serve report"]),
+        (["convert"], ["unknown command 'convert'"]),
+        (["pretrain", "--model.depht", "3"], ["--model.depht", "perhaps you meant --model.depth"]),
+        (["pretrain", "--model.depth", "deep"], ["--model.depth", "'deep'"]),
+        (["pretrain", "--model.depth"], ["--model.depth"]),
+        (["pretrain", "--data.packing", "tight"], ["--data.packing", "'tight'", "bestfit"]),
+        (["pretrain", "extra"], ["extra"]),
+        (["chat", "--source", "tokenizer"], ["--source", "'tokenizer'"]),
+        (["chat", "--json"], ["--json needs a prompt"]),
+        (["pretrain", "--workdir"], ["--workdir"]),
+    ],
+)
+def test_usage_errors(capsys, experiment, tmp_path, argv, parts):
+    name, *rest = argv
+    expect_error(capsys, [name, "--experiment", experiment, "--workdir", tmp_path / "w", *rest], 2, *parts)
+    assert not (tmp_path / "w").exists()
+
+
+def test_mistakes_in_an_experiment_file(capsys, tmp_path):
+    path = tmp_path / "mine.py"
+    expect_error(capsys, ["pretrain", "--experiment", path], 1, "mine.py", "no such file")
+    path.write_text("config = 3\n")
+    expect_error(capsys, ["pretrain", "--experiment", path], 1, "mine.py", "must define `config`")
+    path.write_text("import nowhere_to_be_found\n")
+    expect_error(capsys, ["pretrain", "--experiment", path], 1, "mine.py", "nowhere_to_be_found")
+
+
+def test_bad_training_data(capsys, experiment, tmp_path):
+    argv = ["pretrain", "--experiment", experiment, "--workdir", tmp_path / "run", "--data.dir"]
+    expect_error(capsys, [*argv, tmp_path / "nowhere"], 1, "nowhere")
+    parquet(tmp_path / "columns", "a.parquet")
+    parquet(tmp_path / "columns", "b.parquet", column="body")
+    expect_error(capsys, [*argv, tmp_path / "columns"], 1, "b.parquet", "text")
+    parquet(tmp_path / "corrupt", "a.parquet")
+    shard = parquet(tmp_path / "corrupt", "b.parquet")
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+    expect_error(capsys, [*argv, tmp_path / "corrupt"], 1, "b.parquet")
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (["--mesh", "tensor=3"], ["tensor=3", "does not divide"]),
+        (["--mesh", "4"], ["total-batch-size", "4"]),
+        (["--mesh", "99"], ["99", "8 found", "xla_force_host_platform_device_count=99"]),
+        (["--mesh", "many"], ["--mesh 'many'"]),
+        (["--attention", "cudnn"], ["cudnn", "--attention auto"]),
+        (["--model.depth", "0", "--force"], ["--model.depth 0"]),
+    ],
+)
+def test_what_cannot_run_here(capsys, experiment, trained, tmp_path, options, parts):
+    Tokenizer.load(trained / "tokenizer").save(tmp_path / "tokenizer")
+    expect_error(capsys, ["pretrain", "--experiment", experiment, "--workdir", tmp_path, *options], 1, *parts)
+
+
+def test_no_model_to_load(capsys, experiment, trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    expect_error(capsys, ["chat", "-p", "hi"], 1, "no model under runs/", "run_speedrun.py")
+    expect_error(capsys, ["eval", "--workdir", "nowhere"], 1, "nowhere", "config.json")
+    expect_error(capsys, ["serve", "--workdir", trained, "--source", "sft"], 1, "sft", "there: base")
+    expect_error(capsys, ["sft", "--workdir", "fresh", "--experiment", experiment], 1, "tokenizer")
+
+
+def test_overview_lists_the_commands(capsys):
+    assert cli.main(["--help"]) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in listed if line.startswith("  ")] == list(cli.COMMANDS)
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_names_options_and_defaults(capsys, name):
+    assert cli.main([name, "--help"]) == 0
+    text = capsys.readouterr().out
+    for option in ("--workdir", "--experiment", "--mesh", "--model.aspect-ratio", "--base.target-flops", "--seed"):
+        assert option in text
+    assert "(default: 42)" in text and "speedrun.py" in text
+
+
+def test_options_of_the_contract(experiment):
+    def parsed(name, *words):
+        kind = cli.COMMANDS[name][0]
+        return cli.parse(kind, cli.load_experiment(experiment), words, name, "")
+
+    options = parsed("eval", "--source", "rl", "--tasks", "bpb,core", "--max-examples", "5")
+    assert (options.source, options.tasks, options.max_examples) == ("rl", "bpb,core", 5)
+    options = parsed(
+        "chat", "-p", "hi", "--raw", "--temperature", "0", "--top-k", "3", "--top-p", "0.5", "--min-p", "0.1"
+    )
+    assert (options.prompt, options.raw, options.top_k, options.min_p) == ("hi", True, 3, 0.1)
+    options = parsed("serve", "--host", "::1", "--port", "1", "--token", "t")
+    assert (options.host, options.port, options.token) == ("::1", 1, "t")
+    options = parsed(
+        "sft", "--plan", "--sft.init-from", "runs/a/base", "--sft.mixture", "gsm8k", "a.jsonl*2", "--data.streams", "4"
+    )
+    assert options.plan and options.config.sft.mixture == ("gsm8k", "a.jsonl*2") and options.config.data.streams == 4
+    assert options.config.base.num_iterations == 3, "what is not given stays as the experiment has it"
+
+
+def test_default_experiment_where_there_is_no_gpu(capsys):
+    assert cli.main(["download"]) == 0
+    assert "tiny_cpu.py (JAX sees no GPU or TPU)" in capsys.readouterr().err
+
+
+def test_a_run_remembers_its_configuration(capsys, trained, tmp_path, monkeypatch):
+    config, _, origin = cli._defaults(["--workdir", str(trained)], starts_run=False)
+    assert config == run.read_config(trained) and origin == f"{trained}/config.json"
+    monkeypatch.chdir(trained.parent.parent)
+    trained.parent.rename("runs")
+    try:
+        assert cli._defaults([], starts_run=False)[1] == Path("runs/mini")
+    finally:
+        Path("runs").rename(trained.parent)
+
+
+def test_fields_that_may_not_change(tmp_path):
+    config = Config()
+    run.open_run(config, tmp_path)
+    other = replace(config, model=replace(config.model, depth=3), base=replace(config.base, num_iterations=7))
+    run.open_run(other, tmp_path)  # nothing has begun
+    assert run.read_config(tmp_path) == other
+    (tmp_path / "base" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(run.UserError, match=r"model\.depth was 3, now 12; base\.num_iterations was 7, now None"):
+        run.open_run(config, tmp_path)
+    free = replace(
+        other,
+        mesh="8",
+        attention="reference",
+        data=replace(other.data, dir="/elsewhere"),
+        base=replace(other.base, device_batch_size=1, stop_after=3, eval_every=1),
+        sft=replace(other.sft, num_iterations=9),  # sft has not begun
+        eval=replace(other.eval, batch_size=1),
+    )
+    run.open_run(free, tmp_path)
+    assert run.read_config(tmp_path) == free
+    said = []
+    run.open_run(config, tmp_path, force=True, log=said.append)
+    assert run.read_config(tmp_path) == config and len(said) == 2
+
+
+def test_data_files_of_a_run(tmp_path):
+    run.open_run(Config(), tmp_path / "run")
+    a, b = tmp_path / "a.parquet", tmp_path / "b.parquet"
+    a.write_bytes(b"123")
+    b.write_bytes(b"4567")
+    run.record_data(tmp_path / "run", [a, b])
+    run.record_data(tmp_path / "run", [b, a])
+    b.write_bytes(b"45")
+    with pytest.raises(run.UserError, match=r"b\.parquet has 2 bytes, 4 when"):
+        run.record_data(tmp_path / "run", [a, b])
+    with pytest.raises(run.UserError, match=r"a\.parquet has no bytes"):
+        run.record_data(tmp_path / "run", [b])
+    run.open_run(Config(), tmp_path / "run", force=True)
+    run.record_data(tmp_path / "run", [a, b])
+
+
+def test_config_json_is_checked(tmp_path):
+    run.open_run(Config(), tmp_path)
+    path = tmp_path / "config.json"
+    record = json.loads(path.read_text())
+    assert record["versions"]["jax"] == jax.__version__
+    record["config"]["base"]["future"] = 1
+    path.write_text(json.dumps(record))
+    with pytest.raises(run.UserError, match=r"unknown field base\.future"):
+        run.read_config(tmp_path)
+    path.write_text("{")
+    with pytest.raises(run.UserError, match="damaged"):
+        run.read_config(tmp_path)
+
+
+def test_newest_model(tmp_path):
+    for stage in ("base", "sft"):
+        Checkpointer(tmp_path / "runs" / "a" / stage / "checkpoints", 1).save(
+            1, {"params": {"w": jax.numpy.ones(2)}}, {}
+        )
+    assert run.newest_run(tmp_path / "runs") == tmp_path / "runs" / "a"
+    assert run.newest_model(tmp_path / "runs" / "a") == "sft"
+    assert run.newest_model(tmp_path / "runs" / "a", "base") == "base"
+
+
+def test_chat_answers_once(capsys, trained):
+    sampling = ["--max-tokens", "6", "--seed", "1"]
+    answers = []
+    for _ in range(2):
+        assert cli.main(["chat", "--workdir", str(trained), "-p", "the cat", "--raw", "--json", *sampling]) == 0
+        out = capsys.readouterr().out
+        assert len(out.splitlines()) == 1
+        answers.append(json.loads(out))
+    assert answers[0] == answers[1]
+    assert answers[0]["model"] == "mini/base" and answers[0]["usage"]["completion_tokens"] <= 6
+    assert cli.main(["chat", "--workdir", str(trained), "-p", "the cat", "--raw", *sampling]) == 0
+    assert capsys.readouterr().out == answers[0]["text"] + "\n"
+    expect_error(capsys, ["chat", "--workdir", trained, "--raw", "-p", "dog " * 200], 1, "the context holds 64")
+    expect_error(capsys, ["chat", "--workdir", trained, "-p", "a", "--top-p", "2"], 1, "top_p 2")
+
+
+def test_chat_of_several_turns(capsys, trained, monkeypatch):
+    lines = iter(["the cat", "", "dog " * 200, "and then", "/reset", "the dog", "/quit", "never read"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    assert cli.main(["chat", "--workdir", str(trained), "--max-tokens", "4"]) == 0
+    captured = capsys.readouterr()
+    assert next(lines) == "never read"
+    assert "the context holds 64" in captured.err and "new conversation" in captured.err
+    assert captured.out.count("\n") >= 3
+
+
+def test_interrupt_is_quiet(capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    assert cli.guarded(interrupted) == 130
+    assert capsys.readouterr().err == ""
+
+
+def test_as_programs():
+    for words in (["-m", "nanochat_jax", "sft", "--sft.nope", "1"], ["run_speedrun.py", "--stages", "base,sleep"]):
+        done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+        assert words[-2] in done.stderr
