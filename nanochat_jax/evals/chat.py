@@ -14,10 +14,12 @@ import numpy as np
 from tqdm import tqdm
 
 from nanochat_jax.errors import UserError
-from nanochat_jax.evals.intervals import wilson
+from nanochat_jax.evals.intervals import paired_interval, wilson
 from nanochat_jax.inference.engine import Engine, SamplingParams
 from nanochat_jax.tasks.task import Task
 from nanochat_jax.tokenizer import Tokenizer
+
+__all__ = ["chatcore", "evaluate_task", "paired_interval"]
 
 Log = Callable[[str], None]
 
