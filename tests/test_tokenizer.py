@@ -1,11 +1,17 @@
 """The tokenizer: what comes back from text and conversations, what is stored, and what is refused."""
 
+import hashlib
 import json
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from nanochat_jax.config import Config, DataConfig, TokenizerConfig
 from nanochat_jax.errors import UserError
+from nanochat_jax.stages import tokenizer as stage
+from nanochat_jax.stages.tokenizer import CutTexts
 from nanochat_jax.tokenizer import SPECIALS, Tokenizer
 
 TEXTS = [
@@ -178,3 +184,53 @@ def test_render_for_completion_ends_where_the_answer_begins(tokenizer):
 def test_turns_out_of_order_are_refused(tokenizer, roles, message):
     with pytest.raises(UserError, match=message):
         tokenizer.render({"messages": [{"role": role, "content": "x"} for role in roles]})
+
+
+def small_config(**tokenizer):
+    return Config(tokenizer=TokenizerConfig(vocab_size=400, **tokenizer), data=DataConfig(source="embedded"))
+
+
+def test_the_stage_learns_measures_and_marks_itself_done(tmp_path, monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "nothing"))
+    lines = []
+    stage.run(small_config(max_chars=60_000, doc_cap=1_000), tmp_path, lines.append)
+    folder = tmp_path / "tokenizer"
+    assert sorted(path.name for path in folder.iterdir()) == ["done.json", "eval.json", "tokenizer.json"]
+    done = json.loads((folder / "done.json").read_text())
+    assert done["characters"] == 60_000 and done["documents"] >= 60 and done["vocab_size"] == 400
+    loaded = Tokenizer.load(folder)
+    assert loaded.vocab_size == 400 and loaded.fingerprint() == done["fingerprint"]
+    figures = json.loads((folder / "eval.json").read_text())
+    table = figures["bytes_per_token"]
+    assert {"news", "code", "maths", "korean", "validation shard"} <= set(table)
+    assert table["validation shard"]["ours"] > table["korean"]["ours"] >= 1
+    assert "gpt2, gpt4" in figures["not_compared"] and any("not compared with gpt2" in line for line in lines)
+    stage.run(small_config(max_chars=10), tmp_path, lines.append)
+    assert "skipped" in lines[-1] and json.loads((folder / "done.json").read_text()) == done
+
+
+def test_the_stage_learns_from_training_shards_only(tmp_path):
+    for name, text in (("a.parquet", "trainword " * 50), ("b.parquet", "valword " * 50)):
+        pq.write_table(pa.table({"text": [text]}), tmp_path / name)
+    config = Config(tokenizer=TokenizerConfig(vocab_size=274), data=DataConfig(dir=str(tmp_path)))
+    stage.run(config, tmp_path / "run", lambda line: None)
+    tokenizer = Tokenizer.load(tmp_path / "run" / "tokenizer")
+    assert len(tokenizer.encode(" trainword")) == 1 and len(tokenizer.encode(" valword")) > 3
+
+
+def test_documents_are_cut_at_both_limits():
+    texts = CutTexts(["abcdef", "gh", "ijklmn", "opq"], doc_cap=4, max_chars=8)
+    assert list(texts) == ["abcd", "gh", "ij"]
+    assert (texts.documents, texts.characters) == (3, 8)
+
+
+def test_other_tokenizers_are_compared_where_tiktoken_has_them(tmp_path, monkeypatch, tokenizer):
+    """A small stand-in for GPT-4's file, under the name and hash check of the real one's place."""
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    for url in stage.OTHERS["gpt4"][1]:
+        (tmp_path / hashlib.sha1(url.encode()).hexdigest()).write_bytes(b"")
+    monkeypatch.setattr(stage.tiktoken, "get_encoding", lambda name: {"cl100k_base": tokenizer._encoding}[name])
+    pq.write_table(pa.table({"text": TEXTS}), tmp_path / "v.parquet")
+    figures = stage.evaluate(tokenizer, tmp_path / "v.parquet", lambda line: None)
+    assert figures["bytes_per_token"]["news"]["gpt4"] == figures["bytes_per_token"]["news"]["ours"]
+    assert figures["not_compared"].startswith("gpt2:")

@@ -1,0 +1,112 @@
+"""The first stage: learn the vocabulary from the training shards, store it, and measure how well it compresses.
+
+    python -m nanochat_jax tokenizer --workdir runs/tiny_cpu
+
+Writes tokenizer/{tokenizer.json, eval.json, done.json}. The validation shard is not learned from, only measured on.
+GPT-2's and GPT-4's tokenizers stand beside ours where tiktoken already has their files; they are not downloaded for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from datetime import UTC, datetime
+from itertools import chain
+from pathlib import Path
+
+import tiktoken
+
+from nanochat_jax.config import Config
+from nanochat_jax.data.download import prepare_shards
+from nanochat_jax.data.files import write_json
+from nanochat_jax.data.shards import read_texts
+from nanochat_jax.run import finished
+from nanochat_jax.stages.sample_texts import SAMPLE_TEXTS
+from nanochat_jax.tokenizer import Tokenizer
+
+VALIDATION_CHARS = 1_000_000
+BLOBS = "https://openaipublic.blob.core.windows.net"
+# tiktoken's name of each tokenizer to compare with, and the files it is made from.
+OTHERS = {
+    "gpt2": ("gpt2", (f"{BLOBS}/gpt-2/encodings/main/vocab.bpe", f"{BLOBS}/gpt-2/encodings/main/encoder.json")),
+    "gpt4": ("cl100k_base", (f"{BLOBS}/encodings/cl100k_base.tiktoken",)),
+}
+
+
+def run(config: Config, workdir: Path, log: Callable[[str], None]) -> None:
+    """Trains the tokenizer of a run; nothing to do where that is complete."""
+    folder = Path(workdir) / "tokenizer"
+    if finished(workdir, "tokenizer") is not None:
+        log("tokenizer: finished before, skipped")
+        return
+    settings = config.tokenizer
+    train_files, validation_file = prepare_shards(config.data, log)
+    start = time.perf_counter()
+    texts = CutTexts(read_texts(train_files), settings.doc_cap, settings.max_chars)
+    log(f"tokenizer: learning {settings.vocab_size:,} tokens from up to {settings.max_chars:,} characters")
+    tokenizer = Tokenizer.train(texts, settings.vocab_size)
+    tokenizer.save(folder)
+    log(f"tokenizer: {texts.characters:,} characters of {texts.documents:,} documents")
+    measured = evaluate(tokenizer, validation_file, log)
+    write_json(folder / "eval.json", measured)
+    done = {
+        "stage": "tokenizer",
+        "vocab_size": tokenizer.vocab_size,
+        "documents": texts.documents,
+        "characters": texts.characters,
+        "fingerprint": tokenizer.fingerprint(),
+        "seconds": time.perf_counter() - start,
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    write_json(folder / "done.json", done)
+
+
+class CutTexts:
+    """Documents cut at `doc_cap` characters, until `max_chars` are given; counts what it gave."""
+
+    def __init__(self, texts: Iterable[str], doc_cap: int, max_chars: int) -> None:
+        self._texts, self._doc_cap, self._max_chars = texts, doc_cap, max_chars
+        self.documents = self.characters = 0
+
+    def __iter__(self) -> Iterator[str]:
+        for text in self._texts:
+            text = text[: min(self._doc_cap, self._max_chars - self.characters)]
+            self.documents += 1
+            self.characters += len(text)
+            yield text
+            if self.characters >= self._max_chars:
+                return
+
+
+def evaluate(tokenizer: Tokenizer, validation_file: Path, log: Callable[[str], None]) -> dict:
+    """Bytes of UTF-8 per token, more is better: {"bytes_per_token": {kind of text: {tokenizer: value}}, ...}."""
+    encoders = {"ours": tokenizer.encode}
+    sizes = {"ours": tokenizer.vocab_size}
+    absent = []
+    for name, (encoding_name, urls) in OTHERS.items():
+        if all(_in_cache(url) for url in urls):
+            encoding = tiktoken.get_encoding(encoding_name)
+            encoders[name] = encoding.encode_ordinary
+            sizes[name] = encoding.n_vocab
+        else:
+            absent.append(name)
+    figures: dict = {"vocab_size": sizes}
+    if absent:
+        figures["not_compared"] = f"{', '.join(absent)}: tiktoken does not have them on this machine"
+        log(f"tokenizer: not compared with {figures['not_compared']}")
+    validation = "\n".join(CutTexts(read_texts([validation_file]), VALIDATION_CHARS, VALIDATION_CHARS))
+    table = {}
+    for kind, text in chain(SAMPLE_TEXTS.items(), [("validation shard", validation)]):
+        table[kind] = {name: len(text.encode()) / len(encode(text)) for name, encode in encoders.items()}
+        log(f"tokenizer: {kind}: " + ", ".join(f"{name} {value:.2f}" for name, value in table[kind].items()))
+    return figures | {"bytes_per_token": table}
+
+
+def _in_cache(url: str) -> bool:
+    """Whether tiktoken has this file, where it keeps them; asking tiktoken itself would start a download."""
+    default = Path(tempfile.gettempdir()) / "data-gym-cache"
+    cache = Path(os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR") or default)
+    return (cache / hashlib.sha1(url.encode()).hexdigest()).is_file()
