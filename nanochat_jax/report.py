@@ -45,6 +45,7 @@ class RunRecord:
     tokenizer_done: dict
     tokenizer_eval: dict
     stages: dict[str, StageRecord]
+    control: StageRecord | None
     problems: list[str]
 
 
@@ -75,8 +76,9 @@ def read_run(workdir: Path) -> RunRecord:
     tokenizer_done = _read_json(workdir / "tokenizer" / "done.json", workdir, problems)
     tokenizer_eval = _read_json(workdir / "tokenizer" / "eval.json", workdir, problems, needed=True)
     stages = {name: _read_stage(workdir, name, problems) for name in MODEL_STAGES}
+    control = _read_stage(workdir, "sft_continued", problems) if (workdir / "sft_continued").is_dir() else None
     name = workdir.resolve().name
-    return RunRecord(name, record, tokenizer_done, tokenizer_eval, stages, problems)
+    return RunRecord(name, record, tokenizer_done, tokenizer_eval, stages, control, problems)
 
 
 def _read_stage(workdir: Path, name: str, problems: list[str]) -> StageRecord:
@@ -92,7 +94,8 @@ def _read_stage(workdir: Path, name: str, problems: list[str]) -> StageRecord:
     if not (folder / "done.json").exists():
         steps = [record["step"] for record in stage.metrics if isinstance(record.get("step"), int)]
         problems.append(f"{name}: not finished{f', last logged step {max(steps)}' if steps else ''}")
-    stage.eval = _read_json(folder / "eval.json", workdir, problems, needed=bool(stage.done))
+    # The control is measured in rl's eval.json, beside what it is compared with.
+    stage.eval = _read_json(folder / "eval.json", workdir, problems, needed=bool(stage.done) and name in MODEL_STAGES)
     try:
         stage.samples = (folder / "samples.md").read_text(encoding="utf-8", errors="replace")
     except OSError as error:

@@ -158,7 +158,7 @@ def _stage_table(run: RunRecord) -> Table:
     if tokenizer_seconds is not None:
         totals["seconds"] += tokenizer_seconds
         rows.append(("tokenizer", *["-"] * 3, duration(tokenizer_seconds), *["-"] * 4))
-    for stage in run.stages.values():
+    for stage in [*run.stages.values(), *([run.control] if run.control else [])]:
         figures = {name: number(stage.done.get(name)) for name in ("steps", "tokens", "flops", "seconds", "devices")}
         cost = None
         if price and figures["seconds"] is not None:

@@ -64,6 +64,9 @@ def run(tmp_path):
     chat = {"tasks": {"arc_easy": accuracy, "letter_count": accuracy | {"n": 1000}}, "chatcore": 0.0731}
     write_stage(root, "mid", train, {"bpb": {"val": 1.7}, **chat})
     write_stage(root, "sft", [*train, {"kind": "val", "step": 100, "loss": 1.0}], chat)
+    write_json(root / "sft_continued" / "done.json", {"steps": 7, "seconds": 36.0})
+    (root / "sft_continued" / "metrics.jsonl").write_text("")
+    (root / "sft_continued" / "samples.md").write_text("")
     rl = [{"kind": "rl", "step": i, "reward": i / 100} for i in range(30)]
     rl += [{"kind": "pass_at_k", "step": s, "pass": {"1": 0.2 + s / 100, "8": 0.5}} for s in (0, 30)]
     write_stage(root, "rl", rl, {**chat, "comparison": COMPARISON})
@@ -116,7 +119,8 @@ def test_whole_run(run):
     base = next(r for r in md_rows(text) if r[0] == "base")
     assert base == ["base", "100", "2M", "4e+12", "30m00s", "1k", "-", "-", "$3.00"]
     total = next(r for r in md_rows(text) if r[0] == "total")
-    assert total[1:5] == ["-", "8M", "1.6e+13", "2h00m"] and total[-1] == "$12.00"
+    assert total[1:5] == ["-", "8M", "1.6e+13", "2h00m"] and total[-1] == "$12.03"
+    assert next(r for r in md_rows(text) if r[0] == "sft_continued")[1] == "7"
     for wanted in ("0.2219", "3h51m", "hellaswag", "jax 0.10.2", "abc123", "run.py --x", "news", "3.21", "context 64"):
         assert wanted in text
     assert "The interval" not in text and "+0.1200 [+0.090, +0.150]: the interval excludes 0, a gain" in text

@@ -1,0 +1,134 @@
+"""The plan: counts that must be exact, estimates that must scale as they should, and nothing spent."""
+
+import dataclasses
+import json
+import math
+from dataclasses import replace
+
+import jax
+import pytest
+
+from nanochat_jax import plan as plan_module
+from nanochat_jax.config import Config, FinetuneConfig, GPTConfig, ModelConfig
+from nanochat_jax.errors import UserError
+from nanochat_jax.model import count_params, flops_per_token, param_shapes
+from nanochat_jax.optim import horizon
+from nanochat_jax.plan import format_plan, plan
+
+
+def tiny(**changes):
+    model = ModelConfig(depth=2, aspect_ratio=32, head_dim=32, sequence_len=128)
+    config = replace(Config(), model=model, tokenizer=replace(Config().tokenizer, vocab_size=512))
+    base = replace(config.base, num_iterations=20, total_batch_size=1024, device_batch_size=4)
+    mid = replace(config.mid, mixture=("identity*2", "choice:100"), total_batch_size=1024, val_rows=0)
+    return replace(config, **{"base": base, "mid": mid, **changes})
+
+
+def stage(figures, name):
+    return next(s for s in figures["stages"] if s["stage"] == name)
+
+
+def test_base_is_exact():
+    config = tiny()
+    figures = plan(config)
+    cfg = GPTConfig.from_depth(config.model, 512)
+    base = stage(figures, "base")
+    assert base["steps"] == 20 and base["tokens"] == 20 * 1024
+    assert base["flops"] == 20 * 1024 * flops_per_token(cfg)
+    assert figures["model"]["total"] == sum(leaf.size for leaf in jax.tree.leaves(param_shapes(cfg)))
+    assert figures["total"]["flops"] == pytest.approx(sum(s["flops"] for s in figures["stages"]))
+    json.dumps(figures)
+
+
+def test_base_follows_the_horizon_and_stop_after():
+    config = replace(tiny(), base=replace(Config().base, stop_after=7))
+    length = horizon(config, GPTConfig.from_depth(config.model, 512))
+    assert length.steps > 7 and stage(plan(config), "base")["tokens"] == 7 * length.batch_tokens
+    config = replace(config, base=replace(config.base, stop_after=None))
+    assert stage(plan(config), "base")["steps"] == length.steps
+
+
+def test_finetuning_steps_come_from_the_mixture():
+    # 2 x 1000 identity rows and 100 of choice, 60 tokens each, packed into 8 rows of 128 tokens a step.
+    assert stage(plan(tiny()), "mid")["steps"] == 2100 * 60 // 1024
+    padded = FinetuneConfig(mixture=("gsm8k:320", "arc_easy"), packing="pad", val_rows=0)
+    assert stage(plan(tiny(sft=padded)), "sft")["steps"] == (320 + 2251) // 32
+    held_out = replace(padded, val_rows=10**9)
+    assert stage(plan(tiny(sft=held_out)), "sft")["steps"] == int((320 + 2251) * 0.9 // 32)
+    assert stage(plan(tiny(sft=replace(padded, num_iterations=5))), "sft")["tokens"] == 5 * 32 * 128
+
+
+def test_own_conversations_are_counted(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text(("x" * 399 + "\n") * 64)
+    mine = FinetuneConfig(mixture=(f"{path}*2",), val_rows=0)
+    assert stage(plan(tiny(sft=mine)), "sft")["steps"] == 128 * 100 // (32 * 128)
+    with pytest.raises(UserError, match="no file"):
+        plan(tiny(sft=FinetuneConfig(mixture=("nowhere.jsonl",))))
+
+
+def test_rl_counts_rollouts_and_the_control():
+    config = tiny(rl=replace(Config().rl, num_iterations=3, questions_per_step=4, samples_per_question=2, control=True))
+    figures = plan(config)
+    per_token = figures["model"]["flops_per_token"]
+    rl = stage(figures, "rl")
+    assert rl["tokens"] == 3 * 8 * (220 + 256)
+    assert rl["flops"] == pytest.approx(per_token * (rl["tokens"] + 3 * (8 * 256 + 4 * 220) / 3))
+    assert stage(figures, "sft_continued")["flops"] == rl["flops"]
+
+
+def test_memory_is_shared_out_over_the_mesh():
+    one, eight, cut = (plan(replace(tiny(), mesh=m, compute_dtype="float32"))["memory"] for m in ("1", "8", "fsdp=8"))
+    counts = count_params(GPTConfig.from_depth(tiny().model, 512))
+    assert one["weights"] == 4 * counts["total"] and one["gradients"] == 4 * counts["total"]
+    assert one["optimizer"] == 4 * (2 * counts["total"] - counts["blocks"])
+    assert eight["weights"] == one["weights"] and eight["optimizer"] == one["optimizer"] / 8
+    assert cut["weights"] == one["weights"] / 8 and cut["gradients"] == one["gradients"] / 8
+    assert math.isclose(one["total"], sum(size for name, size in one.items() if name != "total"))
+    longer = replace(tiny(), base=replace(tiny().base, device_batch_size=128), compute_dtype="float32")
+    assert plan(longer)["memory"]["activations"] == 4 * one["activations"]
+
+
+def test_disk():
+    embedded = replace(tiny(), data=replace(Config().data, source="embedded"))
+    assert plan(embedded)["disk"]["shards"] == 0
+    assert plan(tiny())["disk"]["shards"] == 241e8
+    once = {name: replace(getattr(embedded, name), keep=1) for name in ("base", "mid", "sft", "rl")}
+    assert plan(replace(embedded, **once))["disk"]["checkpoints"] == plan(embedded)["disk"]["checkpoints"] / 2
+
+
+def test_hours_and_dollars(monkeypatch):
+    monkeypatch.setattr(plan_module, "peak_flops", lambda device: 1e12)
+    config = replace(tiny(), mesh="2", device_hour_cost=3.0)
+    figures = plan(config)
+    (hardware,) = figures["total"]["hours"]
+    base = stage(figures, "base")
+    assert hardware.startswith("2 x ")
+    assert base["hours"][hardware] == pytest.approx(base["flops"] / (2 * 0.4e12) / 3600)
+    assert base["dollars"][hardware] == pytest.approx(base["hours"][hardware] * 6)
+    assert "dollars on 2 x" in format_plan(figures)
+
+
+def test_text_says_everything():
+    text = format_plan(plan(replace(Config(), device_hour_cost=3.0)))
+    for words in (
+        "total parameters", "FLOPs per token", "base", "mid", "sft", "rl", "CPU cores", "1 x H100", "dollars",
+        "weights", "optimizer", "activations", "shards", "checkpoints", "estimate", "40% MFU", "smoltalk 800", "not counted",
+    ):  # fmt: skip
+        assert words in text, words
+    assert "dollars" not in format_plan(plan(Config()))
+
+
+def test_nothing_is_downloaded_or_compiled(monkeypatch):
+    def forbidden(*args, **kwargs):
+        raise AssertionError("a plan spends nothing")
+
+    monkeypatch.setattr("socket.socket.connect", forbidden)
+    monkeypatch.setattr(jax, "jit", forbidden)
+    plan(Config())
+
+
+@pytest.mark.parametrize("change, words", [({"mesh": "none"}, "--mesh"), ({"model": ModelConfig(depth=0)}, "depth")])
+def test_impossible_configurations_are_errors(change, words):
+    with pytest.raises(UserError, match=words):
+        plan(dataclasses.replace(Config(), **change))
