@@ -32,7 +32,7 @@ from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train import TrainState, born_params, restored_state, saved_shapes, saved_tree, with_optimizer
 
 Log = Callable[[str], None]
-HEAD_TOKENS = 1024
+HEAD_TOKENS = 256
 """Positions a device puts through the output head at once on a CPU, where large temporaries are slow."""
 
 
