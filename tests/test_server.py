@@ -8,13 +8,18 @@ import threading
 import time
 from pathlib import Path
 
+import jax
 import pytest
 from werkzeug.serving import make_server
 
 import nanochat_jax.server
+from nanochat_jax.config import GPTConfig, ModelConfig
 from nanochat_jax.errors import UserError
+from nanochat_jax.inference.engine import Engine
+from nanochat_jax.model import init_params
 from nanochat_jax.server.app import create_app, serve
 from nanochat_jax.server.context import fit
+from nanochat_jax.tokenizer import Tokenizer
 
 STATIC = Path(nanochat_jax.server.__file__).parent / "static"
 
@@ -79,7 +84,7 @@ def user(content="What is 12 + 7?"):
 
 
 def ask(client, **body):
-    return client.post("/v1/chat/completions", json={**user(), **body})
+    return client.post("/v1/chat/completions", json=user() | body)
 
 
 def chunks_of(response):
@@ -329,6 +334,20 @@ def test_serve_refuses_what_is_unsafe_or_impossible():
     with pytest.raises(UserError, match="another --port"):
         serve(app, port=taken.port)
     taken.server_close()
+
+
+def test_with_a_real_engine():
+    tokenizer = Tokenizer.train(["the quick brown fox jumps over the lazy dog " * 20], 300)
+    cfg = GPTConfig.from_depth(ModelConfig(depth=1, aspect_ratio=16, head_dim=16, sequence_len=32), 300)
+    engine = Engine(init_params(cfg, jax.random.key(0)), cfg, tokenizer, max_rows=2, max_len=32)
+    client = create_app(engine, tokenizer, model_name="m").test_client()
+    whole = ask(client, max_tokens=4, seed=1, **user("the quick")).get_json()
+    assert whole["usage"]["prompt_tokens"] == len(tokenizer.encode("the quick")) + 4
+    assert whole["choices"][0]["finish_reason"] in ("stop", "length")
+    chunks = chunks_of(ask(client, max_tokens=4, seed=1, stream=True, **user("the quick")))[:-1]
+    pieces = [chunk["choices"][0]["delta"].get("content", "") for chunk in chunks]
+    assert "".join(pieces) == whole["choices"][0]["message"]["content"]
+    assert chunks[-1]["usage"] == whole["usage"]
 
 
 MARKDOWN = [

@@ -56,7 +56,7 @@ def parse_request(body: Any, model_name: str, max_len: int) -> ChatRequest:
     sampling = SamplingParams(
         temperature=_number(body, "temperature", float, 0, 5, 0.8),
         top_k=_number(body, "top_k", int, 0, 1_000_000, 50),
-        top_p=_number(body, "top_p", float, 0, 1, 1.0),
+        top_p=_number(body, "top_p", float, 1e-6, 1, 1.0),
         min_p=_number(body, "min_p", float, 0, 1, 0.0),
         max_tokens=_number(body, limit, int, 1, max_len, min(512, max_len)),
         seed=_number(body, "seed", int, 0, 2**31 - 1, secrets.randbelow(2**31)),
