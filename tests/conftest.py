@@ -1,10 +1,22 @@
-"""One environment for all tests: eight CPU devices, no implicit rank promotion."""
+"""One environment for all tests: eight CPU devices, no implicit rank promotion, one small tokenizer."""
 
 import os
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 import jax
+import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """A small tokenizer learned from the corpus in the package."""
+    from nanochat_jax.data.shards import read_texts, shard_files
+    from nanochat_jax.tokenizer import Tokenizer
+
+    files, _ = shard_files(Path(__file__).parent.parent / "nanochat_jax" / "corpus")
+    return Tokenizer.train(read_texts(files[:1]), 512)
