@@ -10,7 +10,10 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
+import os
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -128,9 +131,19 @@ class Tokenizer:
         """Ids of `text`, special tokens in it taken as ordinary text."""
         return self._encoding.encode_ordinary(text)
 
-    def encode_batch(self, texts: list[str], num_threads: int = 2) -> list[list[int]]:
-        """`encode` of each text, over threads."""
-        return self._encoding.encode_ordinary_batch(texts, num_threads=num_threads)
+    def encode_batch(self, texts: list[str], num_threads: int | None = None) -> list[list[int]]:
+        """`encode` of each text, over threads; unset: one for each CPU core of this process, at most 16."""
+        workers = num_threads or min(len(os.sched_getaffinity(0)), 16)
+        # A job is several texts: a job for each, as tiktoken's own batch has it, costs more than encoding a short one.
+        size = math.ceil(len(texts) / (4 * workers)) or 1
+        parts = [texts[i : i + size] for i in range(0, len(texts), size)]
+        if workers == 1 or len(parts) < 2:
+            return self._encode_all(texts)
+        with ThreadPoolExecutor(workers) as pool:
+            return [ids for part in pool.map(self._encode_all, parts) for ids in part]
+
+    def _encode_all(self, texts: list[str]) -> list[list[int]]:
+        return [self._encoding.encode_ordinary(text) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`: special tokens by name, bytes that are no UTF-8 as U+FFFD."""
@@ -149,12 +162,12 @@ class Tokenizer:
         return self.render_batch([conversation], max_tokens, num_threads=1)[0]
 
     def render_batch(
-        self, conversations: Sequence[dict], max_tokens: int | None = None, num_threads: int = 2
+        self, conversations: Sequence[dict], max_tokens: int | None = None, num_threads: int | None = None
     ) -> list[tuple[list[int], list[int]]]:
         """`render` of each conversation; all their texts are encoded together, over threads."""
         all_pieces = [self._pieces(turns(conversation)) for conversation in conversations]
         texts = [piece for pieces in all_pieces for piece, _ in pieces if isinstance(piece, str)]
-        encoded = iter(map(self.encode, texts) if num_threads == 1 else self.encode_batch(texts, num_threads))
+        encoded = iter(self.encode_batch(texts, num_threads))
         rendered = []
         for pieces in all_pieces:
             ids: list[int] = []

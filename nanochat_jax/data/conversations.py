@@ -102,7 +102,7 @@ def conversation_batches(
     seed: int,
     buffer: int = 100,
     prefetch: int = 2,
-    threads: int = 2,
+    threads: int | None = None,
 ) -> grain.DatasetIterator[Batch]:
     """Batches of [rows, sequence_len] without end; every row has at least one target.
 
@@ -132,7 +132,7 @@ def epoch_rows(
     loss_on: LossOn,
     seed: int,
     buffer: int = 100,
-    threads: int = 2,
+    threads: int | None = None,
     log: Callable[[str], None] | None = None,
 ) -> int:
     """Rows of the first epoch; tokenizes all of it, and tells `log` how many conversations were cut or dropped."""
@@ -181,7 +181,7 @@ class RowPacker:
         loss_on: LossOn,
         seed: int,
         buffer: int,
-        threads: int,
+        threads: int | None,
     ) -> None:
         if buffer < 1:
             raise UserError(f"the packing buffer of {buffer} conversations must hold at least 1")

@@ -32,7 +32,9 @@ class DocumentReader:
     Raises UserError where there is none. The state is the position alone.
     """
 
-    def __init__(self, files: Sequence[Path], stream: int, streams: int, tokenizer: Tokenizer, threads: int) -> None:
+    def __init__(
+        self, files: Sequence[Path], stream: int, streams: int, tokenizer: Tokenizer, threads: int | None
+    ) -> None:
         self._files = files
         self._stream, self._streams = stream, streams
         self._tokenizer = tokenizer

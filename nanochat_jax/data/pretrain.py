@@ -41,13 +41,14 @@ def pretrain_batches(
     streams: int = 1,
     buffer_docs: int = 1000,
     prefetch: int = 2,
-    threads: int = 2,
+    threads: int | None = None,
 ) -> grain.DatasetIterator[Batch]:
     """Batches of [rows, sequence_len] without end, made by a background thread `prefetch` batches ahead.
 
     `get_state` gives the position after the last batch that was handed out, as a small dict for JSON; after `set_state`
     with it, an iterator over the same files with the same packing gives the batches that would have come. `rows` may
-    change between the two. Raises UserError where a stream has nothing to read, and for a state that does not belong.
+    change between the two. `threads` tokenize; unset: one for each core, at most 16. Raises UserError where a stream
+    has nothing to read, and for a state that does not belong.
     """
     packed = PackedBatches(
         files,
@@ -72,7 +73,7 @@ def validation_batches(
     eval_tokens: int,
     streams: int = 1,
     buffer_docs: int = 1000,
-    threads: int = 2,
+    threads: int | None = None,
 ) -> Iterator[Batch]:
     """The same batches of the validation file at each call, with `eval_tokens` targets at most.
 
@@ -105,7 +106,13 @@ def _stack(rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> Batch:
 
 
 def _bestfit_rows(
-    file: Path, tokenizer: Tokenizer, sequence_len: int, eval_tokens: int, streams: int, buffer_docs: int, threads: int
+    file: Path,
+    tokenizer: Tokenizer,
+    sequence_len: int,
+    eval_tokens: int,
+    streams: int,
+    buffer_docs: int,
+    threads: int | None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     readers = [DocumentReader([file], s, streams, tokenizer, threads) for s in range(streams)]
     sources = [BestFitStream(reader, buffer_docs) for reader in readers]
@@ -119,7 +126,7 @@ def _bestfit_rows(
 
 
 def _document_rows(
-    file: Path, tokenizer: Tokenizer, sequence_len: int, eval_tokens: int, threads: int
+    file: Path, tokenizer: Tokenizer, sequence_len: int, eval_tokens: int, threads: int | None
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     reader = DocumentReader([file], 0, 1, tokenizer, threads)
     given = 0
@@ -233,10 +240,10 @@ class PackedBatches(grain.DatasetIterator[Batch]):
         packing: Packing,
         streams: int,
         buffer_docs: int,
-        threads: int,
+        threads: int | None,
     ) -> None:
         super().__init__()
-        if min(rows, streams, buffer_docs, threads) < 1:
+        if min(rows, streams, buffer_docs) < 1:
             raise UserError(f"rows {rows}, streams {streams}, buffer-docs {buffer_docs}: each must be at least 1")
         self._rows, self._size = rows, sequence_len + 1
         readers = [DocumentReader(files, s, streams, tokenizer, threads) for s in range(streams)]
