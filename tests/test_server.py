@@ -324,7 +324,11 @@ def test_fit_leaves_as_much_as_there_is():
     assert len(prompt.ids) == 52 and prompt.max_tokens == 12 and prompt.dropped == 0
 
 
-def test_serve_refuses_what_is_unsafe_or_impossible():
+def test_serve_refuses_what_is_unsafe_or_impossible(monkeypatch):
+    def never(*args, **options):
+        raise AssertionError("it would have served")
+
+    monkeypatch.setattr("nanochat_jax.server.app.make_server", never)
     app = create_app(ScriptedEngine(), WordTokenizer(), model_name="m")
     with pytest.raises(UserError, match="--token"):
         serve(app, "0.0.0.0", 0)
@@ -337,8 +341,8 @@ def test_serve_refuses_what_is_unsafe_or_impossible():
 
 
 def test_with_a_real_engine():
-    tokenizer = Tokenizer.train(["the quick brown fox jumps over the lazy dog " * 20], 300)
-    cfg = GPTConfig.from_depth(ModelConfig(depth=1, aspect_ratio=16, head_dim=16, sequence_len=32), 300)
+    tokenizer = Tokenizer.train(["the quick brown fox jumps over the lazy dog " * 20], 290)
+    cfg = GPTConfig.from_depth(ModelConfig(depth=1, aspect_ratio=16, head_dim=16, sequence_len=32), 290)
     engine = Engine(init_params(cfg, jax.random.key(0)), cfg, tokenizer, max_rows=2, max_len=32)
     client = create_app(engine, tokenizer, model_name="m").test_client()
     whole = ask(client, max_tokens=4, seed=1, **user("the quick")).get_json()
