@@ -132,8 +132,8 @@ class Tokenizer:
         return self._encoding.encode_ordinary(text)
 
     def encode_batch(self, texts: list[str], num_threads: int | None = None) -> list[list[int]]:
-        """`encode` of each text, over threads; unset: one for each CPU core of this process, at most 16."""
-        workers = num_threads or min(len(os.sched_getaffinity(0)), 16)
+        """`encode` of each text, over threads; unset: one for each CPU core, at most 16."""
+        workers = num_threads or min(os.cpu_count() or 1, 16)
         # A job is several texts: a job for each, as tiktoken's own batch has it, costs more than encoding a short one.
         size = math.ceil(len(texts) / (4 * workers)) or 1
         parts = [texts[i : i + size] for i in range(0, len(texts), size)]
