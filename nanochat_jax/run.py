@@ -147,13 +147,14 @@ def newest_run(root: Path = RUNS) -> Path:
 
 def newest_model(workdir: Path, source: str | None = None) -> str:
     """The last stage in order that has a checkpoint, finished or not; `source` asks for one. UserError without one."""
-    have = [stage for stage in MODEL_STAGES if _has_checkpoint(workdir, stage)]
-    if source is None and have:
-        return have[-1]
-    if source is not None and _has_checkpoint(workdir, source):
+    have = [path.parents[1].name for path in Path(workdir).glob("*/checkpoints/step_*")]
+    stages = [stage for stage in MODEL_STAGES if stage in have]
+    if source is None and stages:
+        return stages[-1]
+    if source in have:
         return source
     wanted = f"{source} model" if source else "model"
-    raise UserError(f"no checkpoint of a {wanted} in {workdir} (there: {', '.join(have) or 'none'}): train it first")
+    raise UserError(f"no checkpoint of a {wanted} in {workdir} (there: {', '.join(stages) or 'none'}): train it first")
 
 
 def load_model(

@@ -13,10 +13,9 @@ import jax
 from jax.sharding import Mesh
 
 from nanochat_jax.config import Config, GPTConfig
-from nanochat_jax.data.download import ensure_shards, fetch_eval_bundle
+from nanochat_jax.data.download import fetch_eval_bundle, prepare_shards
 from nanochat_jax.data.files import write_json
 from nanochat_jax.data.pretrain import validation_batches
-from nanochat_jax.data.shards import shard_files
 from nanochat_jax.evals.bpb import bits_per_byte
 from nanochat_jax.evals.chat import chatcore, evaluate_task, paired_interval
 from nanochat_jax.evals.core import evaluate_core
@@ -45,7 +44,7 @@ def run(
     loaded = {name: load(name, "test", config.data, config.seed) for name in names if name not in ("bpb", "core")}
     figures: dict = {"source": source, "step": step, "tasks": {}, "chatcore": None}
     if "bpb" in names:
-        _, val_file = shard_files(ensure_shards(config.data, log))
+        _, val_file = prepare_shards(config.data, log)
         figures["bpb"] = {"val": validation_bpb(params, cfg, mesh, tokenizer, val_file, config)}
         log(f"{source}: validation {figures['bpb']['val']:.4f} bits per byte")
     if "core" in names:

@@ -74,7 +74,7 @@ def train(
     elif settings.num_iterations is not None:
         steps = settings.num_iterations
     else:
-        steps = max(1, epoch_rows(train_set, session.tokenizer, **packed) // (microbatches * rows))
+        steps = max(1, epoch_rows(train_set, session.tokenizer, log=log, **packed) // (microbatches * rows))
     schedule = Schedule(settings, steps, cfg.n_embd)
     batches = conversation_batches(train_set, session.tokenizer, rows=microbatches * rows, **packed)
     start = functools.partial(params_from, session, workdir, PREVIOUS[name])
@@ -117,7 +117,13 @@ def train(
         log(f"{name}: stopped after step {session.step} of {steps} as asked; start again to go on")
         return
     write_samples(session, session.state.params, raw=False)
-    session.finish(conversations=len(train_set), batch_tokens=batch_tokens)
+    position = batches.get_state()
+    session.finish(
+        conversations=len(train_set),
+        batch_tokens=batch_tokens,
+        truncated=position["truncated"],
+        dropped=position["dropped"],
+    )
 
 
 class Part(Sequence[dict]):

@@ -12,9 +12,8 @@ from pathlib import Path
 import jax
 
 from nanochat_jax.config import Config
-from nanochat_jax.data.download import ensure_shards
+from nanochat_jax.data.download import prepare_shards
 from nanochat_jax.data.pretrain import pretrain_batches
-from nanochat_jax.data.shards import shard_files
 from nanochat_jax.errors import UserError
 from nanochat_jax.metrics import Console
 from nanochat_jax.model import flops_per_token
@@ -30,7 +29,7 @@ def run(config: Config, workdir: Path, log: Log) -> None:
     """Train the base model in `workdir`/base, from its newest checkpoint on; a complete stage is left alone."""
     if is_done(workdir, "base", log):
         return
-    train_files, val_file = shard_files(ensure_shards(config.data, log))
+    train_files, val_file = prepare_shards(config.data, log)
     record_data(workdir, [*train_files, val_file])
     session = open_session(config, workdir, "base", config.base, log)
     schedule, horizon = base_schedule(config, session.cfg)

@@ -1,0 +1,144 @@
+"""The stages as functions: equal on any mesh, exact when interrupted, and each leaving what the next one needs."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import tiny
+
+from nanochat_jax.config import MODEL_STAGES
+from nanochat_jax.errors import UserError
+from nanochat_jax.metrics import MetricsLog
+from nanochat_jax.report import write_report
+from nanochat_jax.run import load_model, open_run
+from nanochat_jax.stages import evaluate, finetune, pretrain, rl
+from nanochat_jax.stages import tokenizer as tokenizer_stage
+
+
+def quiet(_):
+    pass
+
+
+def start(folder, config=tiny.config):
+    open_run(config, folder, log=quiet)
+    tokenizer_stage.run(config, folder, quiet)
+    return folder
+
+
+def losses(folder, stage="base", key="loss"):
+    return [row[key] for row in MetricsLog.read(folder / stage / "metrics.jsonl") if row["kind"] == "train"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A whole run on one device, evaluated."""
+    folder = start(tmp_path_factory.mktemp("run"))
+    pretrain.run(tiny.config, folder, quiet)
+    finetune.run(tiny.config, folder, "mid", quiet)
+    finetune.run(tiny.config, folder, "sft", quiet)
+    rl.run(tiny.config, folder, quiet)
+    for stage in MODEL_STAGES:
+        evaluate.run(tiny.config, folder, stage, None, None, quiet)
+    return folder
+
+
+def test_every_stage_leaves_its_papers(run):
+    for stage in (*MODEL_STAGES, "sft_continued"):
+        done = json.loads((run / stage / "done.json").read_text())
+        assert done["stage"] == stage and done["steps"] > 0 and done["flops"] > 0
+        assert "step" in (run / stage / "samples.md").read_text()
+        assert list((run / stage / "checkpoints").glob("step_*"))
+    for stage in ("base", "mid", "sft"):
+        steps = [row["step"] for row in MetricsLog.read(run / stage / "metrics.jsonl") if row["kind"] == "train"]
+        assert steps == list(range(12))
+        assert losses(run, stage)[-1] < losses(run, stage)[0]
+
+
+def test_evaluations_have_the_promised_form(run):
+    base = json.loads((run / "base" / "eval.json").read_text())
+    assert 0 < base["bpb"]["val"] < 8
+    last = [row["bpb"] for row in MetricsLog.read(run / "base" / "metrics.jsonl") if row["kind"] == "val"][-1]
+    assert base["bpb"]["val"] == pytest.approx(last, rel=1e-5)
+    sft = json.loads((run / "sft" / "eval.json").read_text())
+    assert set(sft["tasks"]) == {"arithmetic", "choice"} and sft["chatcore"] is None
+    for figures in sft["tasks"].values():
+        assert figures["n"] == 8 and figures["interval"][0] <= figures["accuracy"] <= figures["interval"][1]
+    comparison = json.loads((run / "rl" / "eval.json").read_text())["comparison"]
+    assert comparison["n"] == 8 and len(comparison["rl_minus_sft"]) == 3
+    assert comparison["sft_continued_flops"] == pytest.approx(comparison["rl_flops"], rel=0.6)
+
+
+def test_the_report_shows_all_stages(run):
+    text = write_report(run).read_text()
+    for word in ("BASE", "MID", "SFT", "RL", "ChatCORE", "arithmetic"):
+        assert word in text
+    assert "<img" in (run / "report.html").read_text()
+
+
+def test_eight_devices_give_the_same_losses(run, tmp_path):
+    config = replace(tiny.config, mesh="8")
+    folder = start(tmp_path, config)
+    pretrain.run(config, folder, quiet)
+    np.testing.assert_allclose(losses(folder), losses(run), atol=1e-3)
+    finetune.run(config, folder, "mid", quiet)
+    np.testing.assert_allclose(losses(folder, "mid"), losses(run, "mid"), atol=5e-3)
+
+
+@pytest.mark.parametrize("stage", ["base", "mid"])
+def test_stopping_and_going_on_is_exact(run, tmp_path, stage):
+    """Five steps, an end, and the rest: the same numbers as in one go, to the last bit."""
+    folder = start(tmp_path)
+    if stage == "mid":
+        (folder / "base").symlink_to(run / "base")
+    config = replace(tiny.config, **{stage: replace(getattr(tiny.config, stage), stop_after=5)})
+    work = pretrain.run if stage == "base" else lambda *a: finetune.run(*a[:2], stage, a[2])
+    work(config, folder, quiet)
+    assert not (folder / stage / "done.json").exists() and len(losses(folder, stage)) == 5
+    work(tiny.config, folder, quiet)
+    assert losses(folder, stage) == losses(run, stage)
+
+
+def test_a_finished_stage_is_left_alone(run):
+    before = (run / "base" / "metrics.jsonl").read_text()
+    said = []
+    pretrain.run(tiny.config, run, said.append)
+    assert "skipped" in said[0] and (run / "base" / "metrics.jsonl").read_text() == before
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
+    config = replace(tiny.config, base=replace(tiny.config.base, init_lr_frac=1e30))
+    with pytest.raises(UserError, match=r"loss is (nan|inf) at step \d+; the last good checkpoint"):
+        pretrain.run(config, start(tmp_path, config), quiet)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"total_batch_size": 500}, "multiple of 64"),
+        ({"device_batch_size": 3}, "does not divide the 8 rows"),
+        ({"init_from": "nowhere/base"}, "no checkpoint"),
+    ],
+)
+def test_impossible_values_are_one_clear_line(run, tmp_path, change, message):
+    config = replace(tiny.config, base=replace(tiny.config.base, **change))
+    with pytest.raises(UserError, match=message) as error:
+        pretrain.run(config, start(tmp_path, config), quiet)
+    assert "\n" not in str(error.value)
+
+
+def test_a_stage_without_the_one_before_says_which(tmp_path):
+    with pytest.raises(UserError, match="train base first"):
+        finetune.run(tiny.config, start(tmp_path), "mid", quiet)
+
+
+def test_weights_can_come_from_another_run(run, tmp_path):
+    config = replace(tiny.config, mid=replace(tiny.config.mid, init_from=str(run / "base"), stop_after=1))
+    folder = start(tmp_path, config)
+    finetune.run(config, folder, "mid", quiet)
+    assert losses(folder, "mid")[0] == losses(run, "mid")[0]
+
+
+def test_the_newest_model_is_the_last_stage(run):
+    params, cfg, _, stage, step = load_model(run)
+    assert (stage, step, cfg.n_layer) == ("rl", 12, 2) and params["wte"]["embedding"].shape == (512, 32)
