@@ -24,8 +24,8 @@ Knobs = dict
 def sample(logits_BV: jax.Array, knobs: Knobs, positions_B: jax.Array, candidates: int) -> jax.Array:
     """One token a row, int32 [B]: top-k, then top-p (arXiv 1904.09751), then min-p (arXiv 2407.01082), then a draw.
 
-    Temperature 0 takes the most likely token. `candidates` (static): how many of the best tokens are looked at; at least
-    every row's top_k, or the vocabulary where a row has none; 1 where every row is greedy.
+    Temperature 0 takes the most likely token. `candidates` (static): how many of the best tokens are looked at: at
+    least every row's top_k, or the vocabulary where a row has none; 1 where every row is greedy.
     """
     if candidates == 1:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
