@@ -9,21 +9,15 @@ from pathlib import Path
 
 from nanochat_jax.config import DataConfig
 from nanochat_jax.errors import UserError
-from nanochat_jax.tasks import arc, arithmetic, choice, gsm8k, humaneval, identity, mmlu, smoltalk, spelling
+from nanochat_jax.tasks import arc, arithmetic, choice, gsm8k, humaneval, identity, mmlu, multistep, smoltalk, spelling
 from nanochat_jax.tasks.task import Task
 
 __all__ = ["LOADERS", "Mixture", "Task", "load"]
 
 
-def multistep(split: str, seed: int) -> Task:
-    from nanochat_jax.tasks.multistep import load_multistep
-
-    return load_multistep(split, seed)
-
-
 LOADERS: dict[str, Callable[[str, DataConfig, int], Task]] = {
     "arithmetic": lambda split, data, seed: arithmetic.load(split, seed),
-    "multistep": lambda split, data, seed: multistep(split, seed),
+    "multistep": lambda split, data, seed: multistep.load(split, seed),
     "letter_count": lambda split, data, seed: spelling.load("letter_count", split, seed),
     "simple_spelling": lambda split, data, seed: spelling.load("simple_spelling", split, seed),
     "spelling_bee": lambda split, data, seed: spelling.load("spelling_bee", split, seed),

@@ -24,7 +24,7 @@ LOSSES = ("{who} loses {n}.", "{who} sells {n}.", "{who} gives away {n}.", "Then
 DOUBLES = ("Then the number doubles.",)
 
 
-def load_multistep(split: str, seed: int) -> Task:
+def load(split: str, seed: int) -> Task:
     """The stories of one split, made row by row from fixed seeds."""
     one_of("multistep", split, SPLITS)
     return Task(
