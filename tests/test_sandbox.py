@@ -192,15 +192,18 @@ def test_refuses_where_the_kernel_denies_isolation():
     last = denied.stderr.strip().splitlines()[-1]
     assert denied.returncode != 0 and "UserError" in last and "--unsafe-sandbox" in last and "unshare" in last
     allowed = as_root_of_a_namespace("true")
-    assert "reason='ok'" in allowed.stdout, allowed
+    assert "read-only" in allowed.stdout and "reason='ok'" in allowed.stdout, allowed
 
 
 def as_root_of_a_namespace(preparation):
     """Runs a program where there is root but no other user, after a shell command."""
-    code = "from nanochat_jax.inference.sandbox import run_program; print(run_program('print(1)'))"
+    code = (
+        "import os; from nanochat_jax.inference.sandbox import run_program; print(run_program(os.environ['PROGRAM']))"
+    )
+    program = "try: open('/x', 'w')\nexcept OSError: print('read-only')"
     return subprocess.run(
         ["unshare", "--user", "--map-root-user", "sh", "-c", f'{preparation} && exec {sys.executable} -c "{code}"'],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(nanochat_jax.__file__).parent.parent)},
+        env={**os.environ, "PYTHONPATH": str(Path(nanochat_jax.__file__).parent.parent), "PROGRAM": program},
     )
