@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from werkzeug.serving import make_server
 
@@ -16,7 +18,7 @@ import nanochat_jax.server
 from nanochat_jax.config import GPTConfig, ModelConfig
 from nanochat_jax.errors import UserError
 from nanochat_jax.inference.engine import Engine
-from nanochat_jax.model import init_params
+from nanochat_jax.model import param_shapes
 from nanochat_jax.server.app import create_app, serve
 from nanochat_jax.server.context import fit
 from nanochat_jax.tokenizer import Tokenizer
@@ -343,7 +345,9 @@ def test_serve_refuses_what_is_unsafe_or_impossible(monkeypatch):
 def test_with_a_real_engine():
     tokenizer = Tokenizer.train(["the quick brown fox jumps over the lazy dog " * 20], 290)
     cfg = GPTConfig.from_depth(ModelConfig(depth=1, aspect_ratio=16, head_dim=16, sequence_len=32), 290)
-    engine = Engine(init_params(cfg, jax.random.key(0)), cfg, tokenizer, max_rows=1, max_len=32)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), param_shapes(cfg))
+    engine = Engine(params, cfg, tokenizer, max_rows=1, max_len=32)
     client = create_app(engine, tokenizer, model_name="m").test_client()
     whole = ask(client, max_tokens=4, temperature=0, **user("the quick")).get_json()
     assert whole["usage"]["prompt_tokens"] == len(tokenizer.encode("the quick")) + 4
