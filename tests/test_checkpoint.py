@@ -114,7 +114,9 @@ def test_damage_is_named_and_the_one_before_used(tmp_path, capsys, how, which):
         victim.write_text(victim.read_text().replace('"sha256": "', '"sha256": "0', 1))
     tree, meta, step = checkpoints.restore(None, None)
     assert (step, meta, float(tree["params"]["block"]["w"][0, 0])) == (1, {"step": 1}, 1.0)
-    assert str(newest) in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert str(newest) in said
+    assert (how == "truncated" and which != "manifest.json") == ("bytes instead of" in said)
     with pytest.raises(UserError, match="no undamaged checkpoint of step 2"):
         checkpoints.restore(2, None)
     damage(largest_file(tmp_path / "step_00000001"), how)

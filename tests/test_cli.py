@@ -12,10 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanochat_jax import cli, run
+from nanochat_jax import chat, cli, run
 from nanochat_jax.checkpoint import Checkpointer
 from nanochat_jax.config import Config, GPTConfig
 from nanochat_jax.model import param_shapes
+from nanochat_jax.server.context import fit
 from nanochat_jax.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -274,11 +275,19 @@ def test_chat_answers_once(capsys, trained):
 def test_chat_of_several_turns(capsys, trained, monkeypatch):
     lines = iter(["the cat", "", "dog " * 200, "and then", "/reset", "the dog", "/quit", "never read"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    lengths = []
+
+    def fit_and_count(messages, *rest):
+        lengths.append(len(messages))
+        return fit(messages, *rest)
+
+    monkeypatch.setattr(chat, "fit", fit_and_count)
     assert cli.main(["chat", "--workdir", str(trained), "--max-tokens", "4"]) == 0
     captured = capsys.readouterr()
     assert next(lines) == "never read"
     assert "the context holds 64" in captured.err and "new conversation" in captured.err
     assert captured.out.count("\n") >= 3
+    assert lengths == [1, 3, 3, 1]
 
 
 def test_interrupt_is_quiet(capsys):
