@@ -23,7 +23,7 @@ from nanochat_jax.sharding import parse_mesh
 from nanochat_jax.tasks import load, parse
 
 ASSUMED_MFU = 0.4
-CPU_CORE_FLOPS = 25e9
+CPU_CORE_FLOPS = 35e9
 """Float32 FLOP/s that training gets out of one CPU core."""
 ROLLOUT_EFFICIENCY = 0.1
 """Speed of token-by-token decoding in FLOP/s, relative to training."""

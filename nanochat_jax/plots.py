@@ -20,17 +20,21 @@ def training_plot(records: list[dict], stage: str, path: Path) -> bool:
     validations = {name: points for name, points in validations.items() if points}
     if not loss and not validations:
         return False
+    title = f"{stage}: training loss (faint: every step)"
+    if loss:
+        # A single measurement makes no curve.
+        single = [name for name, points in validations.items() if len(points) == 1]
+        title += "".join(f"; validation {name} {validations.pop(name)[0][1]:.4f}" for name in single)
     figure, axes = _figure(1 + len(validations) if loss else len(validations))
     if loss:
         axis = axes.pop(0)
         axis.plot(*zip(*loss, strict=True), color=COLORS[0], alpha=0.3, linewidth=0.8)
         axis.plot(*zip(*smoothed(loss), strict=True), color=COLORS[0], linewidth=1.8)
-        _label(axis, f"{stage}: training loss (faint: every step)", "nats per token")
+        _label(axis, title, "nats per token")
     for axis, (name, points) in zip(axes, validations.items(), strict=True):
         axis.plot(*zip(*points, strict=True), color=COLORS[1], marker="o", markersize=3)
-        axis.annotate(f"{points[-1][1]:.4f}", points[-1], (0, 6), textcoords="offset points", ha="right", color=INK)
         unit = "bits per byte" if name == "bpb" else "nats per token"
-        _label(axis, f"{stage}: validation", unit)
+        _label(axis, f"{stage}: validation, {points[-1][1]:.4f} at the end", unit)
     _save(figure, path)
     return True
 
@@ -84,7 +88,7 @@ def _figure(rows: int) -> tuple[Figure, list[Axes]]:
     # Not pyplot, which keeps global state and looks for a display.
     figure = Figure(figsize=(8, 2.7 * rows), dpi=110, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
-    return figure, list(figure.subplots(rows, 1, squeeze=False)[:, 0])
+    return figure, list(figure.subplots(rows, 1, squeeze=False, sharex=True)[:, 0])
 
 
 def _label(axis: Axes, title: str, unit: str) -> None:
@@ -94,6 +98,7 @@ def _label(axis: Axes, title: str, unit: str) -> None:
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
     axis.margins(y=0.12)
+    axis.label_outer()
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -206,12 +206,12 @@ def _model(run: RunRecord) -> list[Block]:
 
 def _tokenizer(run: RunRecord) -> list[Block]:
     """Bytes per token on several kinds of text, beside other tokenizers; other figures as they are."""
-    tables = {name: value for name, value in run.tokenizer_eval.items() if isinstance(value, dict) and value}
-    facts = [f"{key.replace('_', ' ')}: {_value(v)}" for key, v in run.tokenizer_eval.items() if key not in tables]
+    found = run.tokenizer_eval.items()
+    tables = {name: value for name, value in found if value and all(map(mapping, mapping(value).values() or [0]))}
+    facts = [f"{name.replace('_', ' ')}: {_value(value)}" for name, value in found if name not in tables]
     blocks: list[Block] = [Heading("Tokenizer")] if tables or facts else []
     blocks += [Bullets(facts)] if facts else []
     for name, table in tables.items():
-        table = {kind: row if isinstance(row, dict) else {"value": row} for kind, row in table.items()}
         columns = list(dict.fromkeys(column for row in table.values() for column in row))
         rows = [(kind, *(_value(row.get(column)) for column in columns)) for kind, row in table.items()]
         blocks.append(Table((name.replace("_", " "), *(column.replace("_", " ") for column in columns)), rows))
@@ -271,6 +271,8 @@ def _triple(value: Any) -> list[float] | None:
 
 
 def _value(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_value(inner)}" for name, inner in value.items())
     if isinstance(value, float):
         return f"{value:.4g}"
     return "-" if value is None else f"{value:,}" if isinstance(value, int) else str(value)

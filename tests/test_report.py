@@ -55,7 +55,9 @@ def run(tmp_path):
         {"config": to_dict(CONFIG), "versions": {"jax": "0.10.2"}, "git": "abc123", "command": ["run.py", "--x"]},
     )
     write_json(root / "tokenizer" / "done.json", {"seconds": 12.0})
-    write_json(root / "tokenizer" / "eval.json", {"vocab_size": 300, "bytes_per_token": {"news": {"ours": 3.21}}})
+    write_json(
+        root / "tokenizer" / "eval.json", {"vocab_size": {"ours": 300}, "bytes_per_token": {"news": {"ours": 3.21}}}
+    )
     train = [{"kind": "train", "step": i, "loss": 5 - i / 50, "tok_per_sec": 1000.0, "mfu": None} for i in range(100)]
     val = [{"kind": "val", "step": 50, "bpb": 2.0}, {"kind": "val", "step": 100, "bpb": 1.65}]
     core = {"core_metric": 0.2219, "results": {"hellaswag": 0.4}, "centered_results": {"hellaswag": 0.2}, "n": 10}
@@ -121,7 +123,18 @@ def test_whole_run(run):
     total = next(r for r in md_rows(text) if r[0] == "total")
     assert total[1:5] == ["-", "8M", "1.6e+13", "2h00m"] and total[-1] == "$12.03"
     assert next(r for r in md_rows(text) if r[0] == "sft_continued")[1] == "7"
-    for wanted in ("0.2219", "3h51m", "hellaswag", "jax 0.10.2", "abc123", "run.py --x", "news", "3.21", "context 64"):
+    for wanted in (
+        "0.2219",
+        "3h51m",
+        "hellaswag",
+        "jax 0.10.2",
+        "abc123",
+        "run.py --x",
+        "news",
+        "3.21",
+        "vocab size: ours 300",
+        "context 64",
+    ):
         assert wanted in text
     assert "The interval" not in text and "+0.1200 [+0.090, +0.150]: the interval excludes 0, a gain" in text
     assert "includes 0, no clear difference" in text and "rl minus sft continued" not in text
