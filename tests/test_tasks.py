@@ -375,6 +375,8 @@ def test_humaneval_takes_imports_and_the_last_block():
 
 def test_humaneval_runs_the_tests_to_the_end(tmp_path):
     data = mirrored(tmp_path, "openai/openai_humaneval/openai_humaneval/test", [PROBLEM])
+    outside = load("humaneval", "test", data, unsafe_sandbox=True)
+    assert outside.grade(outside[0], answer(outside[0])) and not outside.grade(outside[0], "raise SystemExit(0)")
     try:
         require_isolation()
     except UserError:
