@@ -18,8 +18,9 @@ import nanochat_jax.server
 from nanochat_jax.config import GPTConfig, ModelConfig
 from nanochat_jax.errors import UserError
 from nanochat_jax.inference.engine import Engine
+from nanochat_jax.inference.sampling import decode, prefill
 from nanochat_jax.model import param_shapes
-from nanochat_jax.server.app import create_app, serve
+from nanochat_jax.server.app import create_app, serve, warm_up
 from nanochat_jax.server.context import fit
 from nanochat_jax.tokenizer import Tokenizer
 
@@ -344,15 +345,19 @@ def test_serve_refuses_what_is_unsafe_or_impossible(monkeypatch):
 
 def test_with_a_real_engine():
     tokenizer = Tokenizer.train(["the quick brown fox jumps over the lazy dog " * 20], 290)
-    cfg = GPTConfig.from_depth(ModelConfig(depth=1, aspect_ratio=16, head_dim=16, sequence_len=32), 290)
+    cfg = GPTConfig.from_depth(ModelConfig(depth=1, aspect_ratio=16, head_dim=16, sequence_len=64), 290)
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), param_shapes(cfg))
-    engine = Engine(params, cfg, tokenizer, max_rows=1, max_len=32)
+    engine = Engine(params, cfg, tokenizer, max_rows=1, max_len=64)
     client = create_app(engine, tokenizer, model_name="m").test_client()
-    whole = ask(client, max_tokens=4, temperature=0, **user("the quick")).get_json()
+    warm_up(engine)
+    compiled = prefill._cache_size() + decode._cache_size()
+    assert ask(client, max_tokens=4).status_code == 200 and ask(client, **user("the quick " * 4)).status_code == 200
+    assert prefill._cache_size() + decode._cache_size() == compiled
+    whole = ask(client, max_tokens=4, seed=1, **user("the quick")).get_json()
     assert whole["usage"]["prompt_tokens"] == len(tokenizer.encode("the quick")) + 4
     assert whole["choices"][0]["finish_reason"] in ("stop", "length")
-    chunks = chunks_of(ask(client, max_tokens=4, temperature=0, stream=True, **user("the quick")))[:-1]
+    chunks = chunks_of(ask(client, max_tokens=4, seed=1, stream=True, **user("the quick")))[:-1]
     pieces = [chunk["choices"][0]["delta"].get("content", "") for chunk in chunks]
     assert "".join(pieces) == whole["choices"][0]["message"]["content"]
     assert chunks[-1]["usage"] == whole["usage"]

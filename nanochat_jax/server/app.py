@@ -17,11 +17,12 @@ import threading
 import time
 
 from flask import Flask, Response, jsonify, render_template, request
+from tqdm import tqdm
 from werkzeug.exceptions import HTTPException
 from werkzeug.serving import make_server
 
 from nanochat_jax.errors import UserError
-from nanochat_jax.inference.engine import Engine
+from nanochat_jax.inference.engine import Engine, SamplingParams, bucket
 from nanochat_jax.server.answer import answer_events, completion, error_body, sse_chunks
 from nanochat_jax.server.context import fit
 from nanochat_jax.server.request import ApiError, parse_request
@@ -41,7 +42,7 @@ def create_app(
     """
     app = Flask(__name__)
     app.config["MAX_CONTENT_LENGTH"] = 2**20
-    app.config["TOKEN"] = token
+    app.config.update(TOKEN=token, ENGINE=engine)
     app.json.sort_keys = False
     started = int(time.time())
     places = threading.BoundedSemaphore(max_requests)
@@ -110,6 +111,7 @@ def serve(app: Flask, host: str = "127.0.0.1", port: int = 8000) -> None:
     except (OSError, OverflowError) as error:
         raise UserError(f"--host {host} --port {port}: cannot listen there ({error}); choose another --port") from None
     with listener:
+        warm_up(app.config["ENGINE"])
         server = make_server(host, port, app, threaded=True, fd=listener.fileno())
     logging.getLogger("werkzeug").setLevel(logging.WARNING)
     print(f"Chat at http://{host}:{server.port}/ (Ctrl-C ends it)", file=sys.stderr, flush=True)
@@ -119,6 +121,14 @@ def serve(app: Flask, host: str = "127.0.0.1", port: int = 8000) -> None:
         print(file=sys.stderr)
     finally:
         server.server_close()
+
+
+def warm_up(engine: Engine) -> None:
+    """Compiles what a lone request with the page's sampling needs, for every length of prompt, before anyone waits."""
+    lengths = sorted({bucket(length, engine.max_len, 32) for length in range(1, engine.max_len)})
+    sampling = SamplingParams(temperature=0.8, top_k=50, max_tokens=2)
+    for length in tqdm(lengths, desc="compiling", unit="prompt length", disable=None):
+        engine.generate([[0] * min(length, engine.max_len - 1)], sampling)
 
 
 def _is_loopback(host: str) -> bool:
