@@ -270,6 +270,8 @@ class Config:
     """Attention implementation; auto: cudnn on NVIDIA, xla_blocked elsewhere."""
     seed: int = 42
     """Root of all randomness of the run."""
+    unsafe_sandbox: bool = False
+    """Run model-written programs without isolation, where the kernel denies it."""
     device_hour_cost: float = 0.0
     """Price of one device for one hour, dollars, for the plan and the report."""
 

@@ -118,11 +118,16 @@ class Attention(nn.Module):
         q_BTNH = 1.2 * rms(rotate(q_BTNH, cos, sin))
         k_BTKH = 1.2 * rms(rotate(k_BTKH, cos, sin))
         window = cfg.windows[self.layer]
-        if cache is not None:
+        if cache is not None and length == 1:
             rows_B1 = jnp.arange(batch)[:, None]
             cache = {
-                "k": cache["k"].at[rows_B1, positions_BT].set(k_BTKH, mode="drop"),
-                "v": cache["v"].at[rows_B1, positions_BT].set(v_BTKH, mode="drop"),
+                "k": cache["k"].at[rows_B1, :, positions_BT].set(k_BTKH, mode="drop"),
+                "v": cache["v"].at[rows_B1, :, positions_BT].set(v_BTKH, mode="drop"),
+            }
+        elif cache is not None:
+            cache = {
+                "k": cache["k"].at[:, :, :length].set(k_BTKH.swapaxes(1, 2)),
+                "v": cache["v"].at[:, :, :length].set(v_BTKH.swapaxes(1, 2)),
             }
         if cache is not None and length == 1:
             y_BTNH = attend_cache(q_BTNH, cache["k"], cache["v"], positions_BT[:, 0], window)
@@ -146,17 +151,17 @@ def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, window: int,
 
 
 def attend_cache(
-    q_B1NH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, position_B: jax.Array, window: int
+    q_B1NH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, position_B: jax.Array, window: int
 ) -> jax.Array:
     """One query a row, at `position_B`, over the cached keys its window reaches. Returns [B, 1, N, H]."""
     batch, _, heads, width = q_B1NH.shape
-    kv_heads = k_BSKH.shape[2]
+    kv_heads = k_BKSH.shape[1]
     q_BKGH = q_B1NH.reshape(batch, kv_heads, heads // kv_heads, width)
-    scores_BKGS = jnp.einsum("BKGH,BSKH->BKGS", q_BKGH, k_BSKH, preferred_element_type=jnp.float32) * width**-0.5
-    j_1S = jnp.arange(k_BSKH.shape[1])[None, :]
+    scores_BKGS = jnp.einsum("BKGH,BKSH->BKGS", q_BKGH, k_BKSH, preferred_element_type=jnp.float32) * width**-0.5
+    j_1S = jnp.arange(k_BKSH.shape[2])[None, :]
     visible_BS = (j_1S <= position_B[:, None]) & (j_1S >= position_B[:, None] - window)
     weights_BKGS = jax.nn.softmax(jnp.where(visible_BS[:, None, None], scores_BKGS, -1e30), axis=-1)
-    out = jnp.einsum("BKGS,BSKH->BKGH", weights_BKGS.astype(v_BSKH.dtype), v_BSKH)
+    out = jnp.einsum("BKGS,BKSH->BKGH", weights_BKGS.astype(v_BKSH.dtype), v_BKSH)
     return out.reshape(q_B1NH.shape)
 
 
@@ -318,9 +323,12 @@ def _losses(kernel_DV: jax.Array, cfg: GPTConfig, x_BTD: jax.Array, targets_BT: 
 
 
 def empty_cache(cfg: GPTConfig, rows: int, length: int) -> Cache:
-    """A KV cache for `rows` rows of up to `length` tokens, with smear's previous embedding, in the compute dtype."""
+    """A KV cache for `rows` rows of up to `length` tokens, with smear's previous embedding, in the compute dtype.
+
+    Keys and values are [B, K, S, H], heads before positions: a decode step then reads contiguous panels.
+    """
     dtype = jnp.dtype(cfg.compute_dtype)
-    shape = (rows, length, cfg.n_kv_head, cfg.head_dim)
+    shape = (rows, cfg.n_kv_head, length, cfg.head_dim)
     layers = {f"h_{i}": {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)} for i in range(cfg.n_layer)}
     return {"prev": jnp.zeros((rows, cfg.n_embd), dtype), **layers}
 

@@ -19,7 +19,7 @@ from nanochat_jax.sharding import make_mesh
 @pytest.fixture(scope="module")
 def model(tokenizer):
     cfg = GPTConfig.from_depth(ModelConfig(2, 32, 16, None, 96, "SL"), tokenizer.vocab_size)
-    params = init_params(cfg, jax.random.key(0))
+    params = jax.jit(init_params, static_argnums=0)(cfg, jax.random.key(0))
     keys = iter(jax.random.split(jax.random.key(1), 1000))
     return jax.tree.map(lambda p: p + 0.15 * jax.random.normal(next(keys), p.shape), params), cfg
 
@@ -34,11 +34,11 @@ def one_at_a_time(params, cfg, tokenizer, prompt, count):
     """Greedy continuation by the full forward pass, nothing cached."""
     end = {tokenizer.bos_id, tokenizer.special_id("<|assistant_end|>")}
     ids = list(prompt)
-    run = jax.jit(lambda tokens: forward(params, cfg, tokens))
+    run = jax.jit(forward, static_argnums=1)
     for _ in range(count):
         padded = np.zeros((1, 96), np.int32)
         padded[0, : len(ids)] = ids
-        token = int(jnp.argmax(run(padded)[0, len(ids) - 1]))
+        token = int(jnp.argmax(run(params, cfg, padded)[0, len(ids) - 1]))
         if token in end:
             break
         ids.append(token)
@@ -160,8 +160,11 @@ def test_closing_a_stream_frees_its_row(model, tokenizer, prompts):
 def test_logits_at_the_end_of_each_prompt(model, tokenizer, prompts):
     params, cfg = model
     got = Engine(params, cfg, tokenizer, max_rows=1).logits_at(prompts)
+    whole = jax.jit(forward, static_argnums=1)
     for prompt, logits in zip(prompts, got, strict=True):
-        np.testing.assert_allclose(logits, forward(params, cfg, jnp.asarray([prompt]))[0, -1], atol=1e-4)
+        padded = np.zeros((1, 96), np.int32)
+        padded[0, : len(prompt)] = prompt
+        np.testing.assert_allclose(logits, whole(params, cfg, padded)[0, len(prompt) - 1], atol=1e-4)
 
 
 def test_what_does_not_fit_is_an_error(model, tokenizer):
@@ -175,12 +178,15 @@ def test_what_does_not_fit_is_an_error(model, tokenizer):
     assert answer.finish_reason in ("length", "stop") and len(answer.ids) <= 7
 
 
+jitted_sample = jax.jit(sample, static_argnums=3)
+
+
 def draw(logits, n, candidates, **knobs):
     defaults = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
     kinds = {"top_k": np.int32}
     rows = {k: np.full(n, knobs.get(k, v), kinds.get(k, np.float32)) for k, v in defaults.items()}
     rows["seed"] = np.arange(n, dtype=np.int32)
-    return np.asarray(sample(jnp.tile(logits[None], (n, 1)), rows, np.zeros(n, np.int32), candidates))
+    return np.asarray(jitted_sample(jnp.tile(logits[None], (n, 1)), rows, np.zeros(n, np.int32), candidates))
 
 
 def test_sampling_follows_the_probabilities():

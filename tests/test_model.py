@@ -8,19 +8,15 @@ import numpy as np
 import pytest
 
 from kernels.attention import attention, resolve
+from nanochat_jax import model as gpt
 from nanochat_jax.config import GPTConfig, ModelConfig, windows
 from nanochat_jax.errors import UserError
-from nanochat_jax.model import (
-    GPT,
-    count_params,
-    empty_cache,
-    flops_per_token,
-    forward,
-    init_params,
-    logits_of,
-    param_shapes,
-    token_losses,
-)
+from nanochat_jax.model import GPT, count_params, empty_cache, flops_per_token, param_shapes
+
+# Compiled as a whole: op by op, a forward pass takes seconds.
+forward = jax.jit(gpt.forward, static_argnums=1)
+logits_of = jax.jit(gpt.logits_of, static_argnums=1)
+init_params = jax.jit(gpt.init_params, static_argnums=0)
 
 MODEL = ModelConfig(depth=3, aspect_ratio=16, head_dim=16, n_kv_head=1, sequence_len=256, window_pattern="SL")
 CFG = GPTConfig.from_depth(MODEL, 100)
@@ -100,8 +96,9 @@ def test_implementations_of_attention_agree():
         def loss(qkv, impl, window=window):
             return jnp.sum(jnp.sin(attention(*qkv, window=window, impl=impl)))
 
-        a, grad_a = jax.value_and_grad(loss)((q, k, v), "reference")
-        b, grad_b = jax.value_and_grad(loss)((q, k, v), "xla_blocked")
+        both = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+        a, grad_a = both((q, k, v), "reference")
+        b, grad_b = both((q, k, v), "xla_blocked")
         np.testing.assert_allclose(a, b, rtol=1e-5)
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), grad_a, grad_b)
 
@@ -124,7 +121,7 @@ def test_causal_by_gradient(params):
 
     # Tokens differ from each other, so a row of the table stands for one position.
     tokens = jnp.asarray(np.random.default_rng(1).permutation(100)[:24])[None]
-    grad = jax.grad(at)(params["wte"]["embedding"], 10)
+    grad = jax.jit(jax.grad(at), static_argnums=1)(params["wte"]["embedding"], 10)
     touched = np.abs(np.asarray(grad)).sum(-1)[np.asarray(tokens)[0]]
     assert (touched[:11] > 0).all()
     assert (touched[11:] == 0).all()
@@ -136,14 +133,14 @@ def test_decoding_through_the_cache_equals_the_full_forward(params):
     lengths = jnp.array([150, 170])
     model = GPT(CFG)
     cache = empty_cache(CFG, 2, 200)
-    x, cache = model.apply({"params": params}, tokens[:, :180], cache, jnp.zeros(2, jnp.int32), lengths)
-    decode = jax.jit(lambda token, cache, position: model.apply({"params": params}, token, cache, position))
+    run = jax.jit(lambda tokens, cache, *at: model.apply({"params": params}, tokens, cache, *at))
+    x, cache = run(tokens[:, :180], cache, jnp.zeros(2, jnp.int32), lengths)
     for b in range(2):
         got = logits_of(params, CFG, x[b, lengths[b] - 1])
         np.testing.assert_allclose(got, full[b, lengths[b] - 1], atol=2e-5)
     for step in range(20):
         position = lengths + step
-        x, cache = decode(tokens[jnp.arange(2), position][:, None], cache, position)
+        x, cache = run(tokens[jnp.arange(2), position][:, None], cache, position)
         got = logits_of(params, CFG, x[:, 0])
         np.testing.assert_allclose(got, full[jnp.arange(2), position], atol=2e-5)
 
@@ -153,12 +150,14 @@ def test_chunked_loss_equals_the_whole(params):
     inputs, targets = tokens[:, :-1], tokens[:, 1:].at[0, 3:9].set(-1)
 
     def mean(params, cfg):
-        return jnp.mean(token_losses(params, cfg, inputs, targets))
+        losses = gpt.token_losses(params, cfg, inputs, targets)
+        return jnp.mean(losses), losses
 
-    whole = jax.value_and_grad(mean)(params, CFG)
-    chunked = jax.value_and_grad(mean)(params, dataclasses.replace(CFG, loss_chunk=16))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), whole, chunked)
-    losses = token_losses(params, CFG, inputs, targets)
+    both = jax.jit(jax.value_and_grad(mean, has_aux=True), static_argnums=1)
+    (whole, losses), grads = both(params, CFG)
+    (chunked, _), chunked_grads = both(params, dataclasses.replace(CFG, loss_chunk=16))
+    np.testing.assert_allclose(whole, chunked, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), grads, chunked_grads)
     assert (np.asarray(losses)[0, 3:9] == 0).all()
     log_probs = jax.nn.log_softmax(forward(params, CFG, inputs))
     np.testing.assert_allclose(losses[1, 5], -log_probs[1, 5, targets[1, 5]], rtol=1e-5)

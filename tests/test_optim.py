@@ -101,7 +101,7 @@ def test_adamw_keeps_moments_in_the_dtype_of_the_parameter():
 
 def test_every_parameter_has_exactly_one_group():
     cfg = GPTConfig.from_depth(MODEL, 70)
-    params = init_params(cfg, jax.random.key(0))
+    params = jax.jit(init_params, static_argnums=0)(cfg, jax.random.key(0))
     found = labels(params)
     assert found["h_1"]["attn"]["ve_gate"]["kernel"] == "muon"
     assert found["wte"]["embedding"] == "wte" and found["value_embed_1"]["embedding"] == "value_embeds"
@@ -112,10 +112,10 @@ def test_every_parameter_has_exactly_one_group():
 
 def test_portable_state_goes_and_comes_back():
     cfg = GPTConfig.from_depth(MODEL, 70)
-    params = init_params(cfg, jax.random.key(0))
+    params = jax.jit(init_params, static_argnums=0)(cfg, jax.random.key(0))
     tx = make_optimizer("float32")
     hyper = Schedule(BaseConfig(), 10, cfg.n_embd).hyper(3)
-    _, state = tx.update(params, tx.init(params), params, hyper=hyper)
+    _, state = jax.jit(tx.update)(params, tx.init(params), params, hyper=hyper)
     portable = to_portable(state, params)
     assert portable["h_0/attn/q/kernel"]["momentum"].shape == params["h_0"]["attn"]["q"]["kernel"].shape
     assert sum(len(moments) for moments in portable.values()) > len(portable)

@@ -78,7 +78,7 @@ def prefill(
     def put(row: jax.Array, new: jax.Array) -> jax.Array:
         if row.ndim == 2:
             return row.at[slot_R].set(new[source_R], mode="drop")
-        return row.at[slot_R, :length].set(new[source_R], mode="drop")
+        return row.at[slot_R, :, :length].set(new[source_R], mode="drop")
 
     return sample(logits_RV, knobs, counts_P[source_R], candidates), jax.tree.map(put, cache, filled)
 

@@ -41,14 +41,18 @@ def run(
     mesh = make_mesh(config.mesh)
     params, cfg, tokenizer, _, step = load_model(workdir, source, config, mesh)
     limit = max_examples if max_examples is not None else config.eval.max_examples
-    loaded = {name: load(name, "test", config.data, config.seed) for name in names if name not in ("bpb", "core")}
+    loaded = {
+        name: load(name, "test", config.data, config.seed, config.unsafe_sandbox)
+        for name in names
+        if name not in ("bpb", "core")
+    }
     figures: dict = {"source": source, "step": step, "tasks": {}, "chatcore": None}
     if "bpb" in names:
         _, val_file = prepare_shards(config.data, log)
         figures["bpb"] = {"val": validation_bpb(params, cfg, mesh, tokenizer, val_file, config)}
         log(f"{source}: validation {figures['bpb']['val']:.4f} bits per byte")
     if "core" in names:
-        figures["core"] = core_metric(params, cfg, tokenizer, config, log, limit)
+        figures["core"] = core_metric(params, cfg, mesh, tokenizer, config, log, limit)
     correct = {}
     if loaded:
         engine = chat_engine(params, cfg, tokenizer, mesh, config)
@@ -93,12 +97,18 @@ def validation_bpb(
 
 
 def core_metric(
-    params: Params, cfg: GPTConfig, tokenizer: Tokenizer, config: Config, log: Log, max_examples: int | None = None
+    params: Params,
+    cfg: GPTConfig,
+    mesh: Mesh,
+    tokenizer: Tokenizer,
+    config: Config,
+    log: Log,
+    max_examples: int | None = None,
 ) -> dict:
     """CORE (arXiv 2406.11794) of the model: {"core_metric", "results", "centered_results", "n"}."""
     bundle = Path(config.data.eval_bundle) if config.data.eval_bundle else fetch_eval_bundle(config.data, log)
     return evaluate_core(
-        params, cfg, tokenizer, bundle, max_examples=max_examples, batch_size=config.eval.batch_size, log=log
+        params, cfg, tokenizer, bundle, max_examples=max_examples, batch_size=config.eval.batch_size, log=log, mesh=mesh
     )
 
 

@@ -84,7 +84,7 @@ def run(config: Config, workdir: Path, log: Log) -> None:
             session.metrics.write("val", step=session.step, bpb=bpb)
             console.step(session.step, bpb=bpb)
         if core:
-            value = core_metric(session.state.params, cfg, session.tokenizer, config, log)["core_metric"]
+            value = core_metric(session.state.params, cfg, mesh, session.tokenizer, config, log)["core_metric"]
             session.metrics.write("core", step=session.step, core_metric=value)
             console.note(f"base {session.step}: CORE {value:.4f}")
         if save:

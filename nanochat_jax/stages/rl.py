@@ -161,7 +161,7 @@ def policy_batch(
                 weight = advantages[question, j] / max(drawn, 1) / groups
                 rows.append((prompts[question], answer, weight))
     longest = max((len(prompt) + len(answer.ids) for prompt, answer, _ in rows), default=2) - 1
-    length = bucket(longest, longest * 2, SHORTEST)
+    length = bucket(longest, 2**30, SHORTEST)
     inputs = np.full((len(rows), length), pad, np.int32)
     targets = np.full((len(rows), length), -1, np.int32)
     weights = np.zeros((len(rows), length), np.float32)
@@ -181,7 +181,7 @@ def update(session: Session, batch: dict[str, np.ndarray], schedule: Schedule, s
     if rows == 0:
         return 0.0, 0
     here = session.stage.device_batch_size * data_shards(session.mesh)
-    microbatches = bucket(-(-rows // here), rows * 2, 1)
+    microbatches = bucket(-(-rows // here), 2**30, 1)
     padding = microbatches * here - rows
     fill = {"inputs": 0, "targets": -1, "weights": 0.0}
     whole = {
