@@ -15,4 +15,5 @@ config = replace(
     model=replace(defaults.model, depth=20),
     data=replace(defaults.data, num_shards=170),
     base=replace(defaults.base, device_batch_size=16),
+    mid=replace(defaults.mid, device_batch_size=16),
 )

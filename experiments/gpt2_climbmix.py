@@ -15,4 +15,5 @@ config = replace(
     model=replace(defaults.model, depth=24),
     data=replace(defaults.data, source="climbmix", num_shards=170),
     base=replace(defaults.base, target_param_data_ratio=8.0, device_batch_size=16),
+    mid=replace(defaults.mid, device_batch_size=16),
 )

@@ -17,6 +17,7 @@ config = replace(
     model=replace(defaults.model, depth=24),
     data=replace(defaults.data, source="climbmix", num_shards=170),
     base=replace(defaults.base, target_param_data_ratio=8.0, device_batch_size=16),
+    mid=replace(defaults.mid, device_batch_size=16),
     sft=replace(
         defaults.sft,
         init_from="runs/nanochat_july/base",

@@ -9,6 +9,8 @@ Beyond a plain GPT (see docs of nanochat): smear mixes in the previous token's e
 second layer's values, each layer re-reads the input embedding, and a mid-layer state is subtracted before the head.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -268,6 +270,7 @@ def init_params(cfg: GPTConfig, key: jax.Array) -> Params:
     return GPT(cfg).init(key, jnp.zeros((rows, 2), jnp.int32))["params"]
 
 
+@functools.cache
 def param_shapes(cfg: GPTConfig) -> Params:
     """The shapes and dtypes of the parameters, nothing allocated."""
     return jax.eval_shape(lambda key: init_params(cfg, key), jax.random.key(0))

@@ -108,10 +108,11 @@ def run(config: Config, workdir: Path, log: Log) -> None:
     if session.step < steps:
         log(f"rl: stopped after step {session.step} of {steps} as asked; start again to go on")
         return
+    seconds = session.meta["seconds"]
+    write_samples(session, session.state.params, raw=False)
     if settings.control:
         continued(config, workdir, session.meta["flops"], log)
-    write_samples(session, session.state.params, raw=False)
-    session.finish(task=settings.task)
+    session.finish(task=settings.task, seconds=seconds)
 
 
 def sampling(settings: RLConfig, seed: int, step: int) -> list[SamplingParams]:

@@ -98,7 +98,7 @@ class Session:
             memory_bytes=peak_memory_bytes(),
         )
         self.started = time.perf_counter() - self.meta["seconds"]
-        return Pace(schedule.steps, tokens_per_step, flops_per_token(self.cfg))
+        return Pace(schedule.steps, tokens_per_step, flops_per_token(self.cfg), self.mesh.size)
 
     def save(self, data: object = None) -> None:
         """Checkpoint parameters, optimizer state, the position in the data and the counters."""
