@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nanochat_jax.config import BaseConfig, Config, FinetuneConfig, GPTConfig, ModelConfig
-from nanochat_jax.model import count_params, init_params
+from nanochat_jax.model import count_params, init_params, param_shapes
 from nanochat_jax.optim import (
     ADAMW,
     POLAR_EXPRESS,
@@ -70,7 +70,7 @@ def test_muon_equals_the_transcription(shape):
         for k, (p, m, v) in expected.items():
             expected[k] = muon_step(p, grads[k].T, m, v, hyper["momentum"], 0.02, hyper["weight_decay"])
     for k in params:
-        np.testing.assert_allclose(ours[k], expected[k][0].T, atol=3e-6)
+        np.testing.assert_allclose(ours[k], expected[k][0].T, atol=1e-5)
 
 
 @pytest.mark.parametrize("group", list(ADAMW))
@@ -101,7 +101,7 @@ def test_adamw_keeps_moments_in_the_dtype_of_the_parameter():
 
 def test_every_parameter_has_exactly_one_group():
     cfg = GPTConfig.from_depth(MODEL, 70)
-    params = jax.jit(init_params, static_argnums=0)(cfg, jax.random.key(0))
+    params = param_shapes(cfg)
     found = labels(params)
     assert found["h_1"]["attn"]["ve_gate"]["kernel"] == "muon"
     assert found["wte"]["embedding"] == "wte" and found["value_embed_1"]["embedding"] == "value_embeds"
@@ -115,11 +115,12 @@ def test_portable_state_goes_and_comes_back():
     params = jax.jit(init_params, static_argnums=0)(cfg, jax.random.key(0))
     tx = make_optimizer("float32")
     hyper = Schedule(BaseConfig(), 10, cfg.n_embd).hyper(3)
-    _, state = jax.jit(tx.update)(params, tx.init(params), params, hyper=hyper)
+    fresh = tx.init(params)
+    _, state = jax.jit(tx.update)(params, fresh, params, hyper=hyper)
     portable = to_portable(state, params)
     assert portable["h_0/attn/q/kernel"]["momentum"].shape == params["h_0"]["attn"]["q"]["kernel"].shape
     assert sum(len(moments) for moments in portable.values()) > len(portable)
-    again = from_portable(portable, tx.init(params), params)
+    again = from_portable(portable, fresh, params)
     jax.tree.map(np.testing.assert_array_equal, state, again)
 
 
