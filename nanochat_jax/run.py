@@ -184,10 +184,6 @@ def load_model(
     return params, cfg, tokenizer, stage, step
 
 
-def _has_checkpoint(workdir: Path, stage: str) -> bool:
-    return any((Path(workdir) / stage / "checkpoints").glob("step_*"))
-
-
 def _begun(workdir: Path, stage: str) -> bool:
     folder = workdir / stage
     return folder.is_dir() and any(folder.iterdir())

@@ -16,14 +16,13 @@ from pathlib import Path
 
 import grain
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from nanochat_jax.checkpoint import Checkpointer, restore_params
 from nanochat_jax.config import Config, GPTConfig, StageConfig
 from nanochat_jax.data.files import write_json
 from nanochat_jax.errors import UserError
-from nanochat_jax.metrics import Console, MetricsLog, Pace, banner, peak_memory_bytes
+from nanochat_jax.metrics import MetricsLog, Pace, banner, peak_memory_bytes
 from nanochat_jax.model import count_params, flops_per_token, param_shapes
 from nanochat_jax.optim import Schedule
 from nanochat_jax.run import finished, gpt_config
@@ -199,14 +198,3 @@ def step_batch(batches: Iterator[dict], microbatches: int, mesh: Mesh) -> dict[s
 def due(step: int, every: int, total: int) -> bool:
     """Whether something that happens every so many steps, 0 meaning only at the end, happens after `step` steps."""
     return step == total or (every > 0 and step % every == 0)
-
-
-def mean_loss(losses: list[tuple[np.ndarray, np.ndarray]]) -> float:
-    """Mean over counted targets of several (losses, targets) pairs."""
-    counted = sum(int((targets >= 0).sum()) for _, targets in losses)
-    return float(sum(float(values.sum()) for values, _ in losses) / max(counted, 1))
-
-
-def console(session: Session, steps: int) -> Console:
-    """The stage's lines on stderr."""
-    return Console(session.name, steps)
