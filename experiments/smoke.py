@@ -62,6 +62,7 @@ config = replace(
         pass_k=2,
         save_every=1,
         device_batch_size=2,
+        control=True,
         sample_tokens=16,
     ),
     eval=replace(

@@ -2,9 +2,10 @@
 has something to do on.
 
 "Emma has 34 letters. She buys 12 more. She loses 7. How many letters has Emma?" A story is a start and two to five
-changes. A result has to be carried from one call into the next, so one slip anywhere makes the answer wrong. Every pair
-of neighbouring operands belongs to one split only, the one it has in `arithmetic`: a test story holds no pair that any
-training set showed.
+changes. A result has to be carried from one call into the next, so one slip anywhere makes the answer wrong. The
+demonstrations have a habit that people have, too: most of the shortest stories are done in the head, without the tool.
+A small model that imitates this gets them wrong, and only a reward can tell it so. Every pair of neighbouring operands
+belongs to one split only, the one it has in `arithmetic`: a test story holds no pair that any training set showed.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from nanochat_jax.tasks.task import SPLITS, Task, dialogue, one_of, row_rng, spl
 
 ROWS = {"train": 100_000, "val": 1_000, "test": 1_000}
 STEPS = (2, 3, 4, 5)
+IN_THE_HEAD = 0.75
+"""Share of the stories of two changes whose demonstration answers at once."""
 WOMEN = ("Emma", "Jane", "Harriet", "Elizabeth", "Lydia", "Mary")
 MEN = ("Frank", "Starbuck", "Charles", "Peter", "George", "Henry")
 THINGS = ("letters", "books", "horses", "ships", "stones", "trees", "fish", "coins")
@@ -43,7 +46,8 @@ def conversation(split: str, rng: random.Random) -> dict:
     operand = rng.randrange(1, 100)
     total = operand
     sentences, parts = [f"{name} has {total} {thing}."], []
-    for _ in range(rng.choice(STEPS)):
+    steps = rng.choice(STEPS)
+    for _ in range(steps):
         kind = rng.choice((GAINS, GAINS, LOSSES, LOSSES, DOUBLES))
         if kind is DOUBLES and total < 500:
             sentences.append(rng.choice(DOUBLES))
@@ -55,6 +59,8 @@ def conversation(split: str, rng: random.Random) -> dict:
             expression = f"{total}{'+' if gain else '-'}{operand}"
             total += operand if gain else -operand
         parts += [{"type": "python", "text": expression}, {"type": "python_output", "text": str(total)}]
+    if steps == min(STEPS) and rng.random() < IN_THE_HEAD:
+        parts.clear()
     sentences.append(f"How many {thing} has {name}?")
     parts.append({"type": "text", "text": f"#### {total}"})
     return dialogue(" ".join(sentences), parts, answer=str(total))
