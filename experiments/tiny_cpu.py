@@ -11,7 +11,7 @@ from dataclasses import replace
 from nanochat_jax.config import Config
 
 defaults = Config()
-batch = {"total_batch_size": 4096, "device_batch_size": 16, "eval_tokens": 2**30}
+batch = {"total_batch_size": 4096, "device_batch_size": 16}
 # Fine-tuning is short: rates far above those of a long run, but for the embeddings, whose rare rows would be lost.
 rates = {"matrix_lr": 0.03, "embedding_lr": 0.05, "unembedding_lr": 0.004, "scalar_lr": 0.1}
 config = replace(
@@ -26,6 +26,7 @@ config = replace(
         unembedding_lr=0.03,
         warmup_steps=10,
         eval_every=85,
+        eval_tokens=2**30,
         save_every=85,
         **batch,
     ),

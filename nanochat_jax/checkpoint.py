@@ -118,7 +118,7 @@ def restore_params(directory: Path, target: PyTree | None = None) -> tuple[PyTre
 
 def steps(directory: Path) -> list[int]:
     """The steps that have a checkpoint in `directory`, rising."""
-    return sorted(int(path.name.removeprefix("step_")) for path in Path(directory).glob("step_*"))
+    return sorted(int(path.name.removeprefix("step_")) for path in Path(directory).glob("step_????????"))
 
 
 def _restore(

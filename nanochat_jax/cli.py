@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import errno
 import importlib.util
 import io
@@ -27,7 +28,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from nanochat_jax import run
-from nanochat_jax.config import Config
+from nanochat_jax.config import Config, check_ranges
 from nanochat_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -181,6 +182,7 @@ def run_command(prog: str, kind: type[Options], command: Command, argv: Sequence
     about = f"{command.__doc__}\n\nDefaults shown are those of {origin}."
     options = parse(kind, config, argv, prog, about)
     options.check()
+    check_ranges(options.config)
     log(f"run {workdir}, configuration from {origin}")
     if training and options.plan:
         from nanochat_jax.plan import format_plan, plan
@@ -304,6 +306,8 @@ def serve(options: ServeOptions, workdir: Path) -> None:
     """Serve the chat page and the OpenAI-compatible API."""
     from nanochat_jax.server.app import create_app, serve
 
+    if options.rows < 1:
+        raise UsageError(f"--rows {options.rows}: at least 1 is needed")
     engine, tokenizer, name = _engine(options, workdir, rows=options.rows)
     serve(create_app(engine, tokenizer, model_name=name, token=options.token), options.host, options.port)
 
@@ -333,7 +337,11 @@ def _defaults(argv: Sequence[str], starts_run: bool) -> tuple[Config, Path, str]
         if workdir is None and not starts_run:
             workdir = run.newest_run()
         if workdir is not None and ((workdir / "config.json").exists() or not starts_run):
-            return run.read_config(workdir), workdir, f"{workdir}/config.json"
+            config = run.read_config(workdir)
+            if not starts_run:
+                # A model is used on other machines than it was trained on; --mesh spreads it out again.
+                config = dataclasses.replace(config, mesh="1")
+            return config, workdir, f"{workdir}/config.json"
     path, why = (Path(given.experiment), "") if given.experiment else _default_experiment()
     return load_experiment(path), workdir or run.RUNS / path.stem, f"{path}{why}"
 
@@ -349,12 +357,14 @@ def _default_experiment() -> tuple[Path, str]:
 def _engine(options: ChatOptions | ServeOptions, workdir: Path, rows: int) -> tuple[Engine, Tokenizer, str]:
     """The engine on the run's model, and the name of that model: run/stage."""
     from nanochat_jax.inference.engine import Engine
+    from nanochat_jax.sharding import make_mesh
 
-    params, cfg, tokenizer, stage, step = run.load_model(workdir, options.source, options.config)
+    mesh = make_mesh(options.config.mesh)
+    params, cfg, tokenizer, stage, step = run.load_model(workdir, options.source, options.config, mesh)
     log(f"{stage} model of step {step}")
     if stage == "base" and not getattr(options, "raw", False):
         log("the base model has not learned to chat; `chat --raw -p TEXT` continues a text")
-    engine = Engine(params, cfg, tokenizer, max_rows=rows, max_len=cfg.sequence_len)
+    engine = Engine(params, cfg, tokenizer, max_rows=rows, max_len=cfg.sequence_len, mesh=mesh)
     return engine, tokenizer, f"{workdir.resolve().name}/{stage}"
 
 

@@ -77,8 +77,6 @@ class StageConfig:
 
     num_iterations: int | None = None
     """Optimizer steps; unset: from the horizon (base), one epoch (mid, sft)."""
-    total_batch_size: int | None = None
-    """Tokens an optimizer step; unset: from the horizon (base), as base (mid), 32 rows (sft)."""
     device_batch_size: int = 32
     """Rows per data shard in one microbatch."""
     warmup_steps: int = 40
@@ -109,8 +107,6 @@ class StageConfig:
     """Steps over which the Muon momentum rises from start to peak."""
     eval_every: int = 250
     """Steps between validations; 0: only at the end."""
-    eval_tokens: int = 80 * 2**19
-    """Tokens of validation text per validation, at most."""
     save_every: int = 1000
     """Steps between checkpoints; 0: only at the end."""
     keep: int = 2
@@ -127,6 +123,10 @@ class StageConfig:
 class BaseConfig(StageConfig):
     """Pretraining."""
 
+    total_batch_size: int | None = None
+    """Tokens an optimizer step; unset: from the horizon."""
+    eval_tokens: int = 80 * 2**19
+    """Tokens of validation text per validation, at most."""
     weight_decay: float = 0.28
     """Muon weight decay at the reference batch and horizon, scaled to this run's."""
     momentum_peak: float = 0.97
@@ -147,6 +147,8 @@ class BaseConfig(StageConfig):
 class FinetuneConfig(StageConfig):
     """Supervised training on conversations: mid and sft."""
 
+    total_batch_size: int | None = None
+    """Tokens an optimizer step; unset: 32 rows."""
     mixture: tuple[str, ...] = ()
     """Sets to learn from, each NAME[:ROWS][*EPOCHS] or FILE.jsonl, where FILE holds one conversation a line."""
     loss_on: Literal["all", "assistant"] = "assistant"
@@ -169,6 +171,8 @@ class RLConfig(StageConfig):
     """Different questions in one step."""
     samples_per_question: int = 16
     """Sampled answers to each question."""
+    normalize_over: int = 8
+    """Samples of one question whose drawn tokens the objective is averaged over together."""
     max_new_tokens: int = 256
     """Longest answer, tokens."""
     temperature: float = 1.0
@@ -345,6 +349,28 @@ def windows(pattern: str, n_layer: int, sequence_len: int) -> tuple[int, ...]:
     sizes = [sequence_len if pattern.upper()[i % len(pattern)] == "L" else short for i in range(n_layer)]
     sizes[-1] = sequence_len
     return tuple(sizes)
+
+
+AT_LEAST_ONE = {
+    "model": ("depth", "aspect_ratio", "head_dim", "n_kv_head", "sequence_len"),
+    "tokenizer": ("vocab_size", "max_chars", "doc_cap"),
+    "data": ("num_shards", "streams", "buffer_docs"),
+    "base": ("total_batch_size", "eval_tokens", "target_param_data_ratio", "target_flops"),
+    "mid": ("total_batch_size",),
+    "sft": ("total_batch_size",),
+    "rl": ("questions_per_step", "samples_per_question", "normalize_over", "max_new_tokens", "eval_examples", "pass_k"),
+    "eval": ("batch_size", "max_new_tokens", "max_examples"),
+}
+EVERY_STAGE = ("num_iterations", "device_batch_size", "keep", "stop_after", "sample_tokens")
+
+
+def check_ranges(config: Config) -> None:
+    """UserError naming the first count that is below 1, where 0 or less means nothing."""
+    for section, names in AT_LEAST_ONE.items():
+        for name in (*names, *(EVERY_STAGE if section in MODEL_STAGES else ())):
+            value = getattr(getattr(config, section), name)
+            if value is not None and value < 1:
+                raise UserError(f"--{section}.{name.replace('_', '-')} {value}: at least 1 is needed")
 
 
 def to_dict(config: object) -> dict:

@@ -275,7 +275,9 @@ def horizon(config: Config, cfg: GPTConfig) -> Horizon:
     """Batch size, steps, rate factor sqrt(B/B_ref) and Muon decay of the base stage, all from `depth`."""
     base, ratio = config.base, config.base.target_param_data_ratio
     tokens = int(ratio * scaling_params(cfg))
-    twelve = GPTConfig.from_depth(dataclasses.replace(config.model, depth=REFERENCE_DEPTH), cfg.vocab_size)
+    twelve = GPTConfig.from_depth(
+        dataclasses.replace(config.model, depth=REFERENCE_DEPTH, n_kv_head=None), cfg.vocab_size
+    )
     reference_tokens = ratio * scaling_params(twelve)
     batch = base.total_batch_size or 2 ** round(math.log2(REFERENCE_BATCH * (tokens / reference_tokens) ** 0.383))
     if base.num_iterations is not None:

@@ -93,6 +93,19 @@ def record_data(workdir: Path, files: Sequence[Path]) -> None:
             )
 
 
+def record_precision(workdir: Path, cfg: GPTConfig) -> None:
+    """Notes what `auto` meant at the first start; UserError where the precision is another at a later one."""
+    record = _read_record(workdir)
+    used = record.get("used")
+    if used and used["compute_dtype"] != cfg.compute_dtype and any(_begun(Path(workdir), s) for s in MODEL_STAGES):
+        raise UserError(
+            f"{workdir} was trained in {used['compute_dtype']}, here it would go on in {cfg.compute_dtype}: "
+            f"say --compute-dtype {used['compute_dtype']}, or use another --workdir"
+        )
+    now = {"compute_dtype": cfg.compute_dtype, "attention": cfg.attention}
+    write_json(Path(workdir) / "config.json", record | {"used": now})
+
+
 def read_config(workdir: Path) -> Config:
     """The configuration in `workdir`/config.json. UserError where it is missing, damaged or of another version."""
     return config_from_dict(_read_record(workdir)["config"], f"{workdir}/config.json")
@@ -165,28 +178,41 @@ def load_model(
     Parameters are placed on `mesh`, or on the default device. `config`, the run's own by default, may differ from it in
     precision and attention. Raises UserError where there is no model, or one of another shape.
     """
-    import jax
-
     from nanochat_jax.checkpoint import restore_params
-    from nanochat_jax.model import param_shapes
-    from nanochat_jax.sharding import param_shardings
     from nanochat_jax.tokenizer import Tokenizer
 
     workdir = Path(workdir)
     stage = newest_model(workdir, source)
     tokenizer = Tokenizer.load(workdir / "tokenizer")
     cfg = gpt_config(config or read_config(workdir), tokenizer.vocab_size)
-    shapes = param_shapes(cfg)
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shardings = jax.tree.map(lambda _: here, shapes) if mesh is None else param_shardings(shapes, mesh)
-    target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-    params, _, step = restore_params(workdir / stage / "checkpoints", target)
+    params, _, step = restore_params(workdir / stage / "checkpoints", params_target(cfg, mesh))
     return params, cfg, tokenizer, stage, step
 
 
+def params_target(cfg: GPTConfig, mesh: Mesh | None) -> dict[str, Any]:
+    """Shapes and shardings to restore parameters to, on `mesh` or the default device. UserError where it cannot hold
+    this architecture.
+    """
+    import jax
+
+    from nanochat_jax.model import param_shapes
+    from nanochat_jax.sharding import check_mesh, param_shardings
+
+    shapes = param_shapes(cfg)
+    if mesh is None:
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shardings = jax.tree.map(lambda _: here, shapes)
+    else:
+        check_mesh(mesh, cfg)
+        shardings = param_shardings(shapes, mesh)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
 def _begun(workdir: Path, stage: str) -> bool:
+    """Whether a stage has made something that later starts must fit."""
     folder = workdir / stage
-    return folder.is_dir() and any(folder.iterdir())
+    made = ("done.json", "tokenizer.json", "checkpoints/step_*")
+    return any(any(folder.glob(pattern)) for pattern in made)
 
 
 def _fixed(fields: dict[str, Any], begun: set[str]) -> dict[str, Any]:
@@ -221,7 +247,7 @@ def _read_record(workdir: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text())
         return {"config": record["config"], "data": record.get("data")} | record
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{workdir} is not the folder of a run: there is no config.json in it") from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}): start the run in another --workdir") from None

@@ -35,10 +35,6 @@ def optimizer(dtype: str) -> optax.GradientTransformationExtraArgs:
     return make_optimizer(dtype)
 
 
-def _new_params(cfg: GPTConfig, key: jax.Array) -> Params:
-    return init_params(cfg, key)
-
-
 def _new_opt_state(cfg: GPTConfig, params: Params) -> optax.OptState:
     return optimizer(cfg.compute_dtype).init(params)
 
@@ -59,7 +55,7 @@ def state_shapes(cfg: GPTConfig, mesh: Mesh) -> TrainState:
 def born_params(cfg: GPTConfig, mesh: Mesh, seed: int) -> Params:
     """Initial parameters, each created on the devices that hold it."""
     shardings = param_shardings(param_shapes(cfg), mesh)
-    return jax.jit(_new_params, static_argnums=0, out_shardings=shardings)(cfg, jax.random.key(seed))
+    return jax.jit(init_params, static_argnums=0, out_shardings=shardings)(cfg, jax.random.key(seed))
 
 
 def with_optimizer(cfg: GPTConfig, mesh: Mesh, params: Params) -> TrainState:

@@ -163,6 +163,8 @@ def test_horizon_follows_from_depth():
     assert h.steps == h.tokens // h.batch_tokens
     assert h.lr_scale == pytest.approx(math.sqrt(h.batch_tokens / 2**19))
     assert h.weight_decay == pytest.approx(0.28 * h.lr_scale * reference / h.tokens)
+    grouped = Config(model=ModelConfig(depth=16, n_kv_head=4))  # 4 does not divide depth 12's heads
+    assert horizon(grouped, GPTConfig.from_depth(grouped.model, 32768)).batch_tokens > 2**19
     twelve_config = Config()
     assert horizon(twelve_config, GPTConfig.from_depth(twelve_config.model, 32768)).batch_tokens == 2**19
 

@@ -2,7 +2,9 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -14,6 +16,8 @@ from nanochat_jax.report import write_report
 from nanochat_jax.run import load_model, open_run
 from nanochat_jax.stages import evaluate, finetune, pretrain, rl
 from nanochat_jax.stages import tokenizer as tokenizer_stage
+from nanochat_jax.stages.session import open_session
+from nanochat_jax.tasks import Mixture
 
 
 def quiet(_):
@@ -85,18 +89,54 @@ def test_eight_devices_give_the_same_losses(run, tmp_path):
     np.testing.assert_allclose(losses(folder, "mid"), losses(run, "mid"), atol=5e-3)
 
 
-@pytest.mark.parametrize("stage", ["base", "mid"])
+WORK = {
+    "base": pretrain.run,
+    "mid": lambda config, folder, log: finetune.run(config, folder, "mid", log),
+    "sft": lambda config, folder, log: finetune.run(config, folder, "sft", log),
+    "rl": rl.run,
+}
+BEFORE = {"base": None, "mid": "base", "sft": "mid", "rl": "sft"}
+
+
+def numbers(folder, stage):
+    """What was logged at each step, clocks left out."""
+    rows = [row for row in MetricsLog.read(folder / stage / "metrics.jsonl") if row["kind"] in ("train", "rl")]
+    return [{key: row[key] for key in ("step", "loss", "reward", "response_tokens") if key in row} for row in rows]
+
+
+@pytest.mark.parametrize("stage", list(WORK))
 def test_stopping_and_going_on_is_exact(run, tmp_path, stage):
-    """Five steps, an end, and the rest: the same numbers as in one go, to the last bit."""
+    """Five steps, an end, and the rest: the same numbers and weights as in one go, to the last bit."""
     folder = start(tmp_path)
-    if stage == "mid":
-        (folder / "base").symlink_to(run / "base")
-    config = replace(tiny.config, **{stage: replace(getattr(tiny.config, stage), stop_after=5)})
-    work = pretrain.run if stage == "base" else lambda *a: finetune.run(*a[:2], stage, a[2])
-    work(config, folder, quiet)
-    assert not (folder / stage / "done.json").exists() and len(losses(folder, stage)) == 5
-    work(tiny.config, folder, quiet)
-    assert losses(folder, stage) == losses(run, stage)
+    if BEFORE[stage]:
+        (folder / BEFORE[stage]).symlink_to(run / BEFORE[stage])
+    settings = replace(getattr(tiny.config, stage), stop_after=5)
+    whole = tiny.config
+    if stage == "rl":
+        settings, whole = replace(settings, control=False), replace(whole, rl=replace(whole.rl, control=False))
+    WORK[stage](replace(tiny.config, **{stage: settings}), folder, quiet)
+    assert not (folder / stage / "done.json").exists() and len(numbers(folder, stage)) == 5
+    WORK[stage](whole, folder, quiet)
+    assert numbers(folder, stage) == numbers(run, stage)
+    (expected, *_), (got, *_) = load_model(run, stage), load_model(folder, stage)
+    jax.tree.map(np.testing.assert_array_equal, expected, got)
+
+
+def test_validation_loss_counts_each_conversation_once(run, tmp_path):
+    """However many rows a batch has: smaller and larger than the held-out rows."""
+    session = open_session(tiny.config, run, "sft", tiny.config.sft, quiet)
+    session.state = SimpleNamespace(params=load_model(run, "sft")[0])
+    _, held_out = Mixture(tiny.config.sft.mixture, "train", tiny.config.data).split(30)
+    packed = {"sequence_len": 64, "packing": "bestfit", "loss_on": "assistant", "seed": 1}
+    values = [finetune.validation_loss(session, held_out, rows, packed) for rows in (1, 7, 64)]
+    np.testing.assert_allclose(values, values[0], rtol=1e-5)
+
+
+def test_held_out_conversations_are_never_trained_on():
+    train, held_out = Mixture(("arithmetic:20*3", "choice:10"), "train", tiny.config.data).split(6)
+    questions = [[row["messages"][0]["content"] for row in part] for part in (train, held_out)]
+    assert len(questions[1]) == len(set(questions[1])) == 6
+    assert not set(questions[0]) & set(questions[1])
 
 
 def test_a_finished_stage_is_left_alone(run):

@@ -34,6 +34,7 @@ config = replace(
         pass_k=2,
         save_every=2,
         device_batch_size=4,
+        normalize_over=4,
         control=True,
         sample_tokens=8,
     ),

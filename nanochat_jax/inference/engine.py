@@ -140,7 +140,6 @@ class Engine:
         """
         row = self._row(prompt, sampling)
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        shown = 0
         with self._lock:
             self._waiting.append(row)
         try:
@@ -154,7 +153,6 @@ class Engine:
                     if kind == "tool":
                         yield {"type": "tool", **value}
                     elif text := decoder.decode(self.tokenizer.decode_bytes([value])):
-                        shown += len(text)
                         yield {"type": "text", "text": text}
                 if done:
                     break

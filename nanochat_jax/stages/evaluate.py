@@ -91,6 +91,7 @@ def validation_bpb(
         sequence_len=cfg.sequence_len,
         packing=config.data.packing,
         eval_tokens=config.base.eval_tokens,
+        streams=config.data.streams,
         buffer_docs=config.data.buffer_docs,
     )
     return bits_per_byte(losses, batches, tokenizer.token_bytes)
@@ -106,10 +107,15 @@ def core_metric(
     max_examples: int | None = None,
 ) -> dict:
     """CORE (arXiv 2406.11794) of the model: {"core_metric", "results", "centered_results", "n"}."""
-    bundle = Path(config.data.eval_bundle) if config.data.eval_bundle else fetch_eval_bundle(config.data, log)
+    bundle = core_bundle(config, log)
     return evaluate_core(
         params, cfg, tokenizer, bundle, max_examples=max_examples, batch_size=config.eval.batch_size, log=log, mesh=mesh
     )
+
+
+def core_bundle(config: Config, log: Log) -> Path:
+    """The folder of the CORE tasks, downloaded where none is named."""
+    return Path(config.data.eval_bundle) if config.data.eval_bundle else fetch_eval_bundle(config.data, log)
 
 
 def chat_engine(params: Params, cfg: GPTConfig, tokenizer: Tokenizer, mesh: Mesh, config: Config) -> Engine:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from nanochat_jax.errors import UserError
 from nanochat_jax.metrics import Console
 from nanochat_jax.model import flops_per_token
 from nanochat_jax.optim import Schedule
+from nanochat_jax.run import finished
+from nanochat_jax.sharding import put_batch
 from nanochat_jax.stages.samples import write_samples
 from nanochat_jax.stages.session import Log, Session, due, is_done, open_session, params_from, step_batch
 from nanochat_jax.tasks import Mixture
@@ -43,7 +46,12 @@ def run(config: Config, workdir: Path, stage: str, log: Log) -> None:
 
 def continued(config: Config, workdir: Path, flops: float, log: Log) -> None:
     """Train sft on, in `workdir`/sft_continued, with its own schedule anew, for `flops` FLOPs."""
-    train(config, config.sft, workdir, "sft_continued", log, flops=flops)
+    before = finished(workdir, "sft_continued")
+    if before is not None and not 0.9 < before["flops"] / flops < 1.1:
+        log(f"sft_continued: made for {before['flops']:.3g} FLOPs, now {flops:.3g}: made anew")
+        shutil.rmtree(workdir / "sft_continued")
+    settings = dataclasses.replace(config.sft, init_from=None, stop_after=None)
+    train(config, settings, workdir, "sft_continued", log, flops=flops)
 
 
 def train(
@@ -57,8 +65,7 @@ def train(
     if not settings.mixture:
         raise UserError(f"--{name}.mixture is empty: name the sets to learn from, such as smoltalk:10000")
     conversations = Mixture(settings.mixture, "train", config.data, config.seed)
-    held_out = min(settings.val_rows, len(conversations) // 10)
-    train_set, val_set = Part(conversations, held_out, None), Part(conversations, 0, held_out)
+    train_set, val_set = conversations.split(min(settings.val_rows, len(conversations) // 10))
     batch_tokens = settings.total_batch_size or DEFAULT_ROWS * cfg.sequence_len
     microbatches, rows = session.rows(batch_tokens)
     cfg = session.cfg
@@ -75,10 +82,10 @@ def train(
         steps = settings.num_iterations
     else:
         steps = max(1, epoch_rows(train_set, session.tokenizer, log=log, **packed) // (microbatches * rows))
-    schedule = Schedule(settings, steps, cfg.n_embd)
+    schedule = Schedule(settings, steps, cfg.n_embd, weight_decay=settings.weight_decay)
     batches = conversation_batches(train_set, session.tokenizer, rows=microbatches * rows, **packed)
     start = functools.partial(params_from, session, workdir, PREVIOUS[name])
-    pace = session.begin(schedule, batch_tokens, start, batches)
+    pace = session.begin(schedule, start, batches, tokens_a_step=batch_tokens)
     console = Console(name, steps)
     last = steps if settings.stop_after is None else min(steps, settings.stop_after)
     pending = None
@@ -105,7 +112,7 @@ def train(
         if validate or save:
             record(*pending)
             pending = None
-        if validate and held_out:
+        if validate and len(val_set):
             loss = validation_loss(session, val_set, rows, packed)
             session.metrics.write("val", step=session.step, loss=loss)
             console.note(f"{name} {session.step}: validation loss {loss:.4f}")
@@ -126,29 +133,18 @@ def train(
     )
 
 
-class Part(Sequence[dict]):
-    """Some of a sequence of conversations, from `start` to `stop`."""
-
-    def __init__(self, whole: Sequence[dict], start: int, stop: int | None) -> None:
-        self.whole = whole
-        self.span = range(len(whole))[start:stop]
-
-    def __len__(self) -> int:
-        return len(self.span)
-
-    def __getitem__(self, i: int) -> dict:
-        return self.whole[self.span[i]]
-
-
-def validation_loss(session: Session, held_out: Part, rows: int, packed: dict) -> float:
-    """Mean loss over the targets of the held-out conversations, nats."""
+def validation_loss(session: Session, held_out: Sequence[dict], rows: int, packed: dict) -> float:
+    """Mean loss over the targets of the held-out conversations, each once, nats."""
     total, counted = 0.0, 0
-    row_count = epoch_rows(held_out, session.tokenizer, **packed)
+    left = epoch_rows(held_out, session.tokenizer, **packed)
     batches = conversation_batches(held_out, session.tokenizer, rows=rows, **packed)
-    for _ in range(max(1, row_count // rows)):
-        batch = step_batch(batches, 1, session.mesh)
+    while left > 0:
+        batch = next(batches)
+        batch["targets"][left:] = -1  # the iterator goes on with the next epoch
+        left -= rows
+        counted += int((batch["targets"] >= 0).sum())
+        placed = put_batch(batch, session.mesh)
         with jax.set_mesh(session.mesh):
-            losses = eval_losses(session.state.params, batch["inputs"][0], batch["targets"][0], cfg=session.cfg)
+            losses = eval_losses(session.state.params, placed["inputs"], placed["targets"], cfg=session.cfg)
         total += float(np.asarray(losses).sum())
-        counted += int((np.asarray(batch["targets"]) >= 0).sum())
     return total / max(counted, 1)

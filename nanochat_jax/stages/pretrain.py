@@ -19,7 +19,7 @@ from nanochat_jax.metrics import Console
 from nanochat_jax.model import flops_per_token
 from nanochat_jax.optim import base_schedule
 from nanochat_jax.run import record_data
-from nanochat_jax.stages.evaluate import core_metric, validation_bpb
+from nanochat_jax.stages.evaluate import core_bundle, core_metric, validation_bpb
 from nanochat_jax.stages.samples import write_samples
 from nanochat_jax.stages.session import Log, due, initial_params, is_done, open_session, step_batch
 from nanochat_jax.train import train_step
@@ -46,8 +46,10 @@ def run(config: Config, workdir: Path, log: Log) -> None:
         streams=config.data.streams,
         buffer_docs=config.data.buffer_docs,
     )
+    if stage.core_every:
+        core_bundle(config, log)  # what is missing should be missed now, not after hours
     start = functools.partial(initial_params, session, config.seed)
-    pace = session.begin(schedule, horizon.batch_tokens, start, batches)
+    pace = session.begin(schedule, start, batches, tokens_a_step=horizon.batch_tokens)
     console = Console("base", schedule.steps)
     last = schedule.steps if stage.stop_after is None else min(schedule.steps, stage.stop_after)
     step_flops = horizon.batch_tokens * flops_per_token(cfg)

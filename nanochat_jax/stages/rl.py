@@ -47,11 +47,14 @@ def run(config: Config, workdir: Path, log: Log) -> None:
     if train_task.kind != "generative":
         raise UserError(f"--rl.task {settings.task} is answered by a letter; name a task with generated answers")
     steps = settings.num_iterations or max(1, len(train_task) // settings.questions_per_step)
-    schedule = Schedule(settings, steps, session.cfg.n_embd)
+    schedule = Schedule(settings, steps, session.cfg.n_embd, weight_decay=settings.weight_decay)
     samples = settings.questions_per_step * settings.samples_per_question
-    session.begin(schedule, samples, functools.partial(params_from, session, workdir, "sft"))
+    session.begin(schedule, functools.partial(params_from, session, workdir, "sft"), samples_a_step=samples)
     console = Console("rl", steps)
-    longest = longest_prompt(train_task, steps * settings.questions_per_step, session.tokenizer)
+    longest = max(
+        longest_prompt(train_task, steps * settings.questions_per_step, session.tokenizer),
+        longest_prompt(held_out, settings.eval_examples, session.tokenizer),
+    )
     if longest >= session.cfg.sequence_len:
         raise UserError(
             f"--rl.task {settings.task} has a prompt of {longest} tokens, the context is {session.cfg.sequence_len}: "
@@ -75,7 +78,7 @@ def run(config: Config, workdir: Path, log: Log) -> None:
         answers = engine.generate(prompts, sampling(settings, config.seed, step), settings.samples_per_question)
         rewards = graded(train_task, questions, answers)
         sampled = time.perf_counter()
-        batch = policy_batch(prompts, answers, rewards, settings.device_batch_size, session.tokenizer.bos_id)
+        batch = policy_batch(prompts, answers, rewards, settings.normalize_over, session.tokenizer.bos_id)
         loss, tokens = update(session, batch, schedule, step)
         session.check_finite(step, loss)
         done = time.perf_counter()

@@ -23,10 +23,10 @@ from nanochat_jax.config import Config, GPTConfig, StageConfig
 from nanochat_jax.data.files import write_json
 from nanochat_jax.errors import UserError
 from nanochat_jax.metrics import MetricsLog, Pace, banner, peak_memory_bytes
-from nanochat_jax.model import count_params, flops_per_token, param_shapes
+from nanochat_jax.model import count_params, flops_per_token
 from nanochat_jax.optim import Schedule
-from nanochat_jax.run import finished, gpt_config
-from nanochat_jax.sharding import check_mesh, data_shards, make_mesh, param_shardings, put_batch
+from nanochat_jax.run import finished, gpt_config, params_target, record_precision
+from nanochat_jax.sharding import check_mesh, data_shards, make_mesh, put_batch
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train import TrainState, born_params, restored_state, saved_shapes, saved_tree, with_optimizer
 
@@ -72,8 +72,18 @@ class Session:
         self.cfg = dataclasses.replace(self.cfg, loss_chunk=loss_chunk(self.cfg, here // shards, self.mesh))
         return rows // here, here
 
-    def begin(self, schedule: Schedule, tokens_per_step: int, start: Callable[[], dict], data: object = None) -> Pace:
-        """Take the state from the newest checkpoint, or parameters from `start()`; restore `data`'s position."""
+    def begin(
+        self,
+        schedule: Schedule,
+        start: Callable[[], dict],
+        data: object = None,
+        tokens_a_step: int | None = None,
+        **facts: object,
+    ) -> Pace:
+        """Take the state from the newest checkpoint, or parameters from `start()`; restore `data`'s position.
+
+        `facts` go to the banner.
+        """
         if self.checkpoints.latest() is not None:
             tree, self.meta, self.step = self.checkpoints.restore(None, saved_shapes(self.cfg, self.mesh))
             self.state = restored_state(self.cfg, self.mesh, tree)
@@ -91,13 +101,14 @@ class Session:
             precision=self.cfg.compute_dtype,
             attention=self.cfg.attention,
             parameters=counts["total"],
-            tokens_a_step=tokens_per_step,
             steps=schedule.steps,
-            tokens=schedule.steps * tokens_per_step,
+            tokens_a_step=tokens_a_step,
+            tokens=tokens_a_step and schedule.steps * tokens_a_step,
+            **facts,
             memory_bytes=peak_memory_bytes(),
         )
         self.started = time.perf_counter() - self.meta["seconds"]
-        return Pace(schedule.steps, tokens_per_step, flops_per_token(self.cfg), self.mesh.size)
+        return Pace(schedule.steps, tokens_a_step or 0, flops_per_token(self.cfg), self.mesh.size)
 
     def save(self, data: object = None) -> None:
         """Checkpoint parameters, optimizer state, the position in the data and the counters."""
@@ -113,7 +124,7 @@ class Session:
         if not math.isfinite(loss):
             raise UserError(
                 f"{self.name}: loss is {loss} at step {step}; the last good checkpoint is step "
-                f"{self.checkpoints.latest()}: lower --{self.name}.init-lr-frac and start again"
+                f"{self.checkpoints.latest()}: lower --{self.name}.init-lr-frac (with --force) and start again"
             )
 
     def finish(self, **facts: object) -> None:
@@ -135,18 +146,17 @@ class Session:
         self.metrics.close()
 
 
-def open_session(
-    config: Config, workdir: Path, name: str, stage: StageConfig, log: Log, folder: str | None = None
-) -> Session:
+def open_session(config: Config, workdir: Path, name: str, stage: StageConfig, log: Log) -> Session:
     """Devices, tokenizer, architecture, checkpoints and log of one stage."""
     tokenizer = Tokenizer.load(workdir / "tokenizer")
     cfg = gpt_config(config, tokenizer.vocab_size)
     mesh = make_mesh(config.mesh)
     check_mesh(mesh, cfg)
-    folder_path = workdir / (folder or name)
-    folder_path.mkdir(parents=True, exist_ok=True)
-    checkpoints = Checkpointer(folder_path / "checkpoints", stage.keep)
-    return Session(name, config, stage, folder_path, mesh, cfg, tokenizer, log, checkpoints, MetricsLog(folder_path))
+    record_precision(workdir, cfg)
+    folder = workdir / name
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoints = Checkpointer(folder / "checkpoints", stage.keep)
+    return Session(name, config, stage, folder, mesh, cfg, tokenizer, log, checkpoints, MetricsLog(folder))
 
 
 def is_done(workdir: Path, name: str, log: Log) -> bool:
@@ -162,13 +172,9 @@ def params_from(session: Session, workdir: Path, previous: str) -> dict:
     source = Path(session.stage.init_from) if session.stage.init_from else workdir / previous
     if not (source / "checkpoints").is_dir():
         raise UserError(f"{session.name} starts from {source}, which has no checkpoint: train {source.name} first")
-    shapes = param_shapes(session.cfg)
-    target = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        shapes,
-        param_shardings(shapes, session.mesh),
-    )
-    return restore_params(source / "checkpoints", target)[0]
+    if finished(source.parent, source.name) is None:
+        session.log(f"{session.name}: {source} is not finished; starting from it as it is")
+    return restore_params(source / "checkpoints", params_target(session.cfg, session.mesh))[0]
 
 
 def initial_params(session: Session, seed: int) -> dict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import re
 from collections.abc import Callable, Sequence
@@ -62,6 +63,15 @@ class Mixture(Sequence[dict]):
             self.index += [(len(self.sources), row) for row in range(count)] * epochs
             self.sources.append(source)
         random.Random(seed).shuffle(self.index)
+
+    def split(self, held_out: int) -> tuple[Mixture, Mixture]:
+        """(the rest, the first `held_out` different conversations); no copy of one stands in the other."""
+        kept = dict.fromkeys(self.index)
+        first = set(list(kept)[:held_out])
+        rest, validation = copy.copy(self), copy.copy(self)
+        rest.index = [entry for entry in self.index if entry not in first]
+        validation.index = [entry for entry in kept if entry in first]
+        return rest, validation
 
     def __len__(self) -> int:
         return len(self.index)
