@@ -197,7 +197,7 @@ def test_fields_that_may_not_change(tmp_path):
     other = replace(config, model=replace(config.model, depth=3), base=replace(config.base, num_iterations=7))
     run.open_run(other, tmp_path)  # nothing has begun
     assert run.read_config(tmp_path) == other
-    (tmp_path / "base" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "base" / "checkpoints" / "step_00000002").mkdir(parents=True)
     with pytest.raises(run.UserError, match=r"model\.depth was 3, now 12; base\.num_iterations was 7, now None"):
         run.open_run(config, tmp_path)
     free = replace(

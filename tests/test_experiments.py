@@ -32,8 +32,8 @@ def test_the_run_fits_together(path: Path):
     cfg = GPTConfig.from_depth(config.model, config.tokenizer.vocab_size)
     for name in MODEL_STAGES:
         stage = getattr(config, name)
-        if stage.total_batch_size is not None:
-            rows, rest = divmod(stage.total_batch_size, cfg.sequence_len)
+        if tokens := getattr(stage, "total_batch_size", None):
+            rows, rest = divmod(tokens, cfg.sequence_len)
             assert rest == 0 and rows % min(stage.device_batch_size, rows) == 0
     for spec in (*config.mid.mixture, *config.sft.mixture):
         assert parse(spec)[0] in LOADERS
