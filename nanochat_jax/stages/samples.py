@@ -22,7 +22,7 @@ QUESTIONS = (
 
 
 def write_samples(session: Session, params: Params, *, raw: bool) -> None:
-    """samples.md in the stage's folder: continuations of texts (`raw`) or answers to questions, greedy."""
+    """samples.md in the stage's folder: continuations of texts (`raw`), sampled, or greedy answers to questions."""
     tokenizer, length = session.tokenizer, session.stage.sample_tokens
     asked = TEXTS if raw else QUESTIONS
     if raw:
@@ -32,8 +32,11 @@ def write_samples(session: Session, params: Params, *, raw: bool) -> None:
     limit = min(session.cfg.sequence_len, max(map(len, prompts)) + length + 1)
     engine = Engine(params, session.cfg, tokenizer, max_rows=len(prompts), max_len=limit, mesh=session.mesh)
     fitting = [(text, prompt) for text, prompt in zip(asked, prompts, strict=True) if len(prompt) < limit]
-    answers = engine.generate([prompt for _, prompt in fitting], SamplingParams(temperature=0.0, max_tokens=length))
-    lines = [f"# Samples of {session.name}, step {session.step}, greedy, at most {length} tokens", ""]
+    # A base model left to its likeliest token goes round in circles.
+    how = SamplingParams(0.8, top_k=50, max_tokens=length) if raw else SamplingParams(0.0, max_tokens=length)
+    answers = engine.generate([prompt for _, prompt in fitting], how)
+    drawn = "temperature 0.8, top-k 50" if raw else "greedy"
+    lines = [f"# Samples of {session.name}, step {session.step}, {drawn}, at most {length} tokens", ""]
     for (text, _), answer in zip(fitting, answers, strict=True):
         lines += [f"> {text}", "", answer.text.strip() or "(nothing)", ""]
     (session.folder / "samples.md").write_text("\n".join(lines))
