@@ -39,6 +39,7 @@ PROGRAM = "python -m nanochat_jax"
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 Flag = tyro.conf.FlagCreatePairsOff[bool]
 Source = Literal["base", "mid", "sft", "rl"]
+CONVERSATION_TEMPERATURE = 0.6
 MENDABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 
 
@@ -93,8 +94,8 @@ class ChatOptions(Options):
     """Answer this and stop; unset: talk until /quit."""
     raw: Flag = False
     """Continue the prompt as plain text, without chat tokens."""
-    temperature: float = 0.6
-    """Sampling temperature; 0: always the likeliest token."""
+    temperature: float | None = None
+    """Sampling temperature, 0: always the likeliest token; unset: 0 for a single question, otherwise 0.6."""
     top_k: int = 50
     """Sample from this many tokens; 0: all."""
     top_p: float = 1.0
@@ -285,8 +286,11 @@ def chat(options: ChatOptions, workdir: Path) -> None:
     from nanochat_jax.chat import answer_once, talk
     from nanochat_jax.inference.engine import SamplingParams
 
+    temperature = options.temperature
+    if temperature is None:
+        temperature = CONVERSATION_TEMPERATURE if options.prompt is None or options.raw else 0.0
     sampling = SamplingParams(
-        temperature=options.temperature,
+        temperature=temperature,
         top_k=options.top_k,
         top_p=options.top_p,
         min_p=options.min_p,
