@@ -7,17 +7,15 @@ import os
 import platform
 import statistics
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.errors import UserError
 from nanochat_jax.metrics import duration, gib, si
 from nanochat_jax.model import count_params, flops_per_token, scaling_params
+from nanochat_jax.report_records import RunRecord, StageRecord
 from nanochat_jax.report_render import Block, Bullets, Code, Heading, Paragraph, Table
 from nanochat_jax.run import config_from_dict
-
-if TYPE_CHECKING:
-    from nanochat_jax.report import RunRecord, StageRecord
 
 TASK_NAMES = {
     "arc_challenge": "ARC-Challenge",
