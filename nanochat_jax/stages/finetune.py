@@ -112,12 +112,12 @@ def train(
         if validate or save:
             record(*pending)
             pending = None
+        if save:
+            session.save(batches)  # before anything that can fail
         if validate and len(val_set):
             loss = validation_loss(session, val_set, rows, packed)
             session.metrics.write("val", step=session.step, loss=loss)
             console.note(f"{name} {session.step}: validation loss {loss:.4f}")
-        if save:
-            session.save(batches)
         if validate or save:
             pace.skip()
     if session.step < steps:

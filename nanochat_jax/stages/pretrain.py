@@ -81,6 +81,8 @@ def run(config: Config, workdir: Path, log: Log) -> None:
         if validate or save or core:
             record(*pending)
             pending = None
+        if save:
+            session.save(batches)  # before anything that can fail
         if validate:
             bpb = validation_bpb(session.state.params, cfg, mesh, session.tokenizer, val_file, config)
             session.metrics.write("val", step=session.step, bpb=bpb)
@@ -89,8 +91,6 @@ def run(config: Config, workdir: Path, log: Log) -> None:
             value = core_metric(session.state.params, cfg, mesh, session.tokenizer, config, log)["core_metric"]
             session.metrics.write("core", step=session.step, core_metric=value)
             console.note(f"base {session.step}: CORE {value:.4f}")
-        if save:
-            session.save(batches)
         if validate or save or core:
             pace.skip()
     if session.step < schedule.steps:

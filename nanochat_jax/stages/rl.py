@@ -101,13 +101,13 @@ def run(config: Config, workdir: Path, log: Log) -> None:
         }
         session.metrics.write("rl", step=step, **values)
         console.step(session.step, **values)
+        if due(session.step, settings.save_every, last):
+            session.save()  # before anything that can fail
         if due(session.step, settings.eval_every, last):
             engine.params = session.state.params
             rates = pass_at_k(held_out, engine, session.tokenizer, settings, config.seed)
             session.metrics.write("pass_at_k", step=session.step, **{"pass": rates})
             console.step(session.step, **{"pass": rates})
-        if due(session.step, settings.save_every, last):
-            session.save()
     if session.step < steps:
         log(f"rl: stopped after step {session.step} of {steps} as asked; start again to go on")
         return
