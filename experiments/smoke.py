@@ -1,8 +1,8 @@
 """Every stage once, as small as it goes: what CI runs. It checks that the pipeline holds together, not what it learns.
 
 Command:  python run_speedrun.py --experiment experiments/smoke.py
-Cost:     under 3 minutes on 2 cores
-Result:   not measured yet
+Cost:     about half a minute on 2 cores
+Result:   a report with every section; the model itself has learned next to nothing
 """
 
 from dataclasses import replace

@@ -2,8 +2,9 @@
 sentences and computes with a tool.
 
 Command:  make speedrun
-Cost:     under 15 minutes on 2 cores, under 8 GB
-Result:   not measured yet
+Cost:     13.5 minutes on 2 busy cores, 2.2 GB
+Result:   three seeds in README.md: 1.72 to 1.73 bits per byte, arithmetic at least 98%, multistep up by 24 points and
+          more with rl
 """
 
 from dataclasses import replace
