@@ -15,6 +15,8 @@ from nanochat_jax.errors import UserError
 
 STAGES = ("tokenizer", "base", "mid", "sft", "rl")
 MODEL_STAGES = ("base", "mid", "sft", "rl")
+ARCHITECTURE = ("rope_base", "qk_scale", "value_embeds", "lambdas", "smear", "backout")
+"""Fields of ModelConfig that the architecture takes over as they are."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,18 @@ class ModelConfig:
     """Context length, tokens."""
     window_pattern: str = "SSSL"
     """S (a quarter of the context) or L (all of it) per layer, tiled; the last layer is always L."""
+    rope_base: float = 100_000.0
+    """Base of the rotary angles; 10,000 in nanochat's release of October 2025."""
+    qk_scale: float = 1.2
+    """Factor on queries and keys after their norm; 1 in the release of October 2025, which had none of what follows."""
+    value_embeds: bool = True
+    """Gated value embeddings in every second layer."""
+    lambdas: bool = True
+    """Learned weights of the residual stream and of the input embedding before each layer."""
+    smear: bool = True
+    """Mix the previous token's embedding into each position."""
+    backout: bool = True
+    """Subtract the middle layer's state before the output head."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +91,8 @@ class StageConfig:
 
     num_iterations: int | None = None
     """Optimizer steps; unset: from the horizon (base), one epoch (mid, sft)."""
-    device_batch_size: int = 32
-    """Rows per data shard in one microbatch."""
+    device_batch_size: int | Literal["auto"] = 32
+    """Rows per data shard in one microbatch; auto: as many as fit in the device's memory."""
     warmup_steps: int = 40
     """Steps of linear learning-rate warm-up."""
     warmdown_ratio: float = 0.65
@@ -110,7 +124,7 @@ class StageConfig:
     save_every: int = 1000
     """Steps between checkpoints; 0: only at the end."""
     keep: int = 2
-    """Checkpoints kept, the newest ones."""
+    """Checkpoints kept, the newest ones, besides the one with the best validation."""
     stop_after: int | None = None
     """End the stage early after this many steps, schedules unchanged."""
     init_from: str | None = None
@@ -187,8 +201,8 @@ class RLConfig(StageConfig):
     """Also continue sft for the compute that rl used, as a comparison in the report."""
     num_iterations: int | None = None
     """Optimizer steps; unset: one epoch of questions."""
-    device_batch_size: int = 8
-    """Samples per data shard in one microbatch."""
+    device_batch_size: int | Literal["auto"] = 8
+    """Samples per data shard in one microbatch; auto: as many as fit in the device's memory."""
     warmup_steps: int = 0
     """Steps of linear learning-rate warm-up."""
     warmdown_ratio: float = 1.0
@@ -272,6 +286,12 @@ class Config:
     """Precision of the matrix products; auto: bfloat16 on GPU and TPU, float32 on CPU."""
     attention: Literal["auto", "reference", "xla_blocked", "cudnn"] = "auto"
     """Attention implementation; auto: cudnn on NVIDIA, xla_blocked elsewhere."""
+    remat: bool = False
+    """Keep only each layer's input for the backward pass and compute the rest again: less memory, a third more work."""
+    loss_chunk: int | Literal["auto"] = "auto"
+    """Positions of a row that go through head and loss at once; 0: all; auto: few on CPU, all elsewhere."""
+    device_memory_gb: float | None = None
+    """GiB of a device that device-batch-size auto may plan with; unset: nine tenths of what is free there."""
     seed: int = 42
     """Root of all randomness of the run."""
     unsafe_sandbox: bool = False
@@ -294,10 +314,17 @@ class GPTConfig:
     windows: tuple[int, ...]
     """Per layer, how many keys to the left of its own position a query sees."""
     rope_base: float = 100_000.0
+    qk_scale: float = 1.2
+    value_embeds: bool = True
+    lambdas: bool = True
+    smear: bool = True
+    backout: bool = True
     compute_dtype: str = "float32"
     attention: str = "xla_blocked"
     loss_chunk: int = 0
-    """Tokens of one chunk of the loss over the vocabulary; 0: all at once."""
+    """Positions of a row in one chunk of the loss over the vocabulary; 0: all at once."""
+    remat: bool = False
+    """Keep only each block's input for the backward pass and compute the rest again there (arXiv 1604.06174)."""
 
     @classmethod
     def from_depth(cls, model: ModelConfig, vocab_size: int, **overrides: object) -> GPTConfig:
@@ -323,6 +350,7 @@ class GPTConfig:
             vocab_size=vocab_size,
             sequence_len=model.sequence_len,
             windows=windows(model.window_pattern, model.depth, model.sequence_len),
+            **{name: getattr(model, name) for name in ARCHITECTURE},
             **overrides,
         )
 
@@ -337,8 +365,8 @@ class GPTConfig:
         return 10 * self.sequence_len
 
     def has_value_embedding(self, layer: int) -> bool:
-        """Every second layer, counted so that the last one always has it."""
-        return layer % 2 == (self.n_layer - 1) % 2
+        """Every second layer, counted so that the last one always has it; none where they are switched off."""
+        return self.value_embeds and layer % 2 == (self.n_layer - 1) % 2
 
 
 def windows(pattern: str, n_layer: int, sequence_len: int) -> tuple[int, ...]:
@@ -369,8 +397,12 @@ def check_ranges(config: Config) -> None:
     for section, names in AT_LEAST_ONE.items():
         for name in (*names, *(EVERY_STAGE if section in MODEL_STAGES else ())):
             value = getattr(getattr(config, section), name)
-            if value is not None and value < 1:
+            if value not in (None, "auto") and value < 1:
                 raise UserError(f"--{section}.{name.replace('_', '-')} {value}: at least 1 is needed")
+    if config.loss_chunk != "auto" and config.loss_chunk < 0:
+        raise UserError(f"--loss-chunk {config.loss_chunk}: auto, or at least 0 is needed")
+    if config.device_memory_gb is not None and not config.device_memory_gb > 0:
+        raise UserError(f"--device-memory-gb {config.device_memory_gb}: more than 0 is needed")
 
 
 def to_dict(config: object) -> dict:

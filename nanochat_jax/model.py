@@ -7,6 +7,7 @@ own, so its random key comes from its path alone and adding one never moves anot
 
 Beyond a plain GPT (see docs of nanochat): smear mixes in the previous token's embedding, value embeddings feed every
 second layer's values, each layer re-reads the input embedding, and a mid-layer state is subtracted before the head.
+Each of these can be off, as in nanochat's first release; its parameters then do not exist.
 """
 
 import functools
@@ -18,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from kernels.attention import attention
 from nanochat_jax.config import GPTConfig
+from nanochat_jax.sharding import PARAM_SPECS, automatic_axes, cut_axes, gathered, match, only, shard
 
 EPS = 1.1920929e-07
 SMEAR_CHANNELS = 24
@@ -37,13 +39,6 @@ def rms(x: jax.Array) -> jax.Array:
 def scaled(scalar: jax.Array, x: jax.Array) -> jax.Array:
     """scalar * x with the product in float32, rounded to x's dtype."""
     return (scalar * x.astype(jnp.float32)).astype(x.dtype)
-
-
-def shard(x: jax.Array, *spec: object) -> jax.Array:
-    """Constrain an activation to a PartitionSpec of the mesh in use; without a mesh, x itself."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return x
-    return jax.lax.with_sharding_constraint(x, P(*spec))
 
 
 def rope(positions: jax.Array, head_dim: int, base: float, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
@@ -75,7 +70,7 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param("kernel", self.initial, (x.shape[-1], self.features), jnp.float32)
-        return x @ kernel.astype(x.dtype)
+        return x @ gathered(kernel.astype(x.dtype), "/".join((*self.path, "kernel")))
 
 
 class Embedding(nn.Module):
@@ -92,7 +87,26 @@ class Embedding(nn.Module):
             return self.initial(key, shape, jnp.float32).astype(dtype)
 
         table = self.param("embedding", init, (self.rows, self.features), jnp.dtype(self.dtype))
+        return lookup(table, tokens, "/".join((*self.path, "embedding")))
+
+
+def lookup(table_VE: jax.Array, tokens_BT: jax.Array, path: str) -> jax.Array:
+    """Rows of the table `path`, by each device for its own rows of the batch; over `fsdp` the table is gathered first
+    and its gradient reduced and cut in one.
+    """
+    axes = cut_axes()
+    if not axes:
+        return jnp.take(table_VE, tokens_BT, axis=0)
+
+    def local(table: jax.Array, tokens: jax.Array) -> jax.Array:
+        if "fsdp" in axes:
+            table = jax.lax.all_gather(table, "fsdp", axis=0, tiled=True)
         return jnp.take(table, tokens, axis=0)
+
+    spec, rows = only(axes, *match(path, PARAM_SPECS)), only(axes, BATCH_AXES, None)
+    return jax.shard_map(local, in_specs=(spec, rows), out_specs=P(*rows, spec[1]), axis_names=axes)(
+        table_VE, tokens_BT
+    )
 
 
 class Attention(nn.Module):
@@ -117,8 +131,8 @@ class Attention(nn.Module):
             )
             v_BTKH = v_BTKH + gate_BTK[..., None] * ve_BTE.reshape(v_BTKH.shape)
         cos, sin = rope(positions_BT, cfg.head_dim, cfg.rope_base, q_BTNH.dtype)
-        q_BTNH = 1.2 * rms(rotate(q_BTNH, cos, sin))
-        k_BTKH = 1.2 * rms(rotate(k_BTKH, cos, sin))
+        q_BTNH = cfg.qk_scale * rms(rotate(q_BTNH, cos, sin))
+        k_BTKH = cfg.qk_scale * rms(rotate(k_BTKH, cos, sin))
         window = cfg.windows[self.layer]
         if cache is not None and length == 1:
             rows_B1 = jnp.arange(batch)[:, None]
@@ -145,11 +159,13 @@ def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, window: int,
     def local(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return attention(q, k, v, window=window, impl=impl)
 
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    axes = automatic_axes()
+    if not axes or jax.sharding.get_abstract_mesh().size == 1:
         return local(q_BTNH, k_BTKH, v_BTKH)
-    spec = P(BATCH_AXES, None, "tensor", None)
-    return jax.shard_map(local, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False)(q_BTNH, k_BTKH, v_BTKH)
+    spec = only(axes, BATCH_AXES, None, "tensor", None)
+    return jax.shard_map(local, in_specs=(spec, spec, spec), out_specs=spec, axis_names=set(axes), check_vma=False)(
+        q_BTNH, k_BTKH, v_BTKH
+    )
 
 
 def attend_cache(
@@ -221,41 +237,48 @@ class GPT(nn.Module):
         start_B = jnp.zeros((batch,), jnp.int32) if start_B is None else start_B
         positions_BT = start_B[:, None] + jnp.arange(length)[None, :]
 
-        # Smear: what stands before a row's first token is nothing (prefill, training) or the cached embedding (decode).
-        before_B1D = (
-            jnp.zeros_like(x_BTD[:, :1]) if cache is None or length > 1 else cache["prev"][:, None].astype(dtype)
-        )
-        previous_BTD = jnp.concatenate([before_B1D, x_BTD[:, :-1]], axis=1)
-        gate_BT1 = jax.nn.sigmoid(Linear(1, uniform(0.02, 0.0), name="smear_gate")(x_BTD[..., :SMEAR_CHANNELS]))
-        smear = self.param("smear_lambda", nn.initializers.zeros, (1,), jnp.float32)
         new_cache = None
         if cache is not None:
             last_B = jnp.full((batch,), length - 1) if count_B is None else jnp.maximum(count_B - 1, 0)
             new_cache = {"prev": x_BTD[jnp.arange(batch), last_B]}
-        x_BTD = x_BTD + smear[0].astype(dtype) * gate_BT1 * previous_BTD
+        if cfg.smear:
+            # What stands before a row's first token: nothing (prefill, training) or the cached embedding (decode).
+            before_B1D = (
+                jnp.zeros_like(x_BTD[:, :1]) if cache is None or length > 1 else cache["prev"][:, None].astype(dtype)
+            )
+            previous_BTD = jnp.concatenate([before_B1D, x_BTD[:, :-1]], axis=1)
+            gate_BT1 = jax.nn.sigmoid(Linear(1, uniform(0.02, 0.0), name="smear_gate")(x_BTD[..., :SMEAR_CHANNELS]))
+            smear = self.param("smear_lambda", nn.initializers.zeros, (1,), jnp.float32)
+            x_BTD = x_BTD + smear[0].astype(dtype) * gate_BT1 * previous_BTD
         x0_BTD = x_BTD
 
-        resid = self.param("resid_lambda", ramp(1.15, 1.05), (cfg.n_layer,), jnp.float32)
-        x0s = self.param("x0_lambda", ramp(0.20, 0.05), (cfg.n_layer,), jnp.float32)
-        backout = self.param("backout_lambda", nn.initializers.constant(0.2), (1,), jnp.float32)
+        if cfg.lambdas:
+            resid = self.param("resid_lambda", ramp(1.15, 1.05), (cfg.n_layer,), jnp.float32)
+            x0s = self.param("x0_lambda", ramp(0.20, 0.05), (cfg.n_layer,), jnp.float32)
         kv_width = cfg.n_kv_head * cfg.head_dim
         middle_BTD = x_BTD
+        # Decoding has no backward pass to save memory for.
+        block = nn.remat(Block) if cfg.remat and cache is None else Block
         for i in range(cfg.n_layer):
-            x_BTD = scaled(resid[i], x_BTD) + scaled(x0s[i], x0_BTD)
+            if cfg.lambdas:
+                x_BTD = scaled(resid[i], x_BTD) + scaled(x0s[i], x0_BTD)
             ve_BTE = None
             if cfg.has_value_embedding(i):
                 init = uniform((3 / cfg.n_embd) ** 0.5)
                 table = Embedding(cfg.padded_vocab_size, kv_width, init, cfg.compute_dtype, name=f"value_embed_{i}")
                 ve_BTE = table(tokens_BT).astype(dtype)
             layer_cache = None if cache is None else cache[f"h_{i}"]
-            x_BTD, layer_cache = Block(cfg, i, name=f"h_{i}")(x_BTD, ve_BTE, positions_BT, layer_cache)
+            x_BTD, layer_cache = block(cfg, i, name=f"h_{i}")(x_BTD, ve_BTE, positions_BT, layer_cache)
             if cache is not None:
                 new_cache[f"h_{i}"] = layer_cache
             if i == cfg.n_layer // 2:
                 middle_BTD = x_BTD
         if self.is_initializing():
             Linear(cfg.padded_vocab_size, nn.initializers.normal(0.001), name="lm_head")(x_BTD)
-        return rms(x_BTD - backout[0].astype(dtype) * middle_BTD), new_cache
+        if cfg.backout:
+            backout = self.param("backout_lambda", nn.initializers.constant(0.2), (1,), jnp.float32)
+            x_BTD = x_BTD - backout[0].astype(dtype) * middle_BTD
+        return rms(x_BTD), new_cache
 
 
 def ramp(first: float, last: float) -> nn.initializers.Initializer:
@@ -283,7 +306,7 @@ def hidden(params: Params, cfg: GPTConfig, tokens_BT: jax.Array) -> jax.Array:
 
 def logits_of(params: Params, cfg: GPTConfig, hidden_BTD: jax.Array) -> jax.Array:
     """Logits [..., vocab_size] float32, softly capped at +-15; padding rows of the vocabulary are cut off."""
-    logits = hidden_BTD @ params["lm_head"]["kernel"].astype(hidden_BTD.dtype)
+    logits = hidden_BTD @ gathered(params["lm_head"]["kernel"].astype(hidden_BTD.dtype), "lm_head/kernel")
     return 15.0 * jnp.tanh(logits[..., : cfg.vocab_size].astype(jnp.float32) / 15.0)
 
 
@@ -302,14 +325,16 @@ def check_length(cfg: GPTConfig, length: int) -> None:
 def token_losses(params: Params, cfg: GPTConfig, inputs_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
     """Cross-entropy in nats at each position [B, T] float32; 0 where the target is -1.
 
-    With cfg.loss_chunk > 0 the head runs on that many positions at a time and its logits are recomputed in the backward
-    pass, so that [B, T, V] never exists.
+    With cfg.loss_chunk > 0 the head runs on that many positions of a row at a time, or the next smaller divisor of T,
+    and its logits are recomputed in the backward pass, so that [B, T, V] never exists.
     """
     check_length(cfg, inputs_BT.shape[1])
     x_BTD = hidden(params, cfg, inputs_BT)
     chunk = cfg.loss_chunk
     batch, length = targets_BT.shape
-    if not chunk or chunk >= length or length % chunk:
+    while chunk and length % chunk:
+        chunk -= 1
+    if not chunk or chunk == length:
         return _losses(params["lm_head"]["kernel"], cfg, x_BTD, targets_BT)
     xs = x_BTD.reshape(batch, length // chunk, chunk, -1).swapaxes(0, 1)
     ys = targets_BT.reshape(batch, length // chunk, chunk).swapaxes(0, 1)
@@ -321,7 +346,9 @@ def _losses(kernel_DV: jax.Array, cfg: GPTConfig, x_BTD: jax.Array, targets_BT: 
     logits_BTV = logits_of({"lm_head": {"kernel": kernel_DV}}, cfg, x_BTD)
     # The soft cap bounds logits to +-15, so the sum of exponentials needs no maximum taken out.
     log_norm_BT = jnp.log(jnp.sum(jnp.exp(logits_BTV), axis=-1))
-    target_BT = jnp.take_along_axis(logits_BTV, jnp.maximum(targets_BT, 0)[..., None], axis=-1)[..., 0]
+    # A sum over the vocabulary rather than a lookup: with the vocabulary cut over devices a lookup gathers the logits.
+    is_target_BTV = jnp.arange(cfg.vocab_size)[None, None] == targets_BT[..., None]
+    target_BT = jnp.sum(jnp.where(is_target_BTV, logits_BTV, 0.0), axis=-1)
     return jnp.where(targets_BT >= 0, log_norm_BT - target_BT, 0.0)
 
 
@@ -348,7 +375,7 @@ def count_params(cfg: GPTConfig) -> dict[str, int]:
 def flops_per_token(cfg: GPTConfig) -> int:
     """Training FLOPs a token: 6 per weight used in a product, 12*N*H per visible key of each layer (PaLM's count)."""
     counts = count_params(cfg)
-    products = counts["blocks"] + counts["lm_head"] + SMEAR_CHANNELS
+    products = counts["blocks"] + counts["lm_head"] + cfg.smear * SMEAR_CHANNELS
     keys = sum(min(cfg.sequence_len, window) for window in cfg.windows)
     return 6 * products + 12 * cfg.n_head * cfg.head_dim * keys
 

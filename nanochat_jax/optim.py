@@ -4,13 +4,15 @@ What changes from step to step (learning rates, momentum, decay) is computed on 
 the update as `hyper`, so that one compiled step serves every stage. Muon (https://kellerjordan.github.io/posts/muon)
 is ours because optax's lacks Polar Express (arXiv 2505.16932), row equilibration, NorMuon's variance reduction (arXiv
 2510.05491) and cautious decay. Weights are [in, out]; where the papers speak of rows they mean output units, here the
-last axis.
+last axis. Nothing here communicates: zero.py hands each device what it owns.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,7 +23,7 @@ import optax
 
 from nanochat_jax.config import Config, GPTConfig, StageConfig
 from nanochat_jax.model import flops_per_token, scaling_params
-from nanochat_jax.sharding import STACK, match, path_of, state_spec
+from nanochat_jax.sharding import match, path_of
 
 GROUP_OF: tuple[tuple[str, str], ...] = (
     (r"lm_head/kernel", "lm_head"),
@@ -30,7 +32,7 @@ GROUP_OF: tuple[tuple[str, str], ...] = (
     (r"resid_lambda", "resid"),
     (r"x0_lambda", "x0"),
     (r"smear_gate/kernel|(smear|backout)_lambda", "smear"),
-    (r"h_\d+/(attn|mlp)/(q|k|v|proj|ve_gate|fc)/kernel", "muon"),
+    (r"h_\d+/(attn|mlp)/(q|k|v|proj|ve_gate|fc)/kernel|stack/.*", "muon"),
 )
 ADAMW = {  # group: (beta1, beta2, weight decay)
     "lm_head": (0.8, 0.96, 0.01),
@@ -79,54 +81,34 @@ def adamw(group: str) -> optax.GradientTransformationExtraArgs:
         bias1, bias2 = 1 - beta1 ** count.astype(jnp.float32), 1 - beta2 ** count.astype(jnp.float32)
         rate = hyper["lr"][group]
 
-        def one(path: tuple, g: jax.Array, mu: jax.Array, nu: jax.Array, p: jax.Array) -> tuple:
-            g, mu32, nu32, p32 = (shard_state(path, x.astype(jnp.float32)) for x in (g, mu, nu, p))
+        def one(g: jax.Array, mu: jax.Array, nu: jax.Array, p: jax.Array) -> tuple:
+            g, mu32, nu32, p32 = (x.astype(jnp.float32) for x in (g, mu, nu, p))
             mu32 = mu32 + (1 - beta1) * (g - mu32)
             nu32 = nu32 + (1 - beta2) * (g * g - nu32)
             step = (mu32 / bias1) / (jnp.sqrt(nu32 / bias2) + ADAM_EPS)
             return -rate * (step + decay * p32), mu32.astype(mu.dtype), nu32.astype(nu.dtype)
 
-        both = jax.tree_util.tree_map_with_path(one, grads, state.mu, state.nu, params)
-        updates, mu, nu = (jax.tree.map(lambda leaf, i=i: leaf[i], both, is_leaf=_is_triple) for i in range(3))
-        return updates, AdamState(count, mu, nu)
+        both = jax.tree.map(one, grads, state.mu, state.nu, params)
+        return _split(both, functools.partial(AdamState, count))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _is_triple(node: object) -> bool:
-    return isinstance(node, tuple) and len(node) == 3 and not hasattr(node, "_fields")
+def _split(triples: optax.Updates, state_of: Callable[..., NamedTuple]) -> tuple[optax.Updates, NamedTuple]:
+    """(updates, state) from a tree of (update, moment, moment)."""
 
+    def is_triple(node: object) -> bool:
+        return isinstance(node, tuple) and len(node) == 3 and not hasattr(node, "_fields")
 
-def shard_state(path: tuple, x: jax.Array) -> jax.Array:
-    """Constrain what an AdamW update works on to the shard of the optimizer state that belongs to it."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return x
-    return jax.lax.with_sharding_constraint(x, state_spec(path_of(path), x.shape, mesh))
+    updates, first, second = (jax.tree.map(lambda leaf, i=i: leaf[i], triples, is_leaf=is_triple) for i in range(3))
+    return updates, state_of(first, second)
 
 
 class MuonState(NamedTuple):
-    """Momentum and second moments of same-shape matrices, stacked on a zero-padded leading axis (see `stacks_of`)."""
+    """Momentum and NorMuon's second moments of stacks of matrices, float32."""
 
-    momentum_stacks: dict[str, jax.Array]
-    second_stacks: dict[str, jax.Array]
-
-
-def stacks_of(params: optax.Params) -> dict[str, list[str]]:
-    """Which matrices share a stack: "in x out" -> their paths, in the tree's order."""
-    stacks: dict[str, list[str]] = {}
-    for path, leaf in _by_path(params).items():
-        stacks.setdefault("x".join(map(str, leaf.shape)), []).append(path)
-    return stacks
-
-
-def stack(arrays: list[jax.Array]) -> jax.Array:
-    """[n, in, out] zero-padded to a multiple of the devices and cut over them, so that each owns whole matrices."""
-    mesh = jax.sharding.get_abstract_mesh()
-    devices = 1 if mesh.empty else mesh.size
-    padding = [jnp.zeros_like(arrays[0])] * (-len(arrays) % devices)
-    stacked = jnp.stack([*arrays, *padding])
-    return stacked if mesh.empty else jax.lax.with_sharding_constraint(stacked, STACK)
+    momentum: optax.Updates
+    second: optax.Updates
 
 
 def polar_express(x: jax.Array) -> jax.Array:
@@ -170,44 +152,34 @@ def variance_reduced(x: jax.Array, second: jax.Array) -> tuple[jax.Array, jax.Ar
 
 
 def muon(dtype: str) -> optax.GradientTransformationExtraArgs:
-    """Muon over stacks of same-shape matrices; hyper gives lr["muon"], momentum and weight_decay.
+    """Muon over stacks [n, in, out] of same-shape matrices (see zero.py).
 
-    `dtype`: "bfloat16" runs equilibration and iterations in bfloat16, anything else in float32.
+    hyper gives lr["muon"], momentum and weight_decay. `dtype`: "bfloat16" runs equilibration and iterations in
+    bfloat16, anything else in float32.
     """
     iteration = jnp.dtype(jnp.bfloat16 if dtype == "bfloat16" else jnp.float32)
 
     def init(params: optax.Params) -> MuonState:
-        leaves = _by_path(params)
-        momentum = {k: stack([jnp.zeros_like(leaves[p]) for p in paths]) for k, paths in stacks_of(params).items()}
+        def second(p: jax.Array) -> jax.Array:
+            return jnp.zeros_like(p[:, :1, :] if p.shape[-1] >= p.shape[-2] else p[:, :, :1])
 
-        def second(m: jax.Array) -> jax.Array:
-            return jnp.zeros_like(m[:, :1, :] if m.shape[-1] >= m.shape[-2] else m[:, :, :1])
-
-        return MuonState(momentum, {k: second(m) for k, m in momentum.items()})
+        return MuonState(jax.tree.map(jnp.zeros_like, params), jax.tree.map(second, params))
 
     def update(
         grads: optax.Updates, state: MuonState, params: optax.Params, *, hyper: Hyper
     ) -> tuple[optax.Updates, MuonState]:
-        grad_of, param_of = _by_path(grads), _by_path(params)
         mu, rate, decay = hyper["momentum"], hyper["lr"]["muon"], hyper["weight_decay"]
-        updates, momentum, second = {}, {}, {}
-        for key, paths in stacks_of(params).items():
-            grad = stack([grad_of[p] for p in paths])
-            weight = stack([param_of[p] for p in paths])
-            momentum[key] = state.momentum_stacks[key] + (1 - mu) * (grad - state.momentum_stacks[key])
-            x = orthogonalized(grad + mu * (momentum[key] - grad), iteration)
-            x, second[key] = variance_reduced(x, state.second_stacks[key])
-            scaled = rate * math.sqrt(max(1.0, weight.shape[-1] / weight.shape[-2]))
-            step = -scaled * (x + decay * weight * (x * weight >= 0))
-            updates |= {path: step[i] for i, path in enumerate(paths)}
-        tree = jax.tree_util.tree_map_with_path(lambda path, _: updates[path_of(path)], params)
-        return tree, MuonState(momentum, second)
+
+        def one(g: jax.Array, momentum: jax.Array, second: jax.Array, p: jax.Array) -> tuple:
+            momentum = momentum + (1 - mu) * (g - momentum)
+            x = orthogonalized(g + mu * (momentum - g), iteration)
+            x, second = variance_reduced(x, second)
+            scaled = rate * math.sqrt(max(1.0, p.shape[-1] / p.shape[-2]))
+            return -scaled * (x + decay * p * (x * p >= 0)), momentum, second
+
+        return _split(jax.tree.map(one, grads, state.momentum, state.second, params), MuonState)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _by_path(tree: optax.Params) -> dict[str, jax.Array]:
-    return {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def labels(params: optax.Params) -> optax.Params:
@@ -218,46 +190,6 @@ def labels(params: optax.Params) -> optax.Params:
 def make_optimizer(dtype: str) -> optax.GradientTransformationExtraArgs:
     """The whole optimizer; `update(grads, state, params, hyper=schedule.hyper(step))`."""
     return optax.partition({group: adamw(group) for group in ADAMW} | {"muon": muon(dtype)}, labels)
-
-
-def to_portable(opt_state: optax.OptState, params: optax.Params) -> dict[str, dict[str, jax.Array]]:
-    """Optimizer state as {parameter path: its moments}, nothing stacked or padded: what checkpoints hold."""
-    portable = {}
-    for group in ADAMW:
-        state: AdamState = opt_state.inner_states[group].inner_state
-        mu, nu = _by_path(state.mu), _by_path(state.nu)
-        portable |= {path: {"mu": mu[path], "nu": nu[path], "count": state.count} for path in mu}
-    muon_state: MuonState = opt_state.inner_states["muon"].inner_state
-    for key, paths in _muon_stacks(params).items():
-        momentum, second = muon_state.momentum_stacks[key], muon_state.second_stacks[key]
-        portable |= {path: {"momentum": momentum[i], "second": second[i]} for i, path in enumerate(paths)}
-    return portable
-
-
-def from_portable(
-    portable: dict[str, dict[str, jax.Array]], fresh: optax.OptState, params: optax.Params
-) -> optax.OptState:
-    """The inverse of `to_portable` for the mesh in use; `fresh` is a state of the same parameters."""
-    inner = dict(fresh.inner_states)
-    for group in ADAMW:
-        state: AdamState = inner[group].inner_state
-
-        def moments(tree: optax.Params, name: str) -> optax.Params:
-            return jax.tree_util.tree_map_with_path(lambda path, _: portable[path_of(path)][name], tree)
-
-        count = portable[path_of(jax.tree_util.tree_leaves_with_path(state.mu)[0][0])]["count"]
-        restored = AdamState(count, moments(state.mu, "mu"), moments(state.nu, "nu"))
-        inner[group] = inner[group]._replace(inner_state=restored)
-    stacks = _muon_stacks(params)
-    momentum = {key: stack([portable[p]["momentum"] for p in paths]) for key, paths in stacks.items()}
-    second = {key: stack([portable[p]["second"] for p in paths]) for key, paths in stacks.items()}
-    inner["muon"] = inner["muon"]._replace(inner_state=MuonState(momentum, second))
-    return fresh._replace(inner_states=inner)
-
-
-def _muon_stacks(params: optax.Params) -> dict[str, list[str]]:
-    matrices = {path: leaf for path, leaf in _by_path(params).items() if match(path, GROUP_OF) == "muon"}
-    return stacks_of(matrices)
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,13 @@ program with any mesh computes the same loss.
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nanochat_jax.config import GPTConfig
@@ -30,14 +31,20 @@ PARAM_SPECS: tuple[tuple[str, P], ...] = (
     (r"h_\d+/attn/proj/kernel", P("tensor", "fsdp")),
     (r"h_\d+/mlp/fc/kernel", P("fsdp", "tensor")),
     (r"h_\d+/mlp/proj/kernel", P("tensor", "fsdp")),
-    (r"h_\d+/attn/ve_gate/kernel", P()),
+    (r"h_\d+/attn/ve_gate/kernel", P(None, "tensor")),
     (r"smear_gate/kernel|(resid|x0|smear|backout)_lambda", P()),
+    (r"stack/.*", STACK),  # same-shape matrices as the optimizer sees them, see zero.py
 )
 
 
 def path_of(key_path: Sequence[object]) -> str:
     """A jax key path as "h_0/attn/q/kernel"."""
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in key_path)
+
+
+def by_path(tree: object) -> dict[str, jax.Array]:
+    """The leaves of a tree, or their shapes, by path."""
+    return {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def match(path: str, rules: Sequence[tuple[str, object]]) -> object:
@@ -71,6 +78,11 @@ def make_mesh(spec: str) -> Mesh:
         if devices[0].platform == "cpu":
             hint = f"; to try it on a CPU set XLA_FLAGS=--xla_force_host_platform_device_count={need}"
         raise UserError(f"--mesh {spec} needs {need} devices, {len(devices)} found ({devices[0].platform}){hint}")
+    if jax.process_count() > 1 and need < len(devices):
+        raise UserError(
+            f"--mesh {spec} uses {need} of the {len(devices)} devices of {jax.process_count()} processes; all must "
+            f"work: use --mesh {len(devices)}, or axes with that product"
+        )
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:need])
 
 
@@ -93,23 +105,23 @@ def data_shards(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def param_specs(params: object) -> object:
+    """A PartitionSpec for every parameter of a tree."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: match(path_of(path), PARAM_SPECS), params)
+
+
 def param_shardings(shapes: object, mesh: Mesh) -> object:
     """A NamedSharding for every parameter of a tree of shapes."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: NamedSharding(mesh, match(path_of(path), PARAM_SPECS)), shapes
-    )
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), param_specs(shapes))
 
 
-def state_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
-    """Spec of an optimizer-state array: its parameter's, with `data` added to the first dimension that divides.
-
-    Muon's stacks are cut along their leading axis over all devices.
-    """
-    if "stacks/" in path:
-        return STACK
+def state_spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
+    """Spec of an optimizer-state array: its parameter's, with `data` added to the first dimension that divides."""
     if not shape:
         return P()
     spec = list(match(path, PARAM_SPECS)) + [None] * len(shape)
+    if spec[0] == AXES:
+        return STACK
     for dim, size in enumerate(shape):
         axes = () if spec[dim] is None else (spec[dim],)
         if size % int(np.prod([mesh.shape[a] for a in (*axes, "data")])) == 0:
@@ -118,14 +130,100 @@ def state_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     return P(*spec[: len(shape)])
 
 
+def state_specs(state: object, mesh: Mesh | AbstractMesh) -> object:
+    """A PartitionSpec for every array of an optimizer state."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: state_spec(path_of(path), leaf.shape, mesh), state)
+
+
 def state_shardings(shapes: object, mesh: Mesh) -> object:
     """A NamedSharding for every array of an optimizer state's tree of shapes."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: NamedSharding(mesh, state_spec(path_of(path), leaf.shape, mesh)), shapes
-    )
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), state_specs(shapes, mesh))
 
 
-def put_batch(batch: dict[str, np.ndarray], mesh: Mesh, leading: int = 0) -> dict[str, jax.Array]:
-    """A host batch on the mesh, its row dimension (after `leading` others) cut over data and fsdp."""
-    spec = P(*([None] * leading), *BATCH)
-    return {name: jax.device_put(value, NamedSharding(mesh, spec)) for name, value in batch.items()}
+def automatic_axes() -> tuple[str, ...]:
+    """The axes of the mesh in use that the compiler shards over: none without a mesh, not those of a shard_map."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return tuple(name for name, kind in kinds if kind == AxisType.Auto)
+
+
+def cut_axes() -> set[str]:
+    """Of the automatic axes those that have more than one device."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return {axis for axis in automatic_axes() if sizes[axis] > 1}
+
+
+def only(axes: Collection[str], *spec: object) -> P:
+    """A PartitionSpec without the axes that are not among `axes`."""
+
+    def keep(names: object) -> object:
+        if isinstance(names, tuple):
+            return tuple(name for name in names if name in axes) or None
+        return names if names in axes else None
+
+    return P(*(keep(names) for names in spec))
+
+
+def shard(x: jax.Array, *spec: object) -> jax.Array:
+    """Constrain an array to a PartitionSpec over the automatic axes of the mesh in use; without a mesh, x itself."""
+    axes = automatic_axes()
+    return jax.lax.with_sharding_constraint(x, only(axes, *spec)) if axes else x
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gathered(x: jax.Array, path: str) -> jax.Array:
+    """A parameter, or its rounded copy, whole over `fsdp` where it is used; its gradient is cut again at once.
+
+    Without this the compiler is free to gather activations instead.
+    """
+    return shard(x, *(None if axis == "fsdp" else axis for axis in match(path, PARAM_SPECS)))
+
+
+def _gathered_forward(x: jax.Array, path: str) -> tuple[jax.Array, None]:
+    return gathered(x, path), None
+
+
+def _gathered_backward(path: str, _: None, grad: jax.Array) -> tuple[jax.Array]:
+    return (shard(grad, *match(path, PARAM_SPECS)),)
+
+
+gathered.defvjp(_gathered_forward, _gathered_backward)
+
+
+def data_part(mesh: Mesh) -> tuple[int, int]:
+    """(index, count): which part of a batch's rows this process's devices hold, of how many parts.
+
+    Processes whose devices hold the same rows (the tensor axis goes across them) have the same index.
+    """
+    owners = np.vectorize(lambda device: device.process_index, otypes=[int])(mesh.devices)
+    owners = owners.reshape(data_shards(mesh), -1)
+    held = [frozenset(np.flatnonzero((owners == p).any(axis=1)).tolist()) for p in range(jax.process_count())]
+    parts = sorted(set(held), key=min)
+    if sum(map(len, parts)) != len(owners) or len(set(map(len, parts))) > 1:
+        raise UserError(
+            f"--mesh with tensor={mesh.shape['tensor']} cuts across the {len(jax.local_devices())} devices of a "
+            "process: choose a divisor or a multiple of them"
+        )
+    return parts.index(held[jax.process_index()]), len(parts)
+
+
+def put_batch(
+    batch: dict[str, np.ndarray], mesh: Mesh, leading: int = 0, *, local: bool = False
+) -> dict[str, jax.Array]:
+    """A host batch on the mesh, its row dimension (after `leading` others) cut over data and fsdp.
+
+    `local`: the arrays are this process's part of the rows (`data_part`); otherwise every process holds all rows.
+    """
+    sharding = NamedSharding(mesh, P(*([None] * leading), *BATCH))
+    if jax.process_count() == 1:
+        return {name: jax.device_put(value, sharding) for name, value in batch.items()}
+    if not local:
+        return {name: jax.make_array_from_callback(x.shape, sharding, x.__getitem__) for name, x in batch.items()}
+    parts = data_part(mesh)[1]
+    shapes = {
+        name: (*x.shape[:leading], x.shape[leading] * parts, *x.shape[leading + 1 :]) for name, x in batch.items()
+    }
+    return {
+        name: jax.make_array_from_process_local_data(sharding, x, global_shape=shapes[name])
+        for name, x in batch.items()
+    }

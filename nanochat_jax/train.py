@@ -8,6 +8,7 @@ and the like come in as `hyper`. Loops, files and clocks are the stages' busines
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -18,12 +19,16 @@ from jax.sharding import PartitionSpec as P
 
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.model import Params, init_params, param_shapes, token_losses
-from nanochat_jax.optim import Hyper, from_portable, make_optimizer, to_portable
-from nanochat_jax.sharding import param_shardings, state_shardings
+from nanochat_jax.optim import Hyper, make_optimizer
+from nanochat_jax.sharding import param_shardings, param_specs, path_of, shard, state_shardings, state_specs
+from nanochat_jax.zero import Owners, from_portable, to_portable, view
+
+Batch = dict[str, jax.Array]
+LossFn = Callable[[Params, Batch, jax.Array], jax.Array]
 
 
 class TrainState(NamedTuple):
-    """Parameters and optimizer state; donated to each step."""
+    """Parameters, and the optimizer state of their `zero.view`; donated to each step."""
 
     params: Params
     opt_state: optax.OptState
@@ -36,7 +41,7 @@ def optimizer(dtype: str) -> optax.GradientTransformationExtraArgs:
 
 
 def _new_opt_state(cfg: GPTConfig, params: Params) -> optax.OptState:
-    return optimizer(cfg.compute_dtype).init(params)
+    return optimizer(cfg.compute_dtype).init(view(params, jax.sharding.get_abstract_mesh().size))
 
 
 def state_shapes(cfg: GPTConfig, mesh: Mesh) -> TrainState:
@@ -86,7 +91,8 @@ def saved_shapes(cfg: GPTConfig, mesh: Mesh) -> dict:
 
 
 def _from_saved(cfg: GPTConfig, tree: dict) -> optax.OptState:
-    return from_portable(tree["optimizer"], _new_opt_state(cfg, tree["params"]), tree["params"])
+    devices = jax.sharding.get_abstract_mesh().size
+    return from_portable(tree["optimizer"], _new_opt_state(cfg, tree["params"]), tree["params"], devices)
 
 
 def restored_state(cfg: GPTConfig, mesh: Mesh, tree: dict) -> TrainState:
@@ -97,29 +103,63 @@ def restored_state(cfg: GPTConfig, mesh: Mesh, tree: dict) -> TrainState:
         return TrainState(tree["params"], make(cfg, tree))
 
 
-def accumulated(value_and_grad: object, params: Params, microbatches: object) -> tuple[jax.Array, Params]:
-    """Sums of a loss and of its gradients (float32) over the leading axis of `microbatches`, one after the other."""
-    if jax.tree.leaves(microbatches)[0].shape[0] == 1:
-        return value_and_grad(params, jax.tree.map(lambda x: x[0], microbatches))
+def accumulated(loss: LossFn, params: Params, batch: Batch, counted: jax.Array) -> tuple[jax.Array, Params]:
+    """Sums of a loss and of its gradients over the microbatches of `batch`, one after the other."""
+    value_and_grad = jax.value_and_grad(loss)
+    specs = param_specs(params)
 
-    def add(carry: tuple, microbatch: object) -> tuple[tuple, None]:
-        loss, grads = value_and_grad(params, microbatch)
-        return (carry[0] + loss, jax.tree.map(lambda a, g: a + g.astype(jnp.float32), carry[1], grads)), None
+    def of_one(microbatch: Batch) -> tuple[jax.Array, Params]:
+        total, grads = value_and_grad(params, microbatch, counted)
+        return total, jax.tree.map(lambda g, spec: shard(g, *spec), grads, specs)
 
-    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-    return jax.lax.scan(add, (jnp.zeros((), jnp.float32), zeros), microbatches)[0]
+    def add(carry: tuple, microbatch: Batch) -> tuple[tuple, None]:
+        total, grads = of_one(microbatch)
+        return (carry[0] + total, jax.tree.map(lambda a, g: a + g.astype(jnp.float32), carry[1], grads)), None
+
+    if jax.tree.leaves(batch)[0].shape[0] == 1:
+        return of_one(jax.tree.map(lambda x: x[0], batch))
+    zeros = jax.tree.map(lambda p, spec: shard(jnp.zeros(p.shape, jnp.float32), *spec), params, specs)
+    return jax.lax.scan(add, (jnp.zeros((), jnp.float32), zeros), batch)[0]
 
 
-def apply_gradients(state: TrainState, cfg: GPTConfig, grads: Params, hyper: Hyper) -> TrainState:
-    """One optimizer update; parameters keep their dtype and sharding."""
-    updates, opt_state = optimizer(cfg.compute_dtype).update(grads, state.opt_state, state.params, hyper=hyper)
-    state = TrainState(optax.apply_updates(state.params, updates), opt_state)
+def unreduced_gradients(loss: LossFn, params: Params, batch: Batch, counted: jax.Array) -> tuple[jax.Array, Params]:
+    """Loss [data] and gradients [data, ...], each data shard's sum over its own rows: nothing moves over `data` yet."""
+
+    def on_a_shard(params: Params, batch: Batch, counted: jax.Array) -> tuple[jax.Array, Params]:
+        return jax.tree.map(lambda x: x[None], accumulated(loss, params, batch, counted))
+
+    return jax.shard_map(
+        on_a_shard,
+        in_specs=(P(), P(None, "data"), P()),
+        out_specs=P("data"),
+        axis_names={"data"},
+        check_vma=False,
+    )(params, batch, counted)
+
+
+def apply_gradients(state: TrainState, cfg: GPTConfig, grads: Params, hyper: Hyper) -> tuple[TrainState, jax.Array]:
+    """One optimizer update with unreduced gradients [data, ...]: the state, and the norm of the reduced gradient.
+
+    Gradients are reduced once, each device updating what it owns, and the new parameters are gathered.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return state
-    return jax.lax.with_sharding_constraint(
-        state, TrainState(param_shardings(state.params, mesh), state_shardings(state.opt_state, mesh))
-    )
+    owners = Owners.of(state.params, mesh)
+    specs = TrainState(param_specs(state.params), state_specs(state.opt_state, mesh))
+
+    def on_a_device(state: TrainState, grads: Params, hyper: Hyper) -> tuple[TrainState, jax.Array]:
+        reduced = owners.reduced(jax.tree.map(lambda g: g[0], grads))
+        owned = owners.owned(state.params)
+        updates, opt_state = optimizer(cfg.compute_dtype).update(reduced, state.opt_state, owned, hyper=hyper)
+        params = owners.whole(optax.apply_updates(owned, updates))
+        tree = jax.tree_util.tree_map_with_path(lambda path, _: params[path_of(path)], state.params)
+        return TrainState(tree, opt_state), owners.norm(reduced)
+
+    return jax.shard_map(
+        on_a_device,
+        in_specs=(specs, jax.tree.map(lambda spec: P("data", *spec), specs.params), P()),
+        out_specs=(specs, P()),
+        check_vma=False,
+    )(state, grads, hyper)
 
 
 @functools.partial(jax.jit, static_argnames="cfg", donate_argnames="state")
@@ -129,18 +169,20 @@ def train_step(
     """One step on batch["inputs"] and batch["targets"], int32 [A microbatches, rows, T], targets -1 not counted.
 
     batch may hold "weights", float32 of the same shape: then the loss is the weighted sum over the positions, else
-    their mean. Returns the new state and {"loss": before the update, "targets": how many were counted}.
+    their mean. Returns the new state and {"loss": before the update, "targets": how many were counted, "grad_norm"}.
+    Wants a mesh in use (`jax.set_mesh`), of one device too.
     """
     counted = jnp.sum(batch["targets"] >= 0)
 
-    def loss(params: Params, microbatch: dict[str, jax.Array]) -> jax.Array:
+    def loss(params: Params, microbatch: Batch, counted: jax.Array) -> jax.Array:
         losses_BT = token_losses(params, cfg, microbatch["inputs"], microbatch["targets"])
         if "weights" in microbatch:
             return jnp.sum(losses_BT * microbatch["weights"])
         return jnp.sum(losses_BT) / jnp.maximum(counted, 1)
 
-    total, grads = accumulated(jax.value_and_grad(loss), state.params, batch)
-    return apply_gradients(state, cfg, grads, hyper), {"loss": total, "targets": counted}
+    total, grads = unreduced_gradients(loss, state.params, batch, counted)
+    state, norm = apply_gradients(state, cfg, grads, hyper)
+    return state, {"loss": jnp.sum(total), "targets": counted, "grad_norm": norm}
 
 
 @functools.partial(jax.jit, static_argnames="cfg")

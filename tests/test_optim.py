@@ -14,13 +14,12 @@ from nanochat_jax.optim import (
     POLAR_EXPRESS,
     Schedule,
     adamw,
-    from_portable,
     horizon,
     labels,
     make_optimizer,
     muon,
-    to_portable,
 )
+from nanochat_jax.zero import from_portable, to_portable, view
 
 MODEL = ModelConfig(depth=2, aspect_ratio=32, head_dim=32, n_kv_head=1, sequence_len=32)
 
@@ -55,26 +54,27 @@ def muon_step(p, g, m, v, mu, lr, wd):
 def test_muon_equals_the_transcription(shape):
     """Wide, tall and square, three matrices to a stack, five steps with changing momentum and decay."""
     rng = np.random.default_rng(0)
-    params = {f"m{i}": rng.normal(size=shape) for i in range(3)}
-    expected = {k: (p.T, np.zeros(shape[::-1]), 0.0) for k, p in params.items()}
+    params = rng.normal(size=(3, *shape))
+    expected = [(p.T, np.zeros(shape[::-1]), 0.0) for p in params]
     tx = muon("float32")
-    ours = jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), params)
+    ours = {"stack": jnp.asarray(params, jnp.float32)}
     state = tx.init(ours)
     update = jax.jit(tx.update)
     for step in range(5):
-        # The first gradient of one matrix is exactly zero, as behind a zero output projection.
-        grads = {k: rng.normal(size=shape) * (0.0 if step == 0 and k == "m1" else 0.01) for k in params}
+        grads = rng.normal(size=params.shape) * 0.01
+        if step == 0:
+            grads[1] = 0.0  # the first gradient of one matrix is exactly zero, as behind a zero output projection
         hyper = {"lr": {"muon": 0.02}, "momentum": 0.85 + 0.02 * step, "weight_decay": 0.3 - 0.05 * step}
-        updates, state = update(jax.tree.map(lambda g: jnp.asarray(g, jnp.float32), grads), state, ours, hyper=hyper)
+        updates, state = update({"stack": jnp.asarray(grads, jnp.float32)}, state, ours, hyper=hyper)
         ours = jax.tree.map(lambda p, u: p + u, ours, updates)
-        for k, (p, m, v) in expected.items():
-            expected[k] = muon_step(p, grads[k].T, m, v, hyper["momentum"], 0.02, hyper["weight_decay"])
-    for k in params:
-        off = np.abs(ours[k] - expected[k][0].T)
+        for i, (p, m, v) in enumerate(expected):
+            expected[i] = muon_step(p, grads[i].T, m, v, hyper["momentum"], 0.02, hyper["weight_decay"])
+    for i, found in enumerate(ours["stack"]):
+        off = np.abs(found - expected[i][0].T)
         # Where an update is zero but for rounding, whether it agrees in sign with the weight, and so whether the weight
         # decays, is undecided: at most a few elements, by no more than the decay.
         assert (off > 1e-5).mean() < 0.005
-        assert (off <= 1e-5 + 5 * 0.02 * 0.3 * np.sqrt(max(1, shape[1] / shape[0])) * np.abs(params[k])).all()
+        assert (off <= 1e-5 + 5 * 0.02 * 0.3 * np.sqrt(max(1, shape[1] / shape[0])) * np.abs(params[i])).all()
 
 
 @pytest.mark.parametrize("group", list(ADAMW))
@@ -117,14 +117,14 @@ def test_every_parameter_has_exactly_one_group():
 def test_portable_state_goes_and_comes_back():
     cfg = GPTConfig.from_depth(MODEL, 70)
     params = jax.jit(init_params, static_argnums=0)(cfg, jax.random.key(0))
-    tx = make_optimizer("float32")
+    tx, seen = make_optimizer("float32"), view(params, 8)
     hyper = Schedule(BaseConfig(), 10, cfg.n_embd).hyper(3)
-    fresh = tx.init(params)
-    _, state = jax.jit(tx.update)(params, fresh, params, hyper=hyper)
+    fresh = tx.init(seen)
+    _, state = jax.jit(tx.update)(seen, fresh, seen, hyper=hyper)
     portable = to_portable(state, params)
     assert portable["h_0/attn/q/kernel"]["momentum"].shape == params["h_0"]["attn"]["q"]["kernel"].shape
     assert sum(len(moments) for moments in portable.values()) > len(portable)
-    again = from_portable(portable, fresh, params)
+    again = from_portable(portable, fresh, params, 8)
     jax.tree.map(np.testing.assert_array_equal, state, again)
 
 

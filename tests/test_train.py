@@ -7,11 +7,9 @@ import pytest
 
 from nanochat_jax.checkpoint import Checkpointer
 from nanochat_jax.config import BaseConfig, GPTConfig, ModelConfig
-from nanochat_jax.errors import UserError
 from nanochat_jax.inference.engine import Engine, SamplingParams
-from nanochat_jax.model import param_shapes
 from nanochat_jax.optim import Schedule
-from nanochat_jax.sharding import PARAM_SPECS, check_mesh, make_mesh, match, path_of, put_batch
+from nanochat_jax.sharding import make_mesh, put_batch
 from nanochat_jax.train import born_params, restored_state, saved_shapes, saved_tree, train_step, with_optimizer
 
 MODEL = ModelConfig(depth=2, aspect_ratio=32, head_dim=16, sequence_len=32)
@@ -51,16 +49,6 @@ def test_the_loss_falls(alone):
     assert alone[1][-1] < alone[1][0] - 0.3
 
 
-@pytest.mark.parametrize("spec", ["8", "data=2,fsdp=2,tensor=2"])
-def test_any_mesh_gives_the_same_losses(alone, spec):
-    state, losses = train(make_mesh(spec), 8)
-    np.testing.assert_allclose(losses, alone[1], rtol=1e-4)
-    for name in ("wte", "lm_head", "value_embed_1", "h_0", "h_1"):
-        # Not the smear scalars: their first gradients are rounding noise, which AdamW scales to full steps.
-        for a, b in zip(*(jax.tree.leaves(tree.params[name]) for tree in (alone[0], state)), strict=True):
-            assert np.linalg.norm(np.asarray(a) - np.asarray(b)) < 0.02 * np.linalg.norm(a)
-
-
 def test_accumulation_changes_nothing(alone):
     _, losses = train(make_mesh("1"), 8, microbatches=1)
     np.testing.assert_allclose(losses, alone[1], rtol=1e-4)
@@ -72,33 +60,13 @@ def test_one_compilation_serves_all_steps(alone):
     assert train_step._cache_size() == before
 
 
-def test_data_parallel_shards_the_optimizer(alone):
-    state, _ = train(make_mesh("8"), 1)
-    for leaf in jax.tree.leaves(state.params):
-        assert leaf.sharding.is_fully_replicated
-    whole = sum(leaf.nbytes for leaf in jax.tree.leaves(alone[0].opt_state))
-    on_one = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state.opt_state))
-    # An eighth, and what padding a stack of few matrices to eight costs.
-    padding = sum(
-        leaf.nbytes / 8 - whole_leaf.nbytes / 8
-        for leaf, whole_leaf in zip(jax.tree.leaves(state.opt_state), jax.tree.leaves(alone[0].opt_state), strict=True)
-    )
-    assert on_one <= whole / 8 + padding + 4096
-
-
-def test_fsdp_shards_the_parameters():
-    params = born_params(CFG, make_mesh("fsdp=4"), 0)
-    kernel = params["h_0"]["mlp"]["fc"]["kernel"]
-    assert kernel.addressable_shards[0].data.shape == (kernel.shape[0] // 4, kernel.shape[1])
-
-
 def test_a_checkpoint_of_eight_devices_goes_on_on_one(tmp_path, alone):
     """Four steps on --mesh 8, saved, and four more on one device: the losses of eight steps on one."""
     eight, one = make_mesh("8"), make_mesh("1")
     state, first = train(eight, 4)
     with jax.set_mesh(eight):
-        Checkpointer(tmp_path, 1).save(4, saved_tree(state, cfg=CFG), {})
-    tree, _, step = Checkpointer(tmp_path, 1).restore(None, saved_shapes(CFG, one))
+        (checkpoints := Checkpointer(tmp_path, 1)).save(4, saved_tree(state, cfg=CFG), {})
+    tree, _, step = checkpoints.restore(None, saved_shapes(CFG, one))
     _, then = train(one, 4, state=restored_state(CFG, one, tree), first=step)
     np.testing.assert_allclose(first + then, alone[1], rtol=1e-4)
 
@@ -107,8 +75,8 @@ def test_resuming_is_exact_on_one_mesh(tmp_path, alone):
     mesh = make_mesh("1")
     state, first = train(mesh, 4)
     with jax.set_mesh(mesh):
-        Checkpointer(tmp_path, 1).save(4, saved_tree(state, cfg=CFG), {})
-    tree, _, _ = Checkpointer(tmp_path, 1).restore(None, saved_shapes(CFG, mesh))
+        (checkpoints := Checkpointer(tmp_path, 1)).save(4, saved_tree(state, cfg=CFG), {})
+    tree, _, _ = checkpoints.restore(None, saved_shapes(CFG, mesh))
     state, then = train(mesh, 4, state=restored_state(CFG, mesh, tree), first=4)
     assert first + then == alone[1]
     jax.tree.map(np.testing.assert_array_equal, alone[0].params, state.params)
@@ -130,29 +98,6 @@ def test_masked_targets_and_weights():
     assert float(metrics["loss"]) == pytest.approx(-2 * np.log(128), rel=0.02)
 
 
-def test_every_parameter_has_exactly_one_sharding_rule():
-    paths = [path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(param_shapes(CFG))]
-    for path in paths:
-        match(path, PARAM_SPECS)
-    with pytest.raises(KeyError, match="newcomer"):
-        match("h_0/newcomer/kernel", PARAM_SPECS)
-
-
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [("9", "needs 9 devices"), ("model=2", "number of devices"), ("0", "number of devices"), ("x", "number")],
-)
-def test_impossible_meshes_are_one_clear_line(spec, message):
-    with pytest.raises(UserError, match=message) as error:
-        make_mesh(spec)
-    assert "\n" not in str(error.value)
-
-
-def test_heads_that_do_not_divide_are_one_clear_line():
-    with pytest.raises(UserError, match="divisor of 2"):
-        check_mesh(make_mesh("tensor=4"), GPTConfig.from_depth(ModelConfig(2, 16, 16, 2, 32), 128))
-
-
 def test_overfit_one_sequence_then_say_it(tmp_path, tokenizer):
     """Trained on one text, the model says it token for token through the KV cache, also after save and restore."""
     text = "It is a truth universally acknowledged, that a single man in possession of a good fortune"
@@ -165,9 +110,9 @@ def test_overfit_one_sequence_then_say_it(tmp_path, tokenizer):
     with jax.set_mesh(mesh):
         for step in range(60):
             state, metrics = train_step(state, put_batch(batch, mesh, 1), schedule.hyper(step), cfg=cfg)
-        Checkpointer(tmp_path, 1).save(60, saved_tree(state, cfg=cfg), {})
+        (checkpoints := Checkpointer(tmp_path, 1)).save(60, saved_tree(state, cfg=cfg), {})
     assert float(metrics["loss"]) < 0.1
-    restored, _, _ = Checkpointer(tmp_path, 1).restore(None, saved_shapes(cfg, mesh))
+    restored, _, _ = checkpoints.restore(None, saved_shapes(cfg, mesh))
     for params in (state.params, restored["params"]):
         engine = Engine(params, cfg, tokenizer, max_rows=1, max_len=len(tokens) + 1)
         answer = engine.generate([tokens[:3].tolist()], SamplingParams(0.0, max_tokens=len(tokens) - 3))
