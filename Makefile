@@ -1,4 +1,4 @@
-# make speedrun | test | serve | lint | bench: each creates .venv and installs what it needs, once.
+# make speedrun | test | test-slow | serve | lint | bench: each creates .venv and installs what it needs, once.
 # PYTHON=python3.12 chooses the interpreter, VENV=folder the environment, ARGS="..." adds options.
 
 PYTHON ?= python3
@@ -11,7 +11,7 @@ REQUIREMENTS := $(if $(GPU),requirements.txt,requirements-cpu.txt)
 RUNTIME := $(VENV)/installed-$(REQUIREMENTS)
 DEV := $(VENV)/installed-requirements-dev.txt
 
-.PHONY: speedrun test serve lint bench
+.PHONY: speedrun test test-slow serve lint bench
 
 speedrun: $(RUNTIME)
 	$(PY) run_speedrun.py $(ARGS)
@@ -21,6 +21,9 @@ serve: $(RUNTIME)
 
 test: $(RUNTIME) $(DEV)
 	$(PY) -m pytest $(ARGS)
+
+test-slow: $(RUNTIME) $(DEV)
+	$(PY) -m pytest -m slow -rs $(ARGS)
 
 lint: $(DEV)
 	$(PY) -m ruff format --check .

@@ -13,7 +13,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat_jax import cli, run
+from nanochat_jax import cli, distributed, run
 from nanochat_jax.config import MODEL_STAGES, STAGES
 
 
@@ -44,11 +44,11 @@ def speedrun(options: SpeedrunOptions, workdir: Path) -> None:
         else:
             cli.TRAINING[stage](options, workdir)
             if not run.finished(workdir, stage):
-                cli.log(f"{stage}: not at its end; the same command without --{stage}.stop-after goes on")
-                return
+                return  # stopped, as the stage has said
         if stage in MODEL_STAGES and not (workdir / stage / "eval.json").exists():
             evaluate.run(options.config, workdir, stage, None, None, cli.log)
-    cli.log(f"report: {write_report(workdir)}")
+    if distributed.is_leader():
+        cli.log(f"report: {write_report(workdir)}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ python bench/train_step.py [--experiment FILE] [--mesh SPEC] [--steps N]
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import statistics
 import sys
@@ -16,14 +15,14 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from nanochat_jax.cli import EXPERIMENTS, guarded, load_experiment
+from nanochat_jax.cli import EXPERIMENTS, guarded, load_experiment, log
 from nanochat_jax.errors import UserError
+from nanochat_jax.memory import train_rows, with_loss_chunk
 from nanochat_jax.metrics import mfu
 from nanochat_jax.model import flops_per_token
 from nanochat_jax.optim import base_schedule
 from nanochat_jax.run import gpt_config
 from nanochat_jax.sharding import check_mesh, data_shards, make_mesh, put_batch
-from nanochat_jax.stages.session import loss_chunk
 from nanochat_jax.train import born_params, train_step, with_optimizer
 
 WARMUP = 3
@@ -43,11 +42,13 @@ def main() -> None:
     mesh = make_mesh(options.mesh)
     check_mesh(mesh, cfg)
     schedule, horizon = base_schedule(config, cfg)
-    rows = min(config.base.device_batch_size * data_shards(mesh), horizon.batch_tokens // cfg.sequence_len)
+    shards, step_rows = data_shards(mesh), horizon.batch_tokens // cfg.sequence_len
+    rows = train_rows(config, config.base, "base", cfg, mesh, step_rows // shards, log)
+    rows = min(rows * shards, step_rows)
     microbatches = horizon.batch_tokens // (rows * cfg.sequence_len)
-    if microbatches < 1 or rows % data_shards(mesh):
+    if microbatches < 1 or rows % shards:
         raise UserError(f"--mesh {options.mesh} does not divide the {rows} rows of a microbatch")
-    cfg = dataclasses.replace(cfg, loss_chunk=loss_chunk(cfg, rows // data_shards(mesh), mesh))
+    cfg = with_loss_chunk(config, cfg, rows // shards, mesh)
 
     shape = (microbatches, rows, cfg.sequence_len)
     tokens = np.random.default_rng(0).integers(cfg.vocab_size, size=shape, dtype=np.int32)

@@ -1,16 +1,17 @@
-"""Checkpoints on orbax: whole or absent, verified, restorable onto any mesh.
+"""Checkpoints on orbax: whole or absent, verified, restorable onto any mesh, written while training goes on.
 
 A folder of checkpoints holds one folder a step:
 
     step_00000123/state/         the orbax checkpoint of a tree of arrays
     step_00000123/meta.json      what is not an array: data position, stage, shapes of the run
     step_00000123/manifest.json  format version, size and sha256 of every file above
+    best.json                    the step whose validation was best, and its value; it is kept besides the newest
 
-A checkpoint is written beside its final place, synced, and renamed in one step, so that a kill at any moment leaves it
-whole or absent. Orbax restores flipped bits in silence; therefore every file is checked against the manifest first, and
-a damaged checkpoint is named on stderr and the one before it used.
-
-Left out: saving in the background and saving from several processes. A save blocks until it is on disk.
+`save` copies the arrays to the host and returns; a thread writes them beside their final place, syncs, and renames in
+one step, so that a kill at any moment leaves a checkpoint whole or absent. Orbax restores flipped bits in silence;
+therefore every file is checked against the manifest first, and a damaged checkpoint is named on stderr and the one
+before it used. With several processes each writes its own shards into the same folder, which all of them must see, and
+process 0 does the rest.
 """
 
 from __future__ import annotations
@@ -21,47 +22,116 @@ import json
 import os
 import shutil
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import orbax.checkpoint as ocp
 
+from nanochat_jax.data.files import write_json
+from nanochat_jax.distributed import barrier, gather_json, is_leader
 from nanochat_jax.errors import UserError
 from nanochat_jax.sharding import path_of
 
 FORMAT = 1
+BEST = "best.json"
 PyTree = Any
+Step = int | Literal["best"] | None
+"""Which checkpoint: of a step, of the best validation, or (None) the newest undamaged one."""
 
 
 class Checkpointer:
-    """The checkpoints of one training stage, as their only writer. Readers use `restore_params`."""
+    """The checkpoints of one training stage, as their only writer. Readers use `restore_params`.
+
+    All processes make the same calls. `wait` before the program or a reader goes on after the last `save`.
+    """
 
     def __init__(self, directory: Path, keep: int) -> None:
-        """Opens or creates `directory` and clears what a killed writer left there; at most `keep` checkpoints stay."""
+        """Opens or creates `directory` and clears what a killed writer left there.
+
+        The `keep` newest checkpoints stay, and the best one.
+        """
         self.directory = Path(directory).absolute()
         self.keep = max(keep, 1)
-        self.directory.mkdir(parents=True, exist_ok=True)
-        for leftover in self.directory.glob("old-step_*"):
-            final = self.directory / leftover.name.removeprefix("old-")
-            if not final.exists():
-                leftover.rename(final)
-        self._clear()
+        self._background = ThreadPoolExecutor(1, "checkpoint")
+        self._in_flight: Future[None] | None = None
+        if is_leader():
+            self.directory.mkdir(parents=True, exist_ok=True)
+            for leftover in self.directory.glob("old-step_*"):
+                final = self.directory / leftover.name.removeprefix("old-")
+                if not final.exists():
+                    leftover.rename(final)
+            self._clear()
 
     def save(self, step: int, tree: PyTree, meta: dict[str, Any]) -> None:
-        """Writes the arrays of `tree` and the JSON-able `meta` as the checkpoint of `step`.
+        """Begins to write the arrays of `tree` and the JSON-able `meta` as the checkpoint of `step`.
 
-        Later steps, left behind where a restore fell back past them, go. Raises UserError when the disk is full; the
-        earlier checkpoints are then untouched.
+        Returns when both are copied: the arrays may be donated, `meta` changed. Waits for the save before, if that is
+        not on disk yet, and raises what went wrong with it (see `wait`). Later steps, left behind where a restore fell
+        back past them, go when this one is whole.
         """
+        self.wait()
+        partial = self.directory / f"tmp-step_{step:08d}"
+        try:
+            if is_leader():
+                partial.mkdir()
+            writer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+            writer.save(partial / "state", args=ocp.args.PyTreeSave(tree))
+        except Exception as error:
+            raise self._failed(step, error) from error
+        self._in_flight = self._background.submit(self._write, step, writer, json.dumps(meta))
+
+    def wait(self) -> None:
+        """Returns when what was saved is on disk, for all processes.
+
+        Raises UserError where the disk was full; the earlier checkpoints are then untouched.
+        """
+        if self._in_flight is not None:
+            self.settle()
+            barrier("checkpoint saved")
+
+    def settle(self) -> None:
+        """`wait` without the other processes, for one that is about to end with an error."""
+        saving, self._in_flight = self._in_flight, None
+        if saving is not None:
+            saving.result()
+
+    def drop(self, step: int) -> None:
+        """Removes the checkpoint of `step`, the newest, which turned out to be of no use, unless it is the only one."""
+        if is_leader() and steps(self.directory)[:-1]:
+            self._prune(step - 1)
+
+    def latest(self) -> int | None:
+        """The newest step that is on disk, or None."""
+        return max(steps(self.directory), default=None)
+
+    def note_validation(self, step: int, value: float, *, higher_is_better: bool = False) -> None:
+        """Makes the checkpoint of `step`, saved before, the best one where `value` beats the best so far."""
+        best = _best(self.directory)
+        better = best is None or (value > best["value"] if higher_is_better else value < best["value"])
+        if better and is_leader():
+            write_json(self.directory / BEST, {"step": step, "value": value})
+
+    def restore(self, step: Step, target: PyTree | None) -> tuple[PyTree, dict[str, Any], int]:
+        """(tree, meta, step) of a checkpoint.
+
+        `target` is a tree of `jax.ShapeDtypeStruct` with shardings: leaves come back with its structure, dtypes and
+        shardings, whatever the mesh they were saved from. None: nested dicts and lists of arrays on the default device.
+        Raises UserError when nothing undamaged is left or the shapes are not those of `target`.
+        """
+        self.wait()
+        return _restore(self.directory, step, target)
+
+    def _write(self, step: int, writer: ocp.AsyncCheckpointer, meta: str) -> None:
+        """In the background: from files that orbax is writing to a checkpoint."""
         name = f"step_{step:08d}"
         final, partial, old = (self.directory / f"{prefix}{name}" for prefix in ("", "tmp-", "old-"))
         try:
-            partial.mkdir()
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
-                writer.save(partial / "state", args=ocp.args.PyTreeSave(tree))
-            (partial / "meta.json").write_text(json.dumps(meta))
+            writer.close()  # waits until every process has written its part
+            if not is_leader():
+                return
+            (partial / "meta.json").write_text(meta)
             names = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
             with ThreadPoolExecutor() as pool:
                 entries = pool.map(lambda file: _fingerprint(partial / file), names)
@@ -69,35 +139,35 @@ class Checkpointer:
             (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
             _sync(partial)
         except Exception as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            if _disk_full(error):
-                raise UserError(
-                    f"the disk is full: checkpoint {final} was not written (earlier ones are whole); "
-                    "free some space and start again"
-                ) from error
-            raise
+            raise self._failed(step, error) from error
         if final.exists():
             final.rename(old)
         partial.rename(final)
         _sync_entry(self.directory)
+        self._prune(step)
+
+    def _failed(self, step: int, error: Exception) -> Exception:
+        """What to raise where the checkpoint of `step` could not be written; what there is of it goes."""
+        if is_leader():
+            shutil.rmtree(self.directory / f"tmp-step_{step:08d}", ignore_errors=True)
+        if not _disk_full(error):
+            return error
+        return UserError(
+            f"the disk is full: checkpoint {self.directory / f'step_{step:08d}'} was not written (earlier ones are "
+            "whole); free some space and start again"
+        )
+
+    def _prune(self, newest: int) -> None:
+        """Removes the steps after `newest`, and of the others all but the `keep` newest and the best."""
+        saved, best = steps(self.directory), _best(self.directory)
+        kept = [step for step in saved if step <= newest][-self.keep :]
+        if best is not None and best["step"] > newest:
+            (self.directory / BEST).unlink()
+        elif best is not None:
+            kept.append(best["step"])
+        for step in set(saved) - set(kept):
+            (self.directory / f"step_{step:08d}").rename(self.directory / f"tmp-step_{step:08d}")
         self._clear()
-        stale = [other for other in steps(self.directory) if other > step]
-        for other in stale + steps(self.directory)[: -self.keep - len(stale)]:
-            (self.directory / f"step_{other:08d}").rename(self.directory / f"tmp-step_{other:08d}")
-        self._clear()
-
-    def latest(self) -> int | None:
-        """The newest step saved, or None."""
-        return max(steps(self.directory), default=None)
-
-    def restore(self, step: int | None, target: PyTree | None) -> tuple[PyTree, dict[str, Any], int]:
-        """(tree, meta, step) of the checkpoint of `step`, or of the newest undamaged one when it is None.
-
-        `target` is a tree of `jax.ShapeDtypeStruct` with shardings: leaves come back with its structure, dtypes and
-        shardings, whatever the mesh they were saved from. None: nested dicts and lists of arrays on the default device.
-        Raises UserError when nothing undamaged is left or the shapes are not those of `target`.
-        """
-        return _restore(self.directory, step, target)
 
     def _clear(self) -> None:
         for prefix in ("tmp-", "old-"):
@@ -105,14 +175,15 @@ class Checkpointer:
                 shutil.rmtree(leftover)
 
 
-def restore_params(directory: Path, target: PyTree | None = None) -> tuple[PyTree, dict[str, Any], int]:
-    """(params, meta, step) of the newest undamaged checkpoint, without its optimizer state; changes nothing on disk.
+def restore_params(
+    directory: Path, target: PyTree | None = None, step: Step = None
+) -> tuple[PyTree, dict[str, Any], int]:
+    """(params, meta, step) of a checkpoint without its optimizer state; changes nothing on disk.
 
     `target` as in `Checkpointer.restore`, for the subtree `params` alone. A writer may be at work in the same folder.
     """
-    tree, meta, step = _restore(
-        Path(directory).absolute(), None, None if target is None else {"params": target}, "params"
-    )
+    whole = None if target is None else {"params": target}
+    tree, meta, step = _restore(Path(directory).absolute(), step, whole, "params")
     return tree["params"], meta, step
 
 
@@ -121,9 +192,38 @@ def steps(directory: Path) -> list[int]:
     return sorted(int(path.name.removeprefix("step_")) for path in Path(directory).glob("step_????????"))
 
 
+def _best(directory: Path) -> dict[str, Any] | None:
+    """{"step", "value"} of the checkpoint with the best validation, or None."""
+    try:
+        best = json.loads((directory / BEST).read_text())
+    except FileNotFoundError:
+        return None
+    return best if best["step"] in steps(directory) else None
+
+
 def _restore(
-    directory: Path, step: int | None, target: PyTree | None, only: str | None = None
+    directory: Path, step: Step, target: PyTree | None, only: str | None = None
 ) -> tuple[PyTree, dict[str, Any], int]:
+    found, error = None, None
+    if is_leader():  # one process reads all files; the others take its word
+        try:
+            found = _undamaged(directory, step)
+        except UserError as refusal:
+            error = str(refusal)
+    found, error = gather_json([found, error])[0]
+    if error is not None:
+        raise UserError(error)
+    path = directory / f"step_{found:08d}"
+    return _read_state(path / "state", target, only), json.loads((path / "meta.json").read_text()), found
+
+
+def _undamaged(directory: Path, step: Step) -> int:
+    """The newest undamaged step, or `step` itself. UserError where there is none."""
+    if step == "best":
+        best = _best(directory)
+        if best is None:
+            raise UserError(f"no checkpoint in {directory} has a validation: name a step ({_listed(directory)})")
+        step = best["step"]
     damaged: set[int] = set()
     # The list is read again each time: a writer may have pruned the step that was missing and added a newer one.
     while candidates := [s for s in steps(directory) if s not in damaged and step in (None, s)]:
@@ -131,15 +231,21 @@ def _restore(
         path = directory / f"step_{newest:08d}"
         problem = _verify(path)
         if problem is None:
-            tree = _read_state(path / "state", target, only)
-            return tree, json.loads((path / "meta.json").read_text()), newest
+            return newest
         damaged.add(newest)
         if path.exists():
-            print(f"damaged checkpoint: {problem}; trying the one before it", file=sys.stderr)
+            going_on = "trying the one before it" if step is None else "name another step"
+            print(f"damaged checkpoint: {problem}; {going_on}", file=sys.stderr)
+    if step is not None and not damaged and steps(directory):
+        raise UserError(f"no checkpoint of step {step} in {directory}, there: {_listed(directory)}")
     wanted = "" if step is None else f" of step {step}"
     if damaged:
         raise UserError(f"no undamaged checkpoint{wanted} in {directory}: delete the folder to train the stage again")
     raise UserError(f"no checkpoint{wanted} in {directory}: train the stage first")
+
+
+def _listed(directory: Path) -> str:
+    return ", ".join(map(str, steps(directory))) or "none"
 
 
 def _verify(path: Path) -> str | None:

@@ -20,6 +20,7 @@ import logging
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +28,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from nanochat_jax import run
-from nanochat_jax.config import Config, check_ranges
+from nanochat_jax import distributed, run
+from nanochat_jax.config import Config, check_ranges, to_dict
 from nanochat_jax.errors import UserError
+from nanochat_jax.stopping import Interrupted, ending_at_once, said
 
 if TYPE_CHECKING:
     from nanochat_jax.inference.engine import Engine
@@ -63,7 +65,30 @@ class Options:
 
 
 @dataclass(frozen=True)
-class TrainOptions(Options):
+class SharedOptions(Options):
+    """Options of the commands that several processes can work on together."""
+
+    coordinator: str | None = None
+    """HOST:PORT of process 0, where the run has several processes; unset: $COORDINATOR_ADDRESS, else SLURM's step."""
+    num_processes: int | None = None
+    """Processes of the run; unset: $NUM_PROCESSES."""
+    process_id: int | None = None
+    """Which of them this one is, from 0; unset: $PROCESS_ID."""
+
+    def join(self, workdir: Path) -> None:
+        """Joins the other processes of the run, where there are any. UserError where that fails."""
+        member = distributed.membership(self.coordinator, self.num_processes, self.process_id, os.environ)
+        if member is None:
+            return
+        log(f"process {member.index} of {member.count}: meeting at {member.host}:{member.port}")
+        log(distributed.initialize(member, workdir))
+        made_of = json.dumps(to_dict(self.config), sort_keys=True)
+        if len(set(distributed.gather_json(made_of))) > 1:
+            raise UserError("the processes were started with different options: give all of them the same")
+
+
+@dataclass(frozen=True)
+class TrainOptions(SharedOptions):
     """Options of the training commands."""
 
     plan: Flag = False
@@ -73,11 +98,13 @@ class TrainOptions(Options):
 
 
 @dataclass(frozen=True)
-class EvalOptions(Options):
+class EvalOptions(SharedOptions):
     """Options of `eval`."""
 
     source: Source | None = None
     """Stage whose model is evaluated; unset: the last one that has a checkpoint."""
+    step: int | Literal["best"] | None = None
+    """Checkpoint of the stage: a step, or `best`, that of the best validation; unset: the newest."""
     tasks: str | None = None
     """Evaluations, separated by commas: bpb, core, arc_easy, ...; unset: those of the configuration."""
     max_examples: int | None = None
@@ -90,6 +117,8 @@ class ChatOptions(Options):
 
     source: Source | None = None
     """Stage whose model answers; unset: the last one that has a checkpoint."""
+    step: int | Literal["best"] | None = None
+    """Checkpoint of the stage: a step, or `best`, that of the best validation; unset: the newest."""
     prompt: Annotated[str | None, tyro.conf.arg(aliases=["-p"])] = None
     """Answer this and stop; unset: talk until /quit."""
     raw: Flag = False
@@ -122,10 +151,35 @@ class ServeOptions(Options):
     """TCP port; 0: any free one."""
     source: Source | None = None
     """Stage whose model answers; unset: the last one that has a checkpoint."""
+    step: int | Literal["best"] | None = None
+    """Checkpoint of the stage: a step, or `best`, that of the best validation; unset: the newest."""
     token: str | None = None
     """Bearer token that requests to the API must carry."""
     rows: int = 8
     """Conversations answered at the same time."""
+
+
+@dataclass(frozen=True)
+class ConvertOptions(Options):
+    """Options of `convert`."""
+
+    what: tyro.conf.Positional[Literal["from-nanochat"]] = tyro.MISSING
+    """from-nanochat: a checkpoint of karpathy/nanochat becomes a run here."""
+    checkpoint: str = tyro.MISSING
+    """Folder with model_NNNNNN.pt and meta_NNNNNN.json, such as base_checkpoints/d12."""
+    step: int | None = None
+    """Which checkpoint of the folder; unset: the newest."""
+    tokenizer: str | None = None
+    """Folder with tokenizer.pkl; unset: tokenizer/ beside base_checkpoints/."""
+    stage: Source | None = None
+    """What the model is here; unset: as the folder's name says (chatsft_checkpoints: sft), else base."""
+
+    def check(self) -> None:
+        if self.workdir is None:
+            raise UsageError("convert needs --workdir DIR, the folder of the new run")
+        words = [f"--workdir={self.workdir}", *([f"--experiment={self.experiment}"] if self.experiment else [])]
+        if self.config.model != _defaults(words, starts_run=True)[0].model:
+            raise UsageError("--model options: the shape of the model is that of the checkpoint; leave them out")
 
 
 Command = Callable[[Any, Path], None]
@@ -160,26 +214,37 @@ def guarded(action: Callable[[], None]) -> int:
     """Exit status of `action`, what a user can mend being one line on stderr. Other exceptions are bugs and pass."""
     try:
         action()
+        distributed.finish()
+        return 0
     except SystemExit as stop:  # tyro, after --help
         return int(stop.code or 0)
+    except Interrupted as stop:
+        status, message = 128 + stop.signal, said(stop.signal)
+        log(message)
     except KeyboardInterrupt:
-        return 130
+        status, message = 130, "interrupted"
     except BrokenPipeError:
         # The reader of stdout has gone; Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (UserError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in MENDABLE:
+        status, message = 1, "the reader of its output has gone"
+    except Exception as error:
+        if isinstance(error, UserError) or (isinstance(error, OSError) and error.errno in MENDABLE):
+            status, message = 2 if isinstance(error, UsageError) else 1, " ".join(str(error).split())
+            print(f"error: {distributed.speaker()}{message}", file=sys.stderr, flush=True)
+        elif not distributed.is_shared():
             raise
-        log(f"error: {' '.join(str(error).split())}")
-        return 2 if isinstance(error, UsageError) else 1
-    return 0
+        else:
+            distributed.await_verdict()
+            traceback.print_exc()
+            status, message = 1, f"{type(error).__name__}: {error}".splitlines()[0]
+    distributed.fail(message, status)
+    return status
 
 
 def run_command(prog: str, kind: type[Options], command: Command, argv: Sequence[str]) -> None:
     """Parses `argv` into `kind` on top of the experiment or the run it names, and calls `command(options, workdir)`."""
     training = issubclass(kind, TrainOptions)
-    config, workdir, origin = _defaults(argv, starts_run=issubclass(kind, TrainOptions) or command is download)
+    config, workdir, origin = _defaults(argv, starts_run=training or command in (download, convert))
     about = f"{command.__doc__}\n\nDefaults shown are those of {origin}."
     options = parse(kind, config, argv, prog, about)
     options.check()
@@ -190,9 +255,16 @@ def run_command(prog: str, kind: type[Options], command: Command, argv: Sequence
 
         print(format_plan(plan(options.config)))
         return
-    if training:
-        run.open_run(options.config, workdir, force=options.force, log=log)
-    command(options, workdir)
+    if isinstance(options, ChatOptions | ServeOptions):  # they have their own uses for Ctrl-C
+        command(options, workdir)
+        return
+    with ending_at_once():
+        if isinstance(options, SharedOptions):
+            options.join(workdir)
+        if training and distributed.is_leader():
+            run.open_run(options.config, workdir, force=options.force, log=log)
+        distributed.barrier("run opened")
+        command(options, workdir)
 
 
 def parse(kind: type[Options], config: Config, argv: Sequence[str], prog: str, description: str) -> Any:
@@ -225,8 +297,9 @@ def load_experiment(path: Path) -> Config:
 
 
 def log(text: str) -> None:
-    """Progress, for people: stderr."""
-    print(text, file=sys.stderr, flush=True)
+    """Progress, for people: stderr. Of several processes the leader alone speaks."""
+    if distributed.is_leader():
+        print(text, file=sys.stderr, flush=True)
 
 
 def download(options: Options, workdir: Path) -> None:
@@ -247,28 +320,28 @@ def pretrain(options: TrainOptions, workdir: Path) -> None:
     """Train the base model on raw text."""
     from nanochat_jax.stages import pretrain
 
-    pretrain.run(options.config, workdir, log)
+    pretrain.run(options.config, workdir, log, options.force)
 
 
 def mid(options: TrainOptions, workdir: Path) -> None:
     """Teach the base model conversations, tools and multiple choice."""
     from nanochat_jax.stages import finetune
 
-    finetune.run(options.config, workdir, "mid", log)
+    finetune.run(options.config, workdir, "mid", log, options.force)
 
 
 def sft(options: TrainOptions, workdir: Path) -> None:
     """Fine-tune on the assistant's side of conversations."""
     from nanochat_jax.stages import finetune
 
-    finetune.run(options.config, workdir, "sft", log)
+    finetune.run(options.config, workdir, "sft", log, options.force)
 
 
 def rl(options: TrainOptions, workdir: Path) -> None:
     """Reinforce right answers on a task with a reward."""
     from nanochat_jax.stages import rl
 
-    rl.run(options.config, workdir, log)
+    rl.run(options.config, workdir, log, options.force)
 
 
 def evaluate(options: EvalOptions, workdir: Path) -> None:
@@ -277,8 +350,9 @@ def evaluate(options: EvalOptions, workdir: Path) -> None:
 
     tasks = None if options.tasks is None else tuple(name.strip() for name in options.tasks.split(","))
     source = run.newest_model(workdir, options.source)
-    figures = evaluate.run(options.config, workdir, source, tasks, options.max_examples, log)
-    print(json.dumps(figures), flush=True)
+    figures = evaluate.run(options.config, workdir, source, tasks, options.max_examples, log, options.step)
+    if distributed.is_leader():
+        print(json.dumps(figures), flush=True)
 
 
 def chat(options: ChatOptions, workdir: Path) -> None:
@@ -323,11 +397,23 @@ def report(options: Options, workdir: Path) -> None:
     print(write_report(workdir))
 
 
+def convert(options: ConvertOptions, workdir: Path) -> None:
+    """Take over a model that karpathy/nanochat has trained."""
+    from nanochat_jax.convert import from_nanochat
+
+    tokenizer = None if options.tokenizer is None else Path(options.tokenizer).expanduser()
+    checkpoint = Path(options.checkpoint).expanduser()
+    from_nanochat(options.config, workdir, checkpoint, log, options.step, tokenizer, options.stage)
+
+
 def _defaults(argv: Sequence[str], starts_run: bool) -> tuple[Config, Path, str]:
     """(configuration before the options, folder of the run, where the configuration is from)."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     early.add_argument("--workdir")
     early.add_argument("--experiment")
+    early.add_argument("--coordinator")
+    early.add_argument("--num-processes", type=int)
+    early.add_argument("--process-id", type=int)
     try:
         given, _ = early.parse_known_args(argv)
     except argparse.ArgumentError as error:
@@ -346,6 +432,10 @@ def _defaults(argv: Sequence[str], starts_run: bool) -> tuple[Config, Path, str]
                 # A model is used on other machines than it was trained on; --mesh spreads it out again.
                 config = dataclasses.replace(config, mesh="1")
             return config, workdir, f"{workdir}/config.json"
+    if not given.experiment and distributed.membership(
+        given.coordinator, given.num_processes, given.process_id, os.environ
+    ):
+        raise UsageError("a run of several processes needs --experiment: devices are looked for after they have met")
     path, why = (Path(given.experiment), "") if given.experiment else _default_experiment()
     return load_experiment(path), workdir or run.RUNS / path.stem, f"{path}{why}"
 
@@ -364,7 +454,7 @@ def _engine(options: ChatOptions | ServeOptions, workdir: Path, rows: int) -> tu
     from nanochat_jax.sharding import make_mesh
 
     mesh = make_mesh(options.config.mesh)
-    params, cfg, tokenizer, stage, step = run.load_model(workdir, options.source, options.config, mesh)
+    params, cfg, tokenizer, stage, step = run.load_model(workdir, options.source, options.config, mesh, options.step)
     log(f"{stage} model of step {step}")
     if stage == "base" and not getattr(options, "raw", False):
         log("the base model has not learned to chat; `chat --raw -p TEXT` continues a text")
@@ -406,4 +496,5 @@ COMMANDS: dict[str, tuple[type[Options], Command]] = {
     "chat": (ChatOptions, chat),
     "serve": (ServeOptions, serve),
     "report": (Options, report),
+    "convert": (ConvertOptions, convert),
 }

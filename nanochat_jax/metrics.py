@@ -19,6 +19,7 @@ from typing import Any, TextIO
 
 import jax
 
+from nanochat_jax.distributed import is_leader
 from nanochat_jax.errors import UserError
 
 # Dense bfloat16 peak of one chip, FLOP/s, by a part of JAX's `device_kind`; the first match wins. Vendors' data sheets.
@@ -52,14 +53,18 @@ STEP_KINDS = ("train", "rl")
 
 
 class MetricsLog:
-    """`metrics.jsonl` of one stage. Opened for appending: a resumed run goes on in the same file."""
+    """`metrics.jsonl` of one stage. Opened for appending: a resumed run goes on in the same file.
+
+    Of several processes the leader alone writes.
+    """
 
     def __init__(self, stage_dir: Path | str) -> None:
         self.path = Path(stage_dir) / "metrics.jsonl"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.exists():
-            _cut_torn_end(self.path)
-        self._file = self.path.open("a", encoding="utf-8")
+        if is_leader():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.path.exists():
+                _cut_torn_end(self.path)
+        self._file = (self.path if is_leader() else Path(os.devnull)).open("a", encoding="utf-8")
 
     def write(self, kind: str, **values: Any) -> None:
         """Appends {"kind": kind, **values}. NumPy and JAX scalars become numbers, NaN and infinities become null."""
@@ -72,6 +77,8 @@ class MetricsLog:
 
         Steps are logged by their index, from 0; measurements (val, pass_at_k, ...) by the number of steps done.
         """
+        if not is_leader():
+            return
         records = self.read(self.path)
         kept = [r for r in records if r.get("step", -1) < step + (r["kind"] not in STEP_KINDS)]
         self._file.close()
@@ -163,8 +170,9 @@ class Console:
         self.note(" | ".join(parts))
 
     def note(self, text: str) -> None:
-        """Prints a line as it is."""
-        print(text, file=self.stream or sys.stderr, flush=True)
+        """Prints a line as it is; of several processes the leader alone speaks."""
+        if is_leader():
+            print(text, file=self.stream or sys.stderr, flush=True)
 
 
 _COLUMNS = {
@@ -193,7 +201,8 @@ def banner(title: str, stream: TextIO | None = None, **rows: Any) -> None:
     width = max(map(len, shown), default=0)
     lines = [f"== {title} " + "=" * max(0, 56 - len(title))]
     lines += [f"   {name:<{width}}  {value}" for name, value in shown.items()]
-    print("\n".join(lines), file=stream or sys.stderr, flush=True)
+    if is_leader():
+        print("\n".join(lines), file=stream or sys.stderr, flush=True)
 
 
 def _shown(name: str, value: Any) -> str | None:

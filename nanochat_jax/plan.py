@@ -14,12 +14,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kernels.attention import resolve
 from nanochat_jax.config import Config, DataConfig, FinetuneConfig, GPTConfig, RLConfig
 from nanochat_jax.errors import UserError
+from nanochat_jax.memory import HEAD_TOKENS, RESERVE, device_limit
 from nanochat_jax.metrics import duration, gib, peak_flops, si
 from nanochat_jax.model import count_params, flops_per_token, scaling_params
 from nanochat_jax.optim import horizon
-from nanochat_jax.sharding import parse_mesh
+from nanochat_jax.sharding import make_mesh, parse_mesh
 from nanochat_jax.tasks import load, parse
 
 ASSUMED_MFU = 0.4
@@ -27,9 +29,14 @@ CPU_CORE_FLOPS = 35e9
 """Float32 FLOP/s that training gets out of one CPU core."""
 ROLLOUT_EFFICIENCY = 0.1
 """Speed of token-by-token decoding in FLOP/s, relative to training."""
-ACTIVATION_UNITS = {"float32": 30, "bfloat16": 20}
-"""Values kept for the backward pass per token, layer and unit of width, by XLA's memory analysis on a CPU; float32
-goes with attention that keeps its scores."""
+ACTIVATION_BYTES = {("float32", False): 146, ("bfloat16", False): 110, ("bfloat16", True): 40}
+"""(precision, whether attention is cuDNN's) -> bytes for the backward pass per token, layer and unit of width: what
+XLA's memory analysis gives on a CPU, or for cuDNN, which no CPU has, 20 values counted in the code."""
+LOGIT_BYTES = {("float32", False): 15, ("bfloat16", False): 11, ("bfloat16", True): 8}
+"""The same per logit that is there at once, and its gradient."""
+REMAT_VALUES = 3.5
+"""Values per token, layer and unit of width that rematerialisation leaves kept."""
+H100_BYTES = 80e9
 SHARD_BYTES = 100e6
 # Training rows of the public sets (GSM8K without the 400 held out), and tokens a conversation; other sets are made by
 # code and counted, at the default length.
@@ -46,13 +53,15 @@ def plan(config: Config) -> dict[str, Any]:
     """
     devices = math.prod(parse_mesh(config.mesh).values())
     rates = _rates(devices)
-    automatic = "float32" if next(iter(rates)).endswith("CPU cores") else "bfloat16"
-    dtype = automatic if config.compute_dtype == "auto" else config.compute_dtype
-    cfg = GPTConfig.from_depth(config.model, config.tokenizer.vocab_size, compute_dtype=dtype)
+    platform = jax.default_backend()
+    if platform == "cpu" and not next(iter(rates)).endswith("CPU cores"):
+        platform = "gpu"  # of another machine
+    cfg = _architecture(config, platform)
     counts, per_token = count_params(cfg), flops_per_token(cfg)
     base = horizon(config, cfg)
     stages = [_stage("base", _stopped(base.steps, config.base.stop_after), base.batch_tokens, per_token)]
     stages += [_finetune(name, getattr(config, name), config, cfg, per_token) for name in ("mid", "sft")]
+    rows, memory = _memory(config, cfg, counts, {stage["stage"]: stage["batch_tokens"] for stage in stages}, platform)
     stages.append(_rl(config.rl, config, cfg, per_token))
     if config.rl.control:
         # sft continued for the compute that rl used.
@@ -68,9 +77,10 @@ def plan(config: Config) -> dict[str, Any]:
         "model": counts | {"scaling": scaling_params(cfg), "flops_per_token": per_token, "devices": devices},
         "stages": stages,
         "total": total,
-        "memory": _memory(config, cfg, counts),
+        "rows": rows,
+        "memory": memory,
         "disk": _disk(config, cfg, counts),
-        "assumptions": _assumptions(rates),
+        "assumptions": _assumptions(rates, _kind(config, cfg, platform)),
     }
 
 
@@ -97,7 +107,11 @@ def format_plan(figures: dict[str, Any]) -> str:
         row += [f"{stage['flops']:.3g}", *(_hours(stage["hours"][name]) for name in hardware)]
         rows.append(row + [f"{stage['dollars'][name]:,.2f}" for name in hardware if priced])
     lines += ["", "Stages", *_aligned(rows)]
-    for title, key in (("Memory per device (estimate)", "memory"), ("Disk (estimate)", "disk")):
+    rows = ", ".join(f"{stage} {count}" for stage, count in figures["rows"].items())
+    for title, key in (
+        (f"Memory per device (estimate; rows a microbatch: {rows})", "memory"),
+        ("Disk (estimate)", "disk"),
+    ):
         lines += ["", title, *_aligned([(name.replace("_", " "), gib(size)) for name, size in figures[key].items()])]
     return "\n".join([*lines, "", "Assumptions", *(f"  - {text}" for text in figures["assumptions"])])
 
@@ -128,7 +142,8 @@ def _stopped(steps: int, stop_after: int | None) -> int:
 
 def _stage(name: str, steps: int, batch_tokens: int, per_token: int) -> dict[str, Any]:
     tokens = steps * batch_tokens
-    return {"stage": name, "steps": steps, "tokens": tokens, "flops": float(tokens * per_token)}
+    flops = float(tokens * per_token)
+    return {"stage": name, "steps": steps, "batch_tokens": batch_tokens, "tokens": tokens, "flops": flops}
 
 
 def _finetune(name: str, stage: FinetuneConfig, config: Config, cfg: GPTConfig, per_token: int) -> dict[str, Any]:
@@ -173,22 +188,75 @@ def _rl(rl: RLConfig, config: Config, cfg: GPTConfig, per_token: int) -> dict[st
     return stage | {"flops": stage["flops"] + rollouts, "rollout_flops": rollouts}
 
 
-def _memory(config: Config, cfg: GPTConfig, counts: dict[str, int]) -> dict[str, float]:
-    """Bytes on one device in the largest supervised stage."""
+def _architecture(config: Config, platform: str) -> GPTConfig:
+    """The model in the precision of `platform`, with the attention that can be traced everywhere."""
+    automatic = "float32" if platform == "cpu" else "bfloat16"
+    dtype = automatic if config.compute_dtype == "auto" else config.compute_dtype
+    resolved = {"compute_dtype": dtype, "remat": config.remat}
+    return GPTConfig.from_depth(config.model, config.tokenizer.vocab_size, **resolved)
+
+
+def _kind(config: Config, cfg: GPTConfig, platform: str) -> tuple[str, bool]:
+    """Precision, and whether attention is cuDNN's. UserError where it cannot run."""
+    try:
+        return cfg.compute_dtype, resolve(config.attention, platform, cfg.compute_dtype) == "cudnn"
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def _memory(
+    config: Config, cfg: GPTConfig, counts: dict[str, int], batch_tokens: dict[str, int], platform: str
+) -> tuple[dict[str, int], dict[str, float]]:
+    """Rows of a microbatch of each supervised stage, and the bytes on one device in the one that takes most."""
+    axes = parse_mesh(config.mesh)
+    limit, sizes, rows = None, {}, {}
+    for name, tokens in batch_tokens.items():
+        here = max(1, tokens // cfg.sequence_len // (axes["data"] * axes["fsdp"]))
+        wanted = getattr(config, name).device_batch_size
+        if wanted == "auto":
+            limit = limit or _limit(config, platform)
+            fits = [n for n in range(1, here + 1) if here % n == 0]
+            fits = [n for n in fits if step_memory(config, cfg, counts, n, platform)["total"] <= limit]
+            wanted = max(fits, default=1)
+        rows[name] = min(wanted, here)
+        sizes[name] = step_memory(config, cfg, counts, rows[name], platform)
+    return rows, max(sizes.values(), key=lambda memory: memory["total"])
+
+
+def _limit(config: Config, platform: str) -> float:
+    """Bytes that `auto` can plan with: as stated, else what is free here, or on H100s where those are planned with."""
+    if config.device_memory_gb is None and platform != jax.default_backend():
+        return (1 - RESERVE) * H100_BYTES
+    return device_limit(config, make_mesh(config.mesh if platform == jax.default_backend() else "1"))
+
+
+def step_memory(config: Config, cfg: GPTConfig, counts: dict[str, int], rows: int, platform: str) -> dict[str, float]:
+    """Bytes that a step with microbatches of `rows` rows takes on a device, by what they are for; an estimate."""
     axes = parse_mesh(config.mesh)
     parameter_parts, all_parts = axes["fsdp"] * axes["tensor"], math.prod(axes.values())
-    low = jnp.dtype(cfg.compute_dtype).itemsize
+    low, kind = jnp.dtype(cfg.compute_dtype).itemsize, _kind(config, cfg, platform)
     embedding = (counts["wte"] + counts["value_embeds"]) * low
     blocks, rest = 4 * counts["blocks"], 4 * (counts["lm_head"] + counts["scalars"])
-    rows = max(stage.device_batch_size for stage in (config.base, config.mid, config.sft))
-    tokens = rows * cfg.sequence_len / axes["tensor"]
-    # Two moments for AdamW, one for Muon; its second moments are vectors. Gradients are added up in float32.
+    width_tokens = rows * cfg.sequence_len / axes["tensor"] * cfg.n_embd
+    chunk = config.loss_chunk
+    if chunk == "auto":
+        chunk = max(1, HEAD_TOKENS // rows) if platform == "cpu" else 0
+    head_tokens = rows * min(chunk or cfg.sequence_len, cfg.sequence_len) / axes["tensor"]
+    logits = LOGIT_BYTES[kind] * head_tokens * cfg.padded_vocab_size
+    activations = ACTIVATION_BYTES[kind] * width_tokens
+    if cfg.remat:
+        # One layer's activations are there again when the logits are not any more.
+        activations = REMAT_VALUES * low * width_tokens * cfg.n_layer + max(0.0, activations - logits)
+    else:
+        activations *= cfg.n_layer
+    # Two moments for AdamW, one for Muon; its second moments are vectors. Gradients are float32: the step's sum and
+    # a microbatch's, or in the update what that works on.
     memory = {
         "weights": (embedding + blocks + rest) / parameter_parts,
-        "gradients": 4 * counts["total"] / parameter_parts,
+        "gradients": 2 * 4 * counts["total"] / parameter_parts,
         "optimizer": (2 * embedding + blocks + 2 * rest) / all_parts,
-        "activations": ACTIVATION_UNITS[cfg.compute_dtype] * tokens * cfg.n_embd * cfg.n_layer * low,
-        "logits": 2 * 4 * (tokens if low == 2 else 1024) * cfg.padded_vocab_size,
+        "activations": activations,
+        "logits": logits,
     }
     return memory | {"total": sum(memory.values())}
 
@@ -199,21 +267,20 @@ def _disk(config: Config, cfg: GPTConfig, counts: dict[str, int]) -> dict[str, f
     low = jnp.dtype(cfg.compute_dtype).itemsize
     embedding = (counts["wte"] + counts["value_embeds"]) * low
     checkpoint = 3 * embedding + 2 * 4 * counts["blocks"] + 3 * 4 * counts["lm_head"]
-    kept = sum(stage.keep for stage in (config.base, config.mid, config.sft, config.rl))
+    kept = sum(stage.keep + 1 for stage in (config.base, config.mid, config.sft, config.rl))
     disk = {"shards": (config.data.num_shards + 1) * SHARD_BYTES * downloads, "checkpoints": float(kept * checkpoint)}
     return disk | {"total": sum(disk.values())}
 
 
-def _assumptions(rates: dict[str, float]) -> list[str]:
+def _assumptions(rates: dict[str, float], kind: tuple[str, bool]) -> list[str]:
     speeds = ", ".join(f"{name}: {rate / 1e9:,.0f} GFLOP/s" for name, rate in rates.items())
-    units = " or ".join(f"{count} ({dtype})" for dtype, count in ACTIVATION_UNITS.items())
     lengths = ", ".join(f"{name} {length}" for name, length in CONVERSATION_TOKENS.items())
     return [
         f"training speed: {speeds}",
         f"from {ASSUMED_MFU:.0%} MFU on accelerators and {CPU_CORE_FLOPS / 1e9:.0f} GFLOP/s a CPU core",
         f"tokens a conversation: {lengths}, others {DEFAULT_CONVERSATION_TOKENS}; a file's bytes / 4",
         f"rl: answers as long as allowed; sampling runs at {ROLLOUT_EFFICIENCY:.0%} of the speed of training",
-        f"activations: {units} values a token, layer and unit of width",
+        f"activations: {ACTIVATION_BYTES[kind]} bytes a token, layer and unit of width",
         f"a shard has {SHARD_BYTES / 1e6:.0f} MB",
         "not counted: evaluation, downloads, tokenizer training, compilation",
     ]

@@ -20,13 +20,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanochat_jax.config import MODEL_STAGES, STAGES, Config, GPTConfig, to_dict
+from nanochat_jax.config import MODEL_STAGES, STAGES, Config, DataConfig, GPTConfig, to_dict
 from nanochat_jax.data.files import write_json
+from nanochat_jax.distributed import is_leader
 from nanochat_jax.errors import UserError
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+    from nanochat_jax.checkpoint import Step
     from nanochat_jax.tokenizer import Tokenizer
 
 RUNS = Path("runs")
@@ -58,52 +60,63 @@ def open_run(config: Config, workdir: Path, *, force: bool = False, log: Callabl
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--workdir {workdir}: cannot be made a folder ({error.strerror}); name another") from None
-    record = {"config": to_dict(config), "data": None} | _environment()
+    environment = _environment()
+    record = {"config": to_dict(config), "data": None} | environment
     if (workdir / "config.json").exists():
         old = _read_record(workdir)
         begun = {stage for stage in STAGES if _begun(workdir, stage)}
-        before, now = (_fixed(json.loads(json.dumps(fields)), begun) for fields in (old["config"], record["config"]))
-        changed = [
-            f"{name} was {before.get(name)}, now {now.get(name)}" for name in now if before.get(name) != now[name]
-        ]
-        if changed and not force:
-            raise UserError(
-                f"{workdir} was started with other values: {'; '.join(changed)}. Use the old ones, another --workdir, "
-                "or --force to go on with the new ones"
-            )
-        for line in changed:
-            log(f"forced: {line}")
-        record = old | {"config": record["config"], "data": None if force else old["data"]}
-    write_json(workdir / "config.json", record)
+        # Fields that are newer than the run have had their default in it.
+        both = to_dict(read_config(workdir)), record["config"]
+        before, now = (_fixed(json.loads(json.dumps(fields)), begun) for fields in both)
+        _refuse(workdir, before, now, force, log)
+        record = old | {"config": record["config"], "later_starts": [*old.get("later_starts", []), environment]}
+    _write_record(workdir, record)
 
 
-def record_data(workdir: Path, files: Sequence[Path]) -> None:
+def record_data(workdir: Path, files: Sequence[Path], force: bool = False) -> None:
     """Notes names and sizes of the data files at the first start; UserError where they differ at a later one."""
     record = _read_record(workdir)
     found = {path.name: path.stat().st_size for path in files}
-    if record["data"] is None:
-        write_json(Path(workdir) / "config.json", record | {"data": found})
-        return
-    for name in sorted(found.keys() | record["data"].keys()):
-        before, now = record["data"].get(name, "no"), found.get(name, "no")
-        if before != now:
-            raise UserError(
-                f"data file {name} has {now} bytes, {before} when {workdir} was started: bring the files back, use "
-                "another --workdir, or --force to go on with the new ones"
-            )
+    if record["data"] is not None and not force:
+        for name in sorted(found.keys() | record["data"].keys()):
+            before, now = record["data"].get(name, "no"), found.get(name, "no")
+            if before != now:
+                raise UserError(
+                    f"data file {name} has {now} bytes, {before} when {workdir} was started: bring the files back, use "
+                    "another --workdir, or --force to go on with the new ones"
+                )
+    _write_record(workdir, record | {"data": found})
 
 
-def record_precision(workdir: Path, cfg: GPTConfig) -> None:
-    """Notes what `auto` meant at the first start; UserError where the precision is another at a later one."""
+def recorded_files(workdir: Path, data: DataConfig) -> list[str] | None:
+    """Names of the run's data files, the validation file last; None where none are noted or `data` is elsewhere."""
     record = _read_record(workdir)
-    used = record.get("used")
-    if used and used["compute_dtype"] != cfg.compute_dtype and any(_begun(Path(workdir), s) for s in MODEL_STAGES):
+    here = record["config"]["data"].get("dir") == data.dir
+    return list(record["data"]) if record["data"] and here else None
+
+
+def record_used(workdir: Path, cfg: GPTConfig, tokenizer: Tokenizer, force: bool = False) -> None:
+    """Notes what `auto` meant and which tokenizer it was; UserError where a model here was trained with another."""
+    record = _read_record(workdir)
+    now = {"compute_dtype": cfg.compute_dtype, "tokenizer": tokenizer.fingerprint()}
+    if any(_begun(Path(workdir), stage) for stage in MODEL_STAGES):
+        before = record.get("used", {})
+        _refuse(workdir, {name: before.get(name, now[name]) for name in now}, now, force)
+    _write_record(workdir, record | {"used": now | {"attention": cfg.attention}})
+
+
+def _refuse(
+    workdir: Path, before: dict[str, Any], now: dict[str, Any], force: bool, log: Callable[[str], None] | None = None
+) -> None:
+    """UserError naming the values that differ; with `force` `log` is told of them instead."""
+    changed = [f"{name} was {before.get(name)}, now {now.get(name)}" for name in now if before.get(name) != now[name]]
+    if changed and not force:
         raise UserError(
-            f"{workdir} was trained in {used['compute_dtype']}, here it would go on in {cfg.compute_dtype}: "
-            f"say --compute-dtype {used['compute_dtype']}, or use another --workdir"
+            f"{workdir} was started with other values: {'; '.join(changed)}. Use the old ones, another --workdir, "
+            "or --force to go on with the new ones"
         )
-    now = {"compute_dtype": cfg.compute_dtype, "attention": cfg.attention}
-    write_json(Path(workdir) / "config.json", record | {"used": now})
+    for line in changed if log else ():
+        log(f"forced: {line}")
 
 
 def read_config(workdir: Path) -> Config:
@@ -141,7 +154,8 @@ def gpt_config(config: Config, vocab_size: int, **overrides: Any) -> GPTConfig:
         impl = resolve(config.attention, device, dtype)
     except ValueError as error:
         raise UserError(str(error)) from None
-    return GPTConfig.from_depth(config.model, vocab_size, compute_dtype=dtype, attention=impl, **overrides)
+    resolved = {"compute_dtype": dtype, "attention": impl, "remat": config.remat}
+    return GPTConfig.from_depth(config.model, vocab_size, **resolved, **overrides)
 
 
 def finished(workdir: Path, stage: str) -> dict[str, Any] | None:
@@ -171,9 +185,14 @@ def newest_model(workdir: Path, source: str | None = None) -> str:
 
 
 def load_model(
-    workdir: Path, source: str | None = None, config: Config | None = None, mesh: Mesh | None = None
+    workdir: Path,
+    source: str | None = None,
+    config: Config | None = None,
+    mesh: Mesh | None = None,
+    step: Step = None,
 ) -> tuple[dict[str, Any], GPTConfig, Tokenizer, str, int]:
-    """(params, architecture, tokenizer, stage, step) of a run's model, the newest unless `source` names a stage.
+    """(params, architecture, tokenizer, stage, step) of a run's model, the newest unless `source` names a stage and
+    `step` one of its checkpoints.
 
     Parameters are placed on `mesh`, or on the default device. `config`, the run's own by default, may differ from it in
     precision and attention. Raises UserError where there is no model, or one of another shape.
@@ -185,7 +204,7 @@ def load_model(
     stage = newest_model(workdir, source)
     tokenizer = Tokenizer.load(workdir / "tokenizer")
     cfg = gpt_config(config or read_config(workdir), tokenizer.vocab_size)
-    params, _, step = restore_params(workdir / stage / "checkpoints", params_target(cfg, mesh))
+    params, _, step = restore_params(workdir / stage / "checkpoints", params_target(cfg, mesh), step)
     return params, cfg, tokenizer, stage, step
 
 
@@ -240,6 +259,11 @@ def _environment() -> dict[str, Any]:
         revision = None  # an installed copy, not a checkout
     started = datetime.now(UTC).isoformat(timespec="seconds")
     return {"versions": versions, "git": revision, "started": started, "command": sys.argv}
+
+
+def _write_record(workdir: Path, record: dict[str, Any]) -> None:
+    if is_leader():
+        write_json(Path(workdir) / "config.json", record)
 
 
 def _read_record(workdir: Path) -> dict[str, Any]:

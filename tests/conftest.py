@@ -22,3 +22,18 @@ def tokenizer():
 
     files, _ = shard_files(Path(__file__).parent.parent / "nanochat_jax" / "corpus")
     return Tokenizer.train(read_texts(files[:1]), 512)
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+    """A whole run on one device, evaluated."""
+    import tiny
+    from stage_runs import WORK, quiet, start
+
+    from nanochat_jax.stages import evaluate
+
+    folder = start(tmp_path_factory.mktemp("run"), tiny.config)
+    for stage, work in WORK.items():
+        work(tiny.config, folder, quiet)
+        evaluate.run(tiny.config, folder, stage, None, None, quiet)
+    return folder

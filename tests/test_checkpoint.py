@@ -7,6 +7,8 @@ import re
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +18,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from nanochat_jax.checkpoint import Checkpointer, restore_params
+from nanochat_jax import checkpoint
+from nanochat_jax.checkpoint import Checkpointer, restore_params, steps
 from nanochat_jax.errors import UserError
 
 
@@ -59,37 +62,107 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
+def saved(folder: Path, *wanted: int, keep: int = 2) -> Checkpointer:
+    """A folder with these steps on disk, each saved with its number as value and meta."""
+    checkpoints = Checkpointer(folder, keep)
+    for step in wanted:
+        checkpoints.save(step, state(step), {"step": step})
+    checkpoints.wait()
+    return checkpoints
+
+
+def first_weight(tree: dict) -> float:
+    return float(tree["params"]["block"]["w"][0, 0])
+
+
 def test_round_trip_between_meshes(tmp_path):
     eight = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data"))
     four = NamedSharding(Mesh(np.array(jax.devices()[:4]), ("data",)), PartitionSpec(None, "data"))
     tree = state(sharding=eight)
-    Checkpointer(tmp_path, 2).save(3, tree, {"loader": {"epoch": 1}})
+    checkpoints = Checkpointer(tmp_path, 2)
+    checkpoints.save(3, tree, {"loader": {"epoch": 1}})
     for sharding in (four, None):
-        restored, meta, step = Checkpointer(tmp_path, 2).restore(None, spec(tree, sharding))
+        restored, meta, step = checkpoints.restore(None, spec(tree, sharding))
         assert_same(restored, tree)
         assert (meta, step) == ({"loader": {"epoch": 1}}, 3)
         assert len(restored["params"]["block"]["w"].sharding.device_set) == (4 if sharding else 1)
 
 
 def test_params_alone(tmp_path):
-    tree = state()
-    Checkpointer(tmp_path, 2).save(3, tree, {"stage": "base"})
+    tree = state(3)
+    saved(tmp_path, 3)
     before = sorted(tmp_path.rglob("*"))
     for target in (None, spec(tree["params"])):
         params, meta, step = restore_params(tmp_path, target)
         assert_same(params, tree["params"])
-        assert (meta, step) == ({"stage": "base"}, 3)
+        assert (meta, step) == ({"step": 3}, 3)
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_keeps_the_newest(tmp_path):
+def test_a_save_survives_the_donation_of_what_it_saves(tmp_path):
+    """The next step takes the buffers over while the writer is still at work."""
+    everywhere = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec())
+    step = jax.jit(lambda tree: jax.tree.map(lambda x: x * 2 + 1, tree), donate_argnums=0)
+    view = jax.jit(lambda tree: {"params": tree})  # forwards the very buffers it is given
+    checkpoints = Checkpointer(tmp_path, 1)
+    tree = step({f"w{i}": jax.device_put(jnp.full((256, 256), i, jnp.float32), everywhere) for i in range(8)})
+    expected = jax.tree.map(lambda x: np.array(x, copy=True), tree)
+    checkpoints.save(1, view(tree), {})
+    for _ in range(3):
+        tree = step(tree)
+    jax.block_until_ready(tree)
+    assert_same(checkpoints.restore(1, None)[0]["params"], expected)
+
+
+def test_writing_goes_on_behind_the_program(tmp_path, monkeypatch):
+    """Nothing is to be seen before it is whole; one save at a time; `wait` and `restore` wait."""
+    gate, order = threading.Event(), []
+    sync = checkpoint._sync
+
+    def slow(folder):
+        gate.wait()
+        order.append(folder.name)
+        sync(folder)
+
+    monkeypatch.setattr(checkpoint, "_sync", slow)
     checkpoints = Checkpointer(tmp_path, 2)
-    assert checkpoints.latest() is None
-    for step in (5, 10, 15):
-        checkpoints.save(step, state(step), {})
+    meta = {"counter": 1}
+    checkpoints.save(1, state(1), meta)
+    meta["counter"] = 2
+    assert checkpoints.latest() is None and order == []
+    threading.Timer(0.05, gate.set).start()
+    checkpoints.save(2, state(2), meta)
+    assert checkpoints.latest() == 1
+    restored = checkpoints.restore(None, None)
+    assert order == ["tmp-step_00000001", "tmp-step_00000002"]
+    assert (restored[1], restored[2]) == ({"counter": 2}, 2)
+    assert checkpoints.restore(1, None)[1] == {"counter": 1}
+
+
+def test_keeps_the_newest(tmp_path):
+    assert Checkpointer(tmp_path, 2).latest() is None
+    checkpoints = saved(tmp_path, 5, 10, 15)
     assert checkpoints.latest() == 15
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000010", "step_00000015"]
-    assert checkpoints.restore(10, None)[0]["params"]["block"]["w"][0, 0] == 10
+    assert first_weight(checkpoints.restore(10, None)[0]) == 10
+
+
+@pytest.mark.parametrize("higher", [False, True])
+def test_keeps_the_best(tmp_path, higher):
+    checkpoints = Checkpointer(tmp_path, 1)
+    with pytest.raises(UserError, match="has a validation"):
+        restore_params(tmp_path, step="best")
+    for step, value in ((1, 3.0), (2, 1.0), (3, 2.0), (4, 5.0), (5, 4.0)):
+        checkpoints.save(step, state(step), {})
+        checkpoints.note_validation(step, value, higher_is_better=higher)
+    checkpoints.wait()
+    best = 4 if higher else 2
+    assert steps(tmp_path) == [best, 5]
+    assert restore_params(tmp_path, step="best")[2] == best
+    assert restore_params(tmp_path)[2] == 5
+    checkpoints.save(1, state(), {})  # all of these were of another history
+    checkpoints.wait()
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
 
 
 def damage(path: Path, how: str) -> None:
@@ -104,16 +177,14 @@ def damage(path: Path, how: str) -> None:
 @pytest.mark.parametrize("how", ["flipped", "truncated", "deleted"])
 @pytest.mark.parametrize("which", ["state", "meta.json", "manifest.json"])
 def test_damage_is_named_and_the_one_before_used(tmp_path, capsys, how, which):
-    checkpoints = Checkpointer(tmp_path, 2)
-    checkpoints.save(1, state(1), {"step": 1})
-    checkpoints.save(2, state(2), {"step": 2})
+    checkpoints = saved(tmp_path, 1, 2)
     newest = tmp_path / "step_00000002"
     victim = largest_file(newest) if which == "state" else newest / which
     damage(victim, how)
     if (which, how) == ("manifest.json", "flipped"):
         victim.write_text(victim.read_text().replace('"sha256": "', '"sha256": "0', 1))
     tree, meta, step = checkpoints.restore(None, None)
-    assert (step, meta, float(tree["params"]["block"]["w"][0, 0])) == (1, {"step": 1}, 1.0)
+    assert (step, meta, first_weight(tree)) == (1, {"step": 1}, 1.0)
     said = capsys.readouterr().err
     assert str(newest) in said
     assert (how == "truncated" and which != "manifest.json") == ("bytes instead of" in said)
@@ -125,17 +196,15 @@ def test_damage_is_named_and_the_one_before_used(tmp_path, capsys, how, which):
 
 
 def test_going_on_after_a_fallback_replaces_what_was_damaged(tmp_path):
-    checkpoints = Checkpointer(tmp_path, 2)
-    for step in (1, 2, 3):
-        checkpoints.save(step, state(step), {})
+    checkpoints = saved(tmp_path, 1, 2, 3)
     flip(largest_file(tmp_path / "step_00000003"))
     checkpoints.save(2, state(20), {})
+    assert first_weight(checkpoints.restore(None, None)[0]) == 20
     assert checkpoints.latest() == 2
-    assert checkpoints.restore(None, None)[0]["params"]["block"]["w"][0, 0] == 20
 
 
 def test_leftovers_of_a_killed_writer(tmp_path):
-    Checkpointer(tmp_path, 2).save(1, state(1), {})
+    saved(tmp_path, 1)
     (tmp_path / "tmp-step_00000002" / "state").mkdir(parents=True)
     (tmp_path / "step_00000001").rename(tmp_path / "old-step_00000001")  # killed between the two renames
     checkpoints = Checkpointer(tmp_path, 2)
@@ -144,23 +213,24 @@ def test_leftovers_of_a_killed_writer(tmp_path):
 
 
 def test_full_disk(tmp_path, monkeypatch):
-    checkpoints = Checkpointer(tmp_path, 1)
-    checkpoints.save(1, state(1), {})
+    checkpoints = saved(tmp_path, 1, keep=1)
 
     def full(descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match=r"disk is full.*step_00000002"):
-        checkpoints.save(2, state(2), {})
-    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
-    assert checkpoints.restore(None, None)[2] == 1
+    for go_on in (checkpoints.wait, lambda: checkpoints.save(3, state(3), {})):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full)
+            checkpoints.save(2, state(2), {})
+            with pytest.raises(UserError, match=r"disk is full.*step_00000002"):
+                go_on()
+        assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+        assert checkpoints.restore(None, None)[2] == 1
 
 
 def test_other_shapes_and_formats_are_refused(tmp_path):
-    checkpoints = Checkpointer(tmp_path, 1)
+    checkpoints = saved(tmp_path, 1)
     tree = state()
-    checkpoints.save(1, tree, {})
     target = spec(tree)
     target["params"]["block"]["w"] = jax.ShapeDtypeStruct(
         (8, 4), jnp.float32, sharding=target["params"]["wte"].sharding
@@ -179,22 +249,42 @@ def test_other_shapes_and_formats_are_refused(tmp_path):
 def test_nothing_to_restore(tmp_path):
     with pytest.raises(UserError, match="no checkpoint in"):
         restore_params(tmp_path)
+    saved(tmp_path, 4, 5)
+    with pytest.raises(UserError, match=r"no checkpoint of step 3 in .* there: 4, 5"):
+        restore_params(tmp_path, step=3)
 
 
-def test_sigkill_leaves_whole_checkpoints(tmp_path):
-    program = (
-        "import sys, jax.numpy as jnp; from pathlib import Path; from nanochat_jax.checkpoint import Checkpointer\n"
-        "checkpoints = Checkpointer(Path(sys.argv[1]), 2)\n"
-        "for step in range(10**6): checkpoints.save(step, {'params': {'w': jnp.full((300, 300), step)}}, {}); print(step, flush=True)"
-    )
-    process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if int(line) == 5:
-            process.send_signal(signal.SIGKILL)
-            break
-    process.wait()
-    checkpoints = Checkpointer(tmp_path, 2)
-    params, _, step = restore_params(tmp_path)
-    assert step == checkpoints.latest() >= 5
-    assert (np.asarray(params["w"]) == step).all()
-    assert not list(tmp_path.glob("tmp-*"))
+ZYGOTE = """
+import os, sys, time
+import jax, jax.numpy as jnp
+from pathlib import Path
+from nanochat_jax.checkpoint import Checkpointer
+os.environ["XLA_FLAGS"] = ""
+for line in sys.stdin:  # forks before JAX has any thread: imports are paid once
+    if (pid := os.fork()) == 0:
+        checkpoints = Checkpointer(Path(sys.argv[1]), 2)
+        for step in range((checkpoints.latest() or 0) + 1, 10**6):
+            checkpoints.save(step, {"params": {f"w{i}": jnp.full((200, 200), step) for i in range(5)}}, {"step": step})
+    print(pid, flush=True)
+"""
+
+
+def test_sigkill_at_any_moment_of_a_save(tmp_path):
+    """At several distances from the moment at which a save begins, from early in it to the renames and after."""
+    arguments = [sys.executable, "-c", ZYGOTE, str(tmp_path)]
+    newest = 0
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as zygote:
+        for delay in np.linspace(0, 0.25, 6):
+            zygote.stdin.write("go\n")
+            child = int(zygote.stdout.readline())
+            while max(steps(tmp_path), default=0) <= newest or not list(tmp_path.glob("tmp-*/state*")):
+                time.sleep(0.001)
+            time.sleep(delay)
+            before = max(steps(tmp_path))
+            os.kill(child, signal.SIGKILL)
+            params, meta, newest = restore_params(tmp_path)
+            assert newest in (before, before + 1) and meta == {"step": newest}
+            assert all((np.asarray(weight) == newest).all() for weight in params.values())
+        zygote.stdin.close()
+    Checkpointer(tmp_path, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step_{step:08d}" for step in (newest - 1, newest)]

@@ -52,7 +52,9 @@ def trained(tmp_path_factory, experiment) -> Path:
     tokenizer.save(workdir / "tokenizer")
     cfg = GPTConfig.from_depth(config.model, tokenizer.vocab_size)
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), param_shapes(cfg))
-    Checkpointer(workdir / "base" / "checkpoints", 1).save(3, {"params": params}, {})
+    checkpoints = Checkpointer(workdir / "base" / "checkpoints", 1)
+    checkpoints.save(3, {"params": params}, {})
+    checkpoints.wait()
     return workdir
 
 
@@ -228,7 +230,7 @@ def test_data_files_of_a_run(tmp_path):
         run.record_data(tmp_path / "run", [a, b])
     with pytest.raises(run.UserError, match=r"a\.parquet has no bytes"):
         run.record_data(tmp_path / "run", [b])
-    run.open_run(Config(), tmp_path / "run", force=True)
+    run.record_data(tmp_path / "run", [a, b], force=True)
     run.record_data(tmp_path / "run", [a, b])
 
 
@@ -248,9 +250,9 @@ def test_config_json_is_checked(tmp_path):
 
 def test_newest_model(tmp_path):
     for stage in ("base", "sft"):
-        Checkpointer(tmp_path / "runs" / "a" / stage / "checkpoints", 1).save(
-            1, {"params": {"w": jax.numpy.ones(2)}}, {}
-        )
+        checkpoints = Checkpointer(tmp_path / "runs" / "a" / stage / "checkpoints", 1)
+        checkpoints.save(1, {"params": {"w": jax.numpy.ones(2)}}, {})
+        checkpoints.wait()
     assert run.newest_run(tmp_path / "runs") == tmp_path / "runs" / "a"
     assert run.newest_model(tmp_path / "runs" / "a") == "sft"
     assert run.newest_model(tmp_path / "runs" / "a", "base") == "base"

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from nanochat_jax import run
 from nanochat_jax.config import Config, DataConfig
 from nanochat_jax.data import download as module
 from nanochat_jax.data.download import ensure_shards, fetch, fetch_eval_bundle, prepare_shards, shard_files
@@ -236,8 +237,54 @@ def test_no_validation_shard_no_run(server, tmp_path, lines):
     serve_set(server, 4)
     folder = ensure_shards(config, lines.append)
     (folder / "shard_00004.parquet").unlink()
-    with pytest.raises(UserError, match=r"lacks its validation shard shard_00004.parquet"):
+    with pytest.raises(UserError, match=r"lacks shard_00004.parquet, 1 of the 3 files"):
         shard_files(folder)
+
+
+def test_the_files_of_a_set_are_those_of_its_manifest(server, tmp_path, lines):
+    serve_set(server, 0, 1, 2, 4)
+    config = DataConfig(cache=str(tmp_path), num_shards=2)
+    expected = prepare_shards(config, lines.append)
+    folder = expected[1].parent
+    # Neither what sorts first, nor between, nor last belongs.
+    for name in ("a.parquet", "shard_00000_copy.parquet", "zzz.parquet"):
+        (folder / name).write_bytes(parquet("not of the set"))
+    assert prepare_shards(config, lines.append) == expected
+    assert prepare_shards(DataConfig(dir=str(folder)), lines.append) == expected
+    # A download of more that broke off leaves its names in the manifest.
+    with pytest.raises(UserError, match="404"):
+        ensure_shards(dataclasses.replace(config, num_shards=4), lines.append)
+    with pytest.raises(UserError, match=r"lacks shard_00003.parquet, 1 of the 5 files"):
+        shard_files(folder)
+    assert prepare_shards(config, lines.append) == expected
+    (folder / "shard_00001.parquet").unlink()
+    with pytest.raises(UserError, match=r"lacks shard_00001.parquet"):
+        shard_files(folder)
+
+
+def test_a_run_keeps_to_the_files_it_was_started_with(tmp_path, lines):
+    folder = tmp_path / "shards"
+    for name in ("b.parquet", "c.parquet", "d.parquet"):
+        write(folder, name, parquet(name))
+    config = Config(data=DataConfig(dir=str(folder)))
+    workdir = tmp_path / "run"
+    run.open_run(config, workdir)
+    assert run.recorded_files(workdir, config.data) is None
+    train, validation = prepare_shards(config.data, lines.append)
+    run.record_data(workdir, [*train, validation])
+    for name in ("a.parquet", "e.parquet"):
+        write(folder, name, parquet(name))
+    recorded = run.recorded_files(workdir, config.data)
+    assert prepare_shards(config.data, lines.append, recorded) == (train, validation)
+    assert lines == [f"{folder}: a.parquet, e.parquet came after this run was started, left alone"]
+    write(folder, "c.parquet", parquet("of another size " * 20))
+    with pytest.raises(UserError, match=r"c.parquet has \d+ bytes, \d+ when"):
+        run.record_data(workdir, [*prepare_shards(config.data, lines.append, recorded)[0], validation])
+    (folder / "c.parquet").unlink()
+    with pytest.raises(UserError, match=r"lacks c.parquet, 1 of the 3 files of its set or run"):
+        prepare_shards(config.data, lines.append, recorded)
+    # Another folder is another list.
+    assert run.recorded_files(workdir, DataConfig(dir=str(tmp_path))) is None
 
 
 def test_a_shard_that_is_no_parquet_is_not_kept(server, tmp_path, lines, monkeypatch):

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from nanochat_jax.data.packing import BestFitBuffer
-from nanochat_jax.data.pretrain import pretrain_batches, validation_batches
+from nanochat_jax.data.pretrain import merge_states, pretrain_batches, validation_batches
 from nanochat_jax.errors import UserError
 from nanochat_jax.tokenizer import SPECIALS, Tokenizer
 
@@ -155,6 +155,50 @@ def test_resume_gives_the_batches_that_would_have_come(tmp_path, tokenizer, pack
     assert rows_of(wider, 6) == expected[60:90]
     for batches in (whole, used, wider):
         batches.close()
+
+
+@pytest.mark.parametrize("packing", ["bestfit", "stream"])
+def test_the_rows_of_a_step_do_not_depend_on_the_number_of_processes(tmp_path, tokenizer, packing):
+    files = write_shards(tmp_path, 7, [[60, 90, 50, 70, 40], [80, 30, 140, 20]])
+    options = dict(rows=8, sequence_len=37, packing=packing, streams=4, buffer_docs=20, prefetch=1)
+
+    def processes(count, state=None):
+        parts = [
+            pretrain_batches(files, tokenizer, process_index=i, process_count=count, **options) for i in range(count)
+        ]
+        for part in parts if state else []:
+            part.set_state(state)
+        return parts
+
+    def step(parts):
+        rows = [rows_of(part, 1) for part in parts]
+        assert {len(of_one) for of_one in rows} == {8 // len(parts)}
+        return sorted(row for of_one in rows for row in of_one)
+
+    def position(parts):
+        return merge_states([json.loads(json.dumps(part.get_state())) for part in parts])
+
+    alone = processes(1)
+    expected = [step(alone) for _ in range(40)]
+    parts, given = processes(2), []
+    for count in (2, 1, 4, 2, 4):
+        parts = processes(count, position(parts))
+        given += [step(parts) for _ in range(8)]
+    assert given == expected
+    assert position(parts) == alone[0].get_state()
+
+
+def test_what_cannot_be_dealt_to_processes_is_said(tmp_path, tokenizer):
+    files = write_shards(tmp_path, 7, [[60, 90, 50, 70]])
+    options = dict(sequence_len=16, packing="stream", prefetch=0)
+    with pytest.raises(UserError, match=r"--data.streams 3 cannot be dealt to 2 processes .* a multiple of 2"):
+        pretrain_batches(files, tokenizer, rows=6, streams=3, process_count=2, **options)
+    with pytest.raises(UserError, match=r"6 rows of a step are no multiple of --data.streams 4"):
+        pretrain_batches(files, tokenizer, rows=6, streams=4, process_count=2, **options)
+    alone = pretrain_batches(files, tokenizer, rows=3, streams=2, **options)
+    next(alone)
+    with pytest.raises(UserError, match="between two rounds of the 2 data streams"):
+        pretrain_batches(files, tokenizer, rows=4, streams=2, process_count=2, **options).set_state(alone.get_state())
 
 
 def test_state_is_small(tmp_path, tokenizer):

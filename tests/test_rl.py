@@ -11,7 +11,8 @@ from nanochat_jax.inference.engine import Completion
 from nanochat_jax.model import token_losses
 from nanochat_jax.optim import Schedule
 from nanochat_jax.sharding import make_mesh
-from nanochat_jax.stages.rl import policy_batch, sampling, update
+from nanochat_jax.stages.policy import policy_batch
+from nanochat_jax.stages.rl import sampling, update
 from nanochat_jax.train import born_params, with_optimizer
 
 
@@ -80,7 +81,7 @@ def test_updates_make_the_rewarded_answer_likelier(spec):
     before = nats()
     schedule = Schedule(RLConfig(init_lr_frac=0.5), 10, cfg.n_embd)
     for step in range(3):
-        loss, tokens = update(session, policy_batch(prompts, answers, rewards, 8, 0), schedule, step)
-        assert np.isfinite(loss) and tokens >= 3 * 32
+        metrics, tokens = update(session, policy_batch(prompts, answers, rewards, 8, 0), schedule, step)
+        assert np.isfinite(metrics["loss"]) and tokens >= 3 * 32
     change = nats() - before
     assert change[0] < -0.1 and change[1] > 0.01 and change[2] > 0.01

@@ -4,47 +4,19 @@ import json
 from dataclasses import replace
 from types import SimpleNamespace
 
-import jax
 import numpy as np
 import pytest
 import tiny
+from stage_runs import losses, quiet, start
 
 from nanochat_jax.config import MODEL_STAGES
 from nanochat_jax.errors import UserError
 from nanochat_jax.metrics import MetricsLog
 from nanochat_jax.report import write_report
-from nanochat_jax.run import load_model, open_run
-from nanochat_jax.stages import evaluate, finetune, pretrain, rl
-from nanochat_jax.stages import tokenizer as tokenizer_stage
+from nanochat_jax.run import load_model
+from nanochat_jax.stages import finetune, pretrain
 from nanochat_jax.stages.session import open_session
 from nanochat_jax.tasks import Mixture
-
-
-def quiet(_):
-    pass
-
-
-def start(folder, config=tiny.config):
-    open_run(config, folder, log=quiet)
-    tokenizer_stage.run(config, folder, quiet)
-    return folder
-
-
-def losses(folder, stage="base", key="loss"):
-    return [row[key] for row in MetricsLog.read(folder / stage / "metrics.jsonl") if row["kind"] == "train"]
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A whole run on one device, evaluated."""
-    folder = start(tmp_path_factory.mktemp("run"))
-    pretrain.run(tiny.config, folder, quiet)
-    finetune.run(tiny.config, folder, "mid", quiet)
-    finetune.run(tiny.config, folder, "sft", quiet)
-    rl.run(tiny.config, folder, quiet)
-    for stage in MODEL_STAGES:
-        evaluate.run(tiny.config, folder, stage, None, None, quiet)
-    return folder
 
 
 def test_every_stage_leaves_its_papers(run):
@@ -89,39 +61,6 @@ def test_eight_devices_give_the_same_losses(run, tmp_path):
     np.testing.assert_allclose(losses(folder, "mid"), losses(run, "mid"), atol=5e-3)
 
 
-WORK = {
-    "base": pretrain.run,
-    "mid": lambda config, folder, log: finetune.run(config, folder, "mid", log),
-    "sft": lambda config, folder, log: finetune.run(config, folder, "sft", log),
-    "rl": rl.run,
-}
-BEFORE = {"base": None, "mid": "base", "sft": "mid", "rl": "sft"}
-
-
-def numbers(folder, stage):
-    """What was logged at each step, clocks left out."""
-    rows = [row for row in MetricsLog.read(folder / stage / "metrics.jsonl") if row["kind"] in ("train", "rl")]
-    return [{key: row[key] for key in ("step", "loss", "reward", "response_tokens") if key in row} for row in rows]
-
-
-@pytest.mark.parametrize("stage", list(WORK))
-def test_stopping_and_going_on_is_exact(run, tmp_path, stage):
-    """Five steps, an end, and the rest: the same numbers and weights as in one go, to the last bit."""
-    folder = start(tmp_path)
-    if BEFORE[stage]:
-        (folder / BEFORE[stage]).symlink_to(run / BEFORE[stage])
-    settings = replace(getattr(tiny.config, stage), stop_after=5)
-    whole = tiny.config
-    if stage == "rl":
-        settings, whole = replace(settings, control=False), replace(whole, rl=replace(whole.rl, control=False))
-    WORK[stage](replace(tiny.config, **{stage: settings}), folder, quiet)
-    assert not (folder / stage / "done.json").exists() and len(numbers(folder, stage)) == 5
-    WORK[stage](whole, folder, quiet)
-    assert numbers(folder, stage) == numbers(run, stage)
-    (expected, *_), (got, *_) = load_model(run, stage), load_model(folder, stage)
-    jax.tree.map(np.testing.assert_array_equal, expected, got)
-
-
 def test_validation_loss_counts_each_conversation_once(run, tmp_path):
     """However many rows a batch has: smaller and larger than the held-out rows."""
     session = open_session(tiny.config, run, "sft", tiny.config.sft, quiet)
@@ -146,12 +85,6 @@ def test_a_finished_stage_is_left_alone(run):
     assert "skipped" in said[0] and (run / "base" / "metrics.jsonl").read_text() == before
 
 
-def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
-    config = replace(tiny.config, base=replace(tiny.config.base, init_lr_frac=1e30))
-    with pytest.raises(UserError, match=r"loss is (nan|inf) at step \d+; the last good checkpoint"):
-        pretrain.run(config, start(tmp_path, config), quiet)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -169,7 +102,7 @@ def test_impossible_values_are_one_clear_line(run, tmp_path, change, message):
 
 def test_a_stage_without_the_one_before_says_which(tmp_path):
     with pytest.raises(UserError, match="train base first"):
-        finetune.run(tiny.config, start(tmp_path), "mid", quiet)
+        finetune.run(tiny.config, start(tmp_path, tiny.config), "mid", quiet)
 
 
 def test_weights_can_come_from_another_run(run, tmp_path):

@@ -19,7 +19,7 @@ import grain
 import numpy as np
 
 from nanochat_jax.data.packing import BestFitBuffer
-from nanochat_jax.data.position import check_origin
+from nanochat_jax.data.position import check_origin, digest
 from nanochat_jax.errors import UserError
 from nanochat_jax.tokenizer import Tokenizer
 
@@ -199,6 +199,7 @@ class RowPacker:
             "seed": seed,
             "buffer": buffer,
             "number of conversations": len(conversations),
+            "some of their text": digest(conversations),
             "tokenizer": tokenizer.fingerprint()[:16],
         }
         self._go_to(epoch=1, cursor=0)

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,8 @@ import requests
 
 from nanochat_jax.config import Config, DataConfig
 from nanochat_jax.data.files import write_json
-from nanochat_jax.data.shards import PIN_FILE, Shard, shard_files
+from nanochat_jax.data.shards import MANIFEST, Shard, manifest, shard_files
+from nanochat_jax.distributed import leader_first
 from nanochat_jax.errors import UserError
 
 __all__ = ["download", "ensure_shards", "fetch", "fetch_eval_bundle", "prepare_shards", "shard_files"]
@@ -77,12 +78,21 @@ def download(config: Config, log: Log = to_stderr) -> None:
         log(f"CORE bundle in {fetch_eval_bundle(config.data, log)}")
 
 
-def prepare_shards(config: DataConfig, log: Log = to_stderr) -> tuple[list[Path], Path]:
-    """Training files and validation file of this run. Of a downloaded set only `num_shards`, whatever else is there."""
-    train, validation = shard_files(ensure_shards(config, log))
+def prepare_shards(
+    config: DataConfig, log: Log = to_stderr, recorded: Sequence[str] | None = None
+) -> tuple[list[Path], Path]:
+    """Training files and validation file of this run.
+
+    Of a published set the first `num_shards` and its last. Of another folder those that the run `recorded` when it was
+    started, in that order: what appeared in it since is left alone, and said.
+    """
+    folder = leader_first("shards", lambda: ensure_shards(config, log))
     if config.dir is None and config.source in SETS:
-        train = train[: config.num_shards]
-    return train, validation
+        shards = SETS[config.source]
+        return shard_files(folder, [shards.name(i) for i in (*range(config.num_shards), shards.last)])
+    if recorded and (new := sorted({path.name for path in folder.glob("*.parquet")} - set(recorded))):
+        log(f"{folder}: {', '.join(new)} came after this run was started, left alone")
+    return shard_files(folder, recorded)
 
 
 def ensure_shards(config: DataConfig, log: Log = to_stderr) -> Path:
@@ -97,11 +107,14 @@ def ensure_shards(config: DataConfig, log: Log = to_stderr) -> Path:
             f"--data.num-shards {config.num_shards}: {config.source} has 1 to {shards.last} training shards"
         )
     folder = Path(config.cache).expanduser() / config.source
-    wanted = [shards.last, *range(config.num_shards)]
-    missing = [i for i in wanted if not (folder / shards.name(i)).exists()]
+    names = {shards.name(i) for i in range(config.num_shards)}
+    if not names <= set(manifest(folder)):
+        training = sorted(names.union(manifest(folder)[:-1]))
+        record = {"repository": shards.repository, "training": training, "validation": shards.name(shards.last)}
+        write_json(folder / MANIFEST, record)
+    missing = [i for i in (shards.last, *range(config.num_shards)) if not (folder / shards.name(i)).exists()]
     if not missing:
         return folder
-    write_json(folder / PIN_FILE, {"repository": shards.repository, "validation": shards.name(shards.last)})
     free, need = shutil.disk_usage(folder).free, len(missing) * SHARD_BYTES
     if free < need:
         raise UserError(
@@ -139,6 +152,10 @@ def _fetch_shards(shards: ShardSet, indices: list[int], folder: Path, log: Log) 
 
 def fetch_eval_bundle(config: DataConfig, log: Log = to_stderr) -> Path:
     """The folder with `core.yaml`: the one configured, or the published bundle, downloaded and unpacked once."""
+    return leader_first("bundle", lambda: _eval_bundle(config, log))
+
+
+def _eval_bundle(config: DataConfig, log: Log) -> Path:
     if config.eval_bundle is not None:
         folder = Path(config.eval_bundle).expanduser()
         if not (folder / "core.yaml").is_file():

@@ -3,7 +3,9 @@
 Two ways to pack. `bestfit`: every row begins with BOS and holds whole documents, chosen by best fit from a buffer, the
 last one cropped; nothing is padded, what is cropped is dropped. `stream`: documents one after the other, cut into rows
 that overlap by one token, so that every token is a target; for small corpora. With several streams, stream s reads the
-row groups s, s + streams, ... of each file, and the rows of a batch are dealt from the streams in turn.
+row groups s, s + streams, ... of each file, and the rows of a batch are dealt from the streams in turn. Of several
+processes each reads a contiguous share of the streams and gives its share of every batch's rows, so that the rows of a
+step are the same whatever the number of processes.
 
 The saved state names where reading stands and which documents wait in the buffers; their tokens are made again on
 restore. Left out: shuffling (the published sets are shuffled) and tokens cached on disk (text is small beside them).
@@ -42,13 +44,17 @@ def pretrain_batches(
     buffer_docs: int = 1000,
     prefetch: int = 2,
     threads: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
 ) -> grain.DatasetIterator[Batch]:
     """Batches of [rows, sequence_len] without end, made by a background thread `prefetch` batches ahead.
 
+    With several processes `rows` are those of all, of which this one gives [rows / process_count, sequence_len].
     `get_state` gives the position after the last batch that was handed out, as a small dict for JSON; after `set_state`
-    with it, an iterator over the same files with the same packing gives the batches that would have come. `rows` may
-    change between the two. `threads` tokenize; unset: one for each core, at most 16. Raises UserError where a stream
-    has nothing to read, and for a state that does not belong.
+    with it, or with what `merge_states` makes of all processes' states, an iterator over the same files with the same
+    packing gives the batches that would have come. `rows` and the number of processes may change between the two.
+    `threads` tokenize; unset: one for each core, at most 16. Raises UserError where a stream has nothing to read, where
+    rows and streams cannot be dealt to the processes, and for a state that does not belong.
     """
     packed = PackedBatches(
         files,
@@ -59,8 +65,22 @@ def pretrain_batches(
         streams=streams,
         buffer_docs=buffer_docs,
         threads=threads,
+        process_index=process_index,
+        process_count=process_count,
     )
     return grain.experimental.ThreadPrefetchDatasetIterator(packed, prefetch)
+
+
+def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One position from those of all processes, at the same step; any number of processes can go on from it.
+
+    Iterators that read everything in every process (conversations) have the same position in all.
+    """
+    whole = dict(states[0])
+    if "streams" in whole:
+        parts = zip(*(state["streams"] for state in states), strict=True)
+        whole["streams"] = [next((part for part in stream if part is not None), None) for stream in parts]
+    return whole
 
 
 def validation_batches(
@@ -228,7 +248,10 @@ def _parse_places(text: str) -> list[Place]:
 
 
 class PackedBatches(grain.DatasetIterator[Batch]):
-    """Batches of rows dealt from the streams in turn; `pretrain_batches` puts a prefetching thread in front."""
+    """Batches of rows dealt from the streams in turn; `pretrain_batches` puts a prefetching thread in front.
+
+    Of several processes each holds the streams of its share alone.
+    """
 
     def __init__(
         self,
@@ -241,12 +264,26 @@ class PackedBatches(grain.DatasetIterator[Batch]):
         streams: int,
         buffer_docs: int,
         threads: int | None,
+        process_index: int = 0,
+        process_count: int = 1,
     ) -> None:
         super().__init__()
         if min(rows, streams, buffer_docs) < 1:
             raise UserError(f"rows {rows}, streams {streams}, buffer-docs {buffer_docs}: each must be at least 1")
-        self._rows, self._size = rows, sequence_len + 1
-        readers = [DocumentReader(files, s, streams, tokenizer, threads) for s in range(streams)]
+        if streams % process_count:
+            raise UserError(
+                f"--data.streams {streams} cannot be dealt to {process_count} processes that read data: use a multiple "
+                f"of {process_count}, from the start of the run on"
+            )
+        if process_count > 1 and rows % streams:
+            raise UserError(
+                f"the {rows} rows of a step are no multiple of --data.streams {streams}, which several processes need: "
+                "change one of them"
+            )
+        self._rows, self._size = rows // process_count, sequence_len + 1
+        share = streams // process_count
+        self._mine = range(process_index * share, (process_index + 1) * share)
+        readers = [DocumentReader(files, s, streams, tokenizer, threads) for s in self._mine]
         self._streams = [
             BestFitStream(reader, buffer_docs) if packing == "bestfit" else ConcatStream(reader) for reader in readers
         ]
@@ -269,14 +306,18 @@ class PackedBatches(grain.DatasetIterator[Batch]):
         return {"inputs": table[:, :-1].copy(), "targets": table[:, 1:].copy()}
 
     def get_state(self) -> dict[str, Any]:
-        return {
-            "origin": self._origin,
-            "turn": self._turn,
-            "streams": [stream.get_state() for stream in self._streams],
-        }
+        """The position; None stands for the streams of other processes."""
+        streams: list[dict[str, Any] | None] = [None] * self._origin["streams"]
+        streams[self._mine.start : self._mine.stop] = [stream.get_state() for stream in self._streams]
+        return {"origin": self._origin, "turn": self._turn, "streams": streams}
 
     def set_state(self, state: dict[str, Any]) -> None:
         check_origin(state["origin"], self._origin)
+        if state["turn"] and len(self._mine) < len(state["streams"]):
+            raise UserError(
+                f"the saved position is between two rounds of the {len(state['streams'])} data streams: go on with one "
+                "process"
+            )
         self._turn = state["turn"]
-        for stream, saved in zip(self._streams, state["streams"], strict=True):
-            stream.set_state(saved)
+        for stream, number in zip(self._streams, self._mine, strict=True):
+            stream.set_state(state["streams"][number])

@@ -1,7 +1,7 @@
 """Folders of parquet files with a `text` column: which files there are, and their documents.
 
-The last file by name is the validation shard. A folder that was downloaded also holds `shards.json`, which names its
-validation shard, so that a folder without it is refused instead of validating on another file.
+The last file by name is the validation shard. A folder that was downloaded also holds `shards.json`, the manifest that
+names its files, so that one that is not there yet is missed and one that does not belong is left alone.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from nanochat_jax.errors import UserError
 
-PIN_FILE = "shards.json"
+MANIFEST = "shards.json"
 
 
 class Shard:
@@ -52,28 +52,42 @@ class Shard:
         return UserError(f"{self.path}{where} cannot be read as parquet ({reason}); replace the file")
 
 
-def shard_files(folder: Path | str) -> tuple[list[Path], Path]:
-    """The training files, sorted by name, and the validation file, which is the last.
+def shard_files(folder: Path | str, names: Sequence[str] | None = None) -> tuple[list[Path], Path]:
+    """The training files in order, and the validation file, which is the last.
 
-    Raises UserError for a missing folder, fewer than two parquet files, a file that is damaged or without `text`, and a
-    downloaded folder whose validation shard is not there.
+    Files are those of `names`; else those of the folder's manifest; else all that are there, by name. Raises UserError
+    for a missing folder or file, fewer than two files, and a file that is damaged or without `text`.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"no folder {folder}; --data.dir must name a folder of parquet files")
-    files = sorted(folder.glob("*.parquet"))
-    if len(files) < 2:
+    if names is None:
+        names = manifest(folder) or sorted(path.name for path in folder.glob("*.parquet"))
+    if len(names) < 2:
         raise UserError(
-            f"{folder} holds {len(files)} parquet files; at least 2 are needed: the last by name is for validation"
+            f"{folder} holds {len(names)} parquet files; at least 2 are needed: the last by name is for validation"
         )
-    pin = folder / PIN_FILE
-    if pin.exists():
-        validation = json.loads(pin.read_text(encoding="utf-8"))["validation"]
-        if files[-1].name != validation:
-            raise UserError(f"{folder} lacks its validation shard {validation}; run the download command again")
+    files = [folder / name for name in names]
+    if missing := [path.name for path in files if not path.exists()]:
+        raise UserError(
+            f"{folder} lacks {missing[0]}, {len(missing)} of the {len(files)} files of its set or run: bring them back "
+            "(a published set: run the download command again)"
+        )
     for path in files:
         Shard(path)
     return files[:-1], files[-1]
+
+
+def manifest(folder: Path) -> list[str]:
+    """Names of the files of a downloaded set, the validation file last; empty where the folder is no such set."""
+    path = folder / MANIFEST
+    if not path.exists():
+        return []
+    try:
+        written = json.loads(path.read_text(encoding="utf-8"))
+        return [*written["training"], written["validation"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}): delete it and run the download command again") from None
 
 
 def read_texts(files: Sequence[Path]) -> Iterator[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
 import functools
 import json
 import math
@@ -25,6 +26,7 @@ from tqdm import tqdm
 
 from nanochat_jax import model
 from nanochat_jax.config import GPTConfig
+from nanochat_jax.distributed import gather_json
 from nanochat_jax.errors import UserError
 from nanochat_jax.evals.intervals import Z, wilson
 from nanochat_jax.sharding import data_shards, put_batch
@@ -76,7 +78,8 @@ def evaluate_core(
     """{"core_metric", "interval", "results", "centered_results", "intervals", "n"}, the last four by task label.
 
     max_examples cuts what is scored, never the rows that shots are drawn from. batch_size: rows a device scores at
-    once, fewer where they are long. Raises UserError for an incomplete bundle or a prompt beyond the model's
+    once, fewer where they are long. Of several processes each scores a share of the rows: `params` and `mesh` are its
+    own then. Raises UserError for an incomplete bundle or a prompt beyond the model's
     positions.
     """
     run = functools.partial(score, params, gpt_config, batch_size=batch_size, mesh=mesh, forward=forward)
@@ -84,8 +87,10 @@ def evaluate_core(
     variance = 0.0
     for task in read_bundle(Path(bundle_dir).expanduser()):
         n = len(task.rows) if max_examples is None else min(max_examples, len(task.rows))
-        items = [candidates(task, i, tokenizer) for i in range(n)]
-        right = sum(judge(task, items, run, tokenizer.bos_id))
+        mine = range(jax.process_index(), n, jax.process_count())
+        part = dataclasses.replace(task, rows=[task.rows[i] for i in mine])
+        items = [candidates(task, i, tokenizer) for i in mine]
+        right = sum(gather_json(sum(judge(part, items, run, tokenizer.bos_id)), "core"))
         accuracy = right / n
         results[task.label] = accuracy
         centred[task.label] = (accuracy - task.baseline) / (1 - task.baseline)

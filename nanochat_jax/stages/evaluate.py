@@ -5,50 +5,59 @@ python -m nanochat_jax eval --workdir runs/tiny_cpu --source sft --tasks arithme
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
 
+from nanochat_jax.checkpoint import Step
 from nanochat_jax.config import Config, GPTConfig
 from nanochat_jax.data.download import fetch_eval_bundle, prepare_shards
 from nanochat_jax.data.files import write_json
 from nanochat_jax.data.pretrain import validation_batches
+from nanochat_jax.distributed import is_leader
 from nanochat_jax.evals.bpb import bits_per_byte
 from nanochat_jax.evals.chat import chatcore, evaluate_task, paired_interval
 from nanochat_jax.evals.core import evaluate_core
 from nanochat_jax.inference.engine import Engine
+from nanochat_jax.inference.shared import make_engine, own_copy
+from nanochat_jax.memory import validation_rows, with_loss_chunk
 from nanochat_jax.model import Params
-from nanochat_jax.run import finished, load_model
+from nanochat_jax.run import finished, load_model, recorded_files
 from nanochat_jax.sharding import data_shards, make_mesh, put_batch
-from nanochat_jax.stages.session import Log, loss_chunk
+from nanochat_jax.stages.session import Log
 from nanochat_jax.tasks import Task, load
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train import eval_losses
 
 
 def run(
-    config: Config, workdir: Path, source: str, tasks: tuple[str, ...] | None, max_examples: int | None, log: Log
+    config: Config,
+    workdir: Path,
+    source: str,
+    tasks: tuple[str, ...] | None,
+    max_examples: int | None,
+    log: Log,
+    step: Step = None,
 ) -> dict:
     """Measure the model of stage `source` on `tasks` ("bpb", "core", task names; None: the configured ones).
 
     Returns {"bpb": {"val"}, "core": {...}, "tasks": {name: {"accuracy", "n", "interval"}}, "chatcore"}. A whole
-    evaluation as configured is also written to the stage's eval.json.
+    evaluation as configured, of the newest checkpoint, is also written to the stage's eval.json.
     """
     names = tasks if tasks is not None else config.eval.base if source == "base" else config.eval.chat
     mesh = make_mesh(config.mesh)
-    params, cfg, tokenizer, _, step = load_model(workdir, source, config, mesh)
+    params, cfg, tokenizer, _, found = load_model(workdir, source, config, mesh, step)
     limit = max_examples if max_examples is not None else config.eval.max_examples
     loaded = {
         name: load(name, "test", config.data, config.seed, config.unsafe_sandbox)
         for name in names
         if name not in ("bpb", "core")
     }
-    figures: dict = {"source": source, "step": step, "tasks": {}, "chatcore": None}
+    figures: dict = {"source": source, "step": found, "tasks": {}, "chatcore": None}
     if "bpb" in names:
-        _, val_file = prepare_shards(config.data, log)
+        _, val_file = prepare_shards(config.data, log, recorded_files(workdir, config.data))
         figures["bpb"] = {"val": validation_bpb(params, cfg, mesh, tokenizer, val_file, config)}
         log(f"{source}: validation {figures['bpb']['val']:.4f} bits per byte")
     if "core" in names:
@@ -65,7 +74,7 @@ def run(
         figures["comparison"] = compare(
             config, workdir, mesh, loaded[config.rl.task], correct[config.rl.task], limit, log
         )
-    if tasks is None and max_examples is None:
+    if tasks is None and max_examples is None and step is None and is_leader():
         write_json(workdir / source / "eval.json", figures)
         # Row by row, so that stages can be compared in pairs without running them again.
         write_json(workdir / source / "correct.json", correct)
@@ -73,11 +82,18 @@ def run(
 
 
 def validation_bpb(
-    params: Params, cfg: GPTConfig, mesh: Mesh, tokenizer: Tokenizer, val_file: Path, config: Config
+    params: Params,
+    cfg: GPTConfig,
+    mesh: Mesh,
+    tokenizer: Tokenizer,
+    val_file: Path,
+    config: Config,
+    rows: int | None = None,
 ) -> float:
-    """Bits per byte of the validation shard, up to base.eval_tokens."""
-    rows = config.base.device_batch_size * data_shards(mesh)
-    cfg = dataclasses.replace(cfg, loss_chunk=loss_chunk(cfg, rows // data_shards(mesh), mesh))
+    """Bits per byte of the validation shard, up to base.eval_tokens; `rows` of a batch, unset: as many as fit."""
+    shards = data_shards(mesh)
+    rows = rows or validation_rows(config, cfg, mesh) * shards
+    cfg = with_loss_chunk(config, cfg, rows // shards, mesh)
 
     def losses(inputs: object, targets: object) -> jax.Array:
         batch = put_batch({"inputs": inputs, "targets": targets}, mesh)
@@ -108,6 +124,7 @@ def core_metric(
 ) -> dict:
     """CORE (arXiv 2406.11794) of the model: {"core_metric", "results", "centered_results", "n"}."""
     bundle = core_bundle(config, log)
+    params, mesh = own_copy(params, mesh)
     return evaluate_core(
         params, cfg, tokenizer, bundle, max_examples=max_examples, batch_size=config.eval.batch_size, log=log, mesh=mesh
     )
@@ -120,7 +137,7 @@ def core_bundle(config: Config, log: Log) -> Path:
 
 def chat_engine(params: Params, cfg: GPTConfig, tokenizer: Tokenizer, mesh: Mesh, config: Config) -> Engine:
     """An engine as wide as the evaluation's batch."""
-    return Engine(params, cfg, tokenizer, max_rows=config.eval.batch_size, max_len=cfg.sequence_len, mesh=mesh)
+    return make_engine(params, cfg, tokenizer, max_rows=config.eval.batch_size, max_len=cfg.sequence_len, mesh=mesh)
 
 
 def measure(task: Task, engine: Engine, tokenizer: Tokenizer, config: Config, limit: int | None, log: Log) -> dict:

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-import numpy as np
 
 from nanochat_jax.config import Config, FinetuneConfig
 from nanochat_jax.data.conversations import conversation_batches, epoch_rows
@@ -35,32 +34,41 @@ PREVIOUS = {"mid": "base", "sft": "mid", "sft_continued": "sft"}
 DEFAULT_ROWS = 32
 
 
-def run(config: Config, workdir: Path, stage: str, log: Log) -> None:
-    """Train "mid" or "sft" in its folder of `workdir`; nothing to do where it is complete."""
+def run(config: Config, workdir: Path, stage: str, log: Log, force: bool = False) -> None:
+    """Train "mid" or "sft" in its folder of `workdir`; nothing to do where it is complete.
+
+    `force`: go on with other data, horizon or precision than it was begun with.
+    """
     settings: FinetuneConfig = getattr(config, stage)
     if stage == "sft" and not (workdir / "mid" / "checkpoints").is_dir() and not settings.init_from:
         settings = dataclasses.replace(settings, init_from=str(workdir / "base"))
         log("sft: there is no mid stage in this run, so it starts from base")
-    train(config, settings, workdir, stage, log)
+    train(config, settings, workdir, stage, log, force)
 
 
-def continued(config: Config, workdir: Path, flops: float, log: Log) -> None:
+def continued(config: Config, workdir: Path, flops: float, log: Log, force: bool = False) -> None:
     """Train sft on, in `workdir`/sft_continued, with its own schedule anew, for `flops` FLOPs."""
     before = finished(workdir, "sft_continued")
     if before is not None and not 0.9 < before["flops"] / flops < 1.1:
         log(f"sft_continued: made for {before['flops']:.3g} FLOPs, now {flops:.3g}: made anew")
         shutil.rmtree(workdir / "sft_continued")
     settings = dataclasses.replace(config.sft, init_from=None, stop_after=None)
-    train(config, settings, workdir, "sft_continued", log, flops=flops)
+    train(config, settings, workdir, "sft_continued", log, force, flops)
 
 
 def train(
-    config: Config, settings: FinetuneConfig, workdir: Path, name: str, log: Log, flops: float | None = None
+    config: Config,
+    settings: FinetuneConfig,
+    workdir: Path,
+    name: str,
+    log: Log,
+    force: bool = False,
+    flops: float | None = None,
 ) -> None:
     """The loop of every supervised stage."""
     if is_done(workdir, name, log):
         return
-    session = open_session(config, workdir, name, settings, log)
+    session = open_session(config, workdir, name, settings, log, force)
     cfg, mesh = session.cfg, session.mesh
     if not settings.mixture:
         raise UserError(f"--{name}.mixture is empty: name the sets to learn from, such as smoltalk:10000")
@@ -90,38 +98,45 @@ def train(
     last = steps if settings.stop_after is None else min(steps, settings.stop_after)
     pending = None
 
-    def record(step: int, metrics: dict) -> None:
-        loss = float(metrics["loss"])
-        session.check_finite(step, loss)
-        values = {"loss": loss, "lr_mult": schedule.lr_multiplier(step), **pace.lap(step + 1)}
+    def record(step: int, metrics: dict, place: str) -> None:
+        values = session.checked(step, metrics, place)
+        values |= {"lr_mult": schedule.lr_multiplier(step), **pace.lap(step + 1)}
         session.metrics.write("train", step=step, targets=int(metrics["targets"]), **values)
         console.step(step + 1, **values)
 
-    while session.step < last:
-        step = session.step
-        batch = step_batch(batches, microbatches, mesh)
-        with jax.set_mesh(mesh):
-            session.state, metrics = train_step(session.state, batch, schedule.hyper(step), cfg=cfg)
-        if pending:
-            record(*pending)
-        pending = (step, metrics)
-        session.step += 1
-        session.meta["tokens"] += batch_tokens
-        session.meta["flops"] += step_flops
-        validate, save = due(session.step, settings.eval_every, last), due(session.step, settings.save_every, last)
-        if validate or save:
-            record(*pending)
-            pending = None
-        if save:
-            session.save(batches)  # before anything that can fail
-        if validate and len(val_set):
+    def measure() -> None:
+        if len(val_set) and session.owes("val", settings.eval_every, last):
             loss = validation_loss(session, val_set, rows, packed)
+            session.validated(loss)
             session.metrics.write("val", step=session.step, loss=loss)
             console.note(f"{name} {session.step}: validation loss {loss:.4f}")
-        if validate or save:
-            pace.skip()
-    if session.step < steps:
-        log(f"{name}: stopped after step {session.step} of {steps} as asked; start again to go on")
+
+    with session.loop() as stop:
+        stop.measure(measure)
+        while not stop.now(session.step) and session.step < last:
+            step = session.step
+            batch = step_batch(batches, microbatches, mesh)
+            with jax.set_mesh(mesh):
+                session.state, metrics = train_step(session.state, batch, schedule.hyper(step), cfg=cfg)
+            if pending:
+                record(*pending)
+            position = batches.get_state()
+            place = f"epoch {position['epoch']}, read up to conversation {position['cursor']} of {len(train_set)}"
+            pending = (step, metrics, place)
+            session.step += 1
+            session.meta["tokens"] += batch_tokens
+            session.meta["flops"] += step_flops
+            if any(due(session.step, every, last) for every in (settings.save_every, settings.eval_every)):
+                record(*pending)
+                pending = None
+                if due(session.step, settings.save_every, last):
+                    session.save(batches)  # before anything that can fail
+                stop.measure(measure)
+                pace.skip()
+        if pending:
+            record(*pending)
+        complete = session.leave(stop, steps, batches)
+    if not complete:
         return
     write_samples(session, session.state.params, raw=False)
     position = batches.get_state()
@@ -146,5 +161,5 @@ def validation_loss(session: Session, held_out: Sequence[dict], rows: int, packe
         placed = put_batch(batch, session.mesh)
         with jax.set_mesh(session.mesh):
             losses = eval_losses(session.state.params, placed["inputs"], placed["targets"], cfg=session.cfg)
-        total += float(np.asarray(losses).sum())
+        total += float(losses.sum())
     return total / max(counted, 1)

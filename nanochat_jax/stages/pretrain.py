@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -18,25 +19,30 @@ from nanochat_jax.errors import UserError
 from nanochat_jax.metrics import Console
 from nanochat_jax.model import flops_per_token
 from nanochat_jax.optim import base_schedule
-from nanochat_jax.run import record_data
+from nanochat_jax.run import record_data, recorded_files
+from nanochat_jax.sharding import data_part
 from nanochat_jax.stages.evaluate import core_bundle, core_metric, validation_bpb
 from nanochat_jax.stages.samples import write_samples
 from nanochat_jax.stages.session import Log, due, initial_params, is_done, open_session, step_batch
 from nanochat_jax.train import train_step
 
 
-def run(config: Config, workdir: Path, log: Log) -> None:
-    """Train the base model in `workdir`/base, from its newest checkpoint on; a complete stage is left alone."""
+def run(config: Config, workdir: Path, log: Log, force: bool = False) -> None:
+    """Train the base model in `workdir`/base, from its newest checkpoint on; a complete stage is left alone.
+
+    `force`: go on with other data, horizon or precision than it was begun with.
+    """
     if is_done(workdir, "base", log):
         return
-    train_files, val_file = prepare_shards(config.data, log)
-    record_data(workdir, [*train_files, val_file])
-    session = open_session(config, workdir, "base", config.base, log)
+    train_files, val_file = prepare_shards(config.data, log, None if force else recorded_files(workdir, config.data))
+    record_data(workdir, [*train_files, val_file], force)
+    session = open_session(config, workdir, "base", config.base, log, force)
     schedule, horizon = base_schedule(config, session.cfg)
     if schedule.steps < 1:
         raise UserError(f"a horizon of {horizon.tokens} tokens is less than one step of {horizon.batch_tokens}")
     microbatches, rows = session.rows(horizon.batch_tokens)
     cfg, mesh, stage = session.cfg, session.mesh, config.base
+    part, parts = data_part(mesh)
     batches = pretrain_batches(
         train_files,
         session.tokenizer,
@@ -45,6 +51,8 @@ def run(config: Config, workdir: Path, log: Log) -> None:
         packing=config.data.packing,
         streams=config.data.streams,
         buffer_docs=config.data.buffer_docs,
+        process_index=part,
+        process_count=parts,
     )
     if stage.core_every:
         core_bundle(config, log)  # what is missing should be missed now, not after hours
@@ -55,46 +63,61 @@ def run(config: Config, workdir: Path, log: Log) -> None:
     step_flops = horizon.batch_tokens * flops_per_token(cfg)
     pending = None
 
-    def record(step: int, metrics: dict, waited: float) -> None:
+    def record(step: int, metrics: dict, waited: float, place: str) -> None:
         """Read a step's loss only after the next one was dispatched, so that the devices never wait for the host."""
-        loss = float(metrics["loss"])
-        session.check_finite(step, loss)
-        values = {"loss": loss, "lr_mult": schedule.lr_multiplier(step), "data_seconds": waited, **pace.lap(step + 1)}
+        values = session.checked(step, metrics, place)
+        values |= {"lr_mult": schedule.lr_multiplier(step), "data_seconds": waited, **pace.lap(step + 1)}
         session.metrics.write("train", step=step, **values)
         console.step(step + 1, **values)
 
-    while session.step < last:
-        step = session.step
-        clock = time.perf_counter()
-        batch = step_batch(batches, microbatches, mesh)
-        waited = time.perf_counter() - clock
-        with jax.set_mesh(mesh):
-            session.state, metrics = train_step(session.state, batch, schedule.hyper(step), cfg=cfg)
-        if pending:
-            record(*pending)
-        pending = (step, metrics, waited)
-        session.step += 1
-        session.meta["tokens"] += horizon.batch_tokens
-        session.meta["flops"] += step_flops
-        validate, save = due(session.step, stage.eval_every, last), due(session.step, stage.save_every, last)
-        core = stage.core_every > 0 and session.step % stage.core_every == 0
-        if validate or save or core:
-            record(*pending)
-            pending = None
-        if save:
-            session.save(batches)  # before anything that can fail
-        if validate:
-            bpb = validation_bpb(session.state.params, cfg, mesh, session.tokenizer, val_file, config)
+    def measure() -> None:
+        """Validation and CORE, where they are due."""
+        params = session.state.params
+        if session.owes("val", stage.eval_every, last):
+            bpb = validation_bpb(params, cfg, mesh, session.tokenizer, val_file, config, rows)
+            session.validated(bpb)
             session.metrics.write("val", step=session.step, bpb=bpb)
             console.step(session.step, bpb=bpb)
-        if core:
-            value = core_metric(session.state.params, cfg, mesh, session.tokenizer, config, log)["core_metric"]
+        if stage.core_every and session.owes("core", stage.core_every, 0):
+            value = core_metric(params, cfg, mesh, session.tokenizer, config, log)["core_metric"]
             session.metrics.write("core", step=session.step, core_metric=value)
             console.note(f"base {session.step}: CORE {value:.4f}")
-        if validate or save or core:
-            pace.skip()
-    if session.step < schedule.steps:
-        log(f"base: stopped after step {session.step} of {schedule.steps} as asked; start again to go on")
+
+    with session.loop() as stop:
+        stop.measure(measure)
+        while not stop.now(session.step) and session.step < last:
+            step = session.step
+            clock = time.perf_counter()
+            batch = step_batch(batches, microbatches, mesh, local=True)
+            waited = time.perf_counter() - clock
+            with jax.set_mesh(mesh):
+                session.state, metrics = train_step(session.state, batch, schedule.hyper(step), cfg=cfg)
+            if pending:
+                record(*pending)
+            pending = (step, metrics, waited, reading_at(batches.get_state(), train_files))
+            session.step += 1
+            session.meta["tokens"] += horizon.batch_tokens
+            session.meta["flops"] += step_flops
+            if any(due(session.step, every, last) for every in (stage.save_every, stage.eval_every, stage.core_every)):
+                record(*pending)
+                pending = None
+                if due(session.step, stage.save_every, last):
+                    session.save(batches)  # before anything that can fail
+                stop.measure(measure)
+                pace.skip()
+        if pending:
+            record(*pending)
+        complete = session.leave(stop, schedule.steps, batches)
+    if not complete:
         return
     write_samples(session, session.state.params, raw=True)
     session.finish(horizon_tokens=horizon.tokens, batch_tokens=horizon.batch_tokens)
+
+
+def reading_at(position: dict, files: Sequence[Path]) -> str:
+    """Where reading stands, for a person: the first of the streams that this process reads."""
+    stream = next(stream for stream in position["streams"] if stream is not None)
+    return (
+        f"epoch {stream['epoch']}, read up to {files[stream['file']].name}, row group {stream['row_group']}, "
+        f"row {stream['row']}"
+    )

@@ -10,6 +10,7 @@ ratio, one update a step. Left out: PPO clipping and several updates a batch.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from collections.abc import Sequence
@@ -19,29 +20,35 @@ import jax
 import numpy as np
 
 from nanochat_jax.config import Config, RLConfig
+from nanochat_jax.data.position import digest
+from nanochat_jax.distributed import gather_json
 from nanochat_jax.errors import UserError
 from nanochat_jax.inference.engine import Completion, Engine, SamplingParams, bucket
+from nanochat_jax.inference.shared import make_engine
+from nanochat_jax.memory import train_rows, with_loss_chunk
 from nanochat_jax.metrics import Console
-from nanochat_jax.model import flops_per_token
+from nanochat_jax.model import empty_cache, flops_per_token
 from nanochat_jax.optim import Schedule
+from nanochat_jax.run import finished
 from nanochat_jax.sharding import data_shards, put_batch
 from nanochat_jax.stages.finetune import continued
+from nanochat_jax.stages.policy import SHORTEST, policy_batch
 from nanochat_jax.stages.samples import write_samples
 from nanochat_jax.stages.session import Log, Session, due, is_done, open_session, params_from
 from nanochat_jax.tasks import Task, load
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train import train_step
 
-SHORTEST = 32
-"""Rows of an update are padded to this many tokens times a power of two, so that few shapes are compiled."""
 
+def run(config: Config, workdir: Path, log: Log, force: bool = False) -> None:
+    """Train the rl model in `workdir`/rl, from its newest checkpoint on; a complete stage is left alone.
 
-def run(config: Config, workdir: Path, log: Log) -> None:
-    """Train the rl model in `workdir`/rl, from its newest checkpoint on; a complete stage is left alone."""
+    `force`: go on with other data, horizon or precision than it was begun with.
+    """
     if is_done(workdir, "rl", log):
         return
     settings = config.rl
-    session = open_session(config, workdir, "rl", settings, log)
+    session = open_session(config, workdir, "rl", settings, log, force)
     train_task = load(settings.task, "train", config.data, config.seed)
     held_out = load(settings.task, "val", config.data, config.seed)
     if train_task.kind != "generative":
@@ -49,8 +56,6 @@ def run(config: Config, workdir: Path, log: Log) -> None:
     steps = settings.num_iterations or max(1, len(train_task) // settings.questions_per_step)
     schedule = Schedule(settings, steps, session.cfg.n_embd, weight_decay=settings.weight_decay)
     samples = settings.questions_per_step * settings.samples_per_question
-    session.begin(schedule, functools.partial(params_from, session, workdir, "sft"), samples_a_step=samples)
-    console = Console("rl", steps)
     longest = max(
         longest_prompt(train_task, steps * settings.questions_per_step, session.tokenizer),
         longest_prompt(held_out, settings.eval_examples, session.tokenizer),
@@ -60,61 +65,71 @@ def run(config: Config, workdir: Path, log: Log) -> None:
             f"--rl.task {settings.task} has a prompt of {longest} tokens, the context is {session.cfg.sequence_len}: "
             "name another task or raise --model.sequence-len"
         )
-    engine = Engine(
-        session.state.params,
-        session.cfg,
-        session.tokenizer,
-        max_rows=samples,
-        max_len=min(session.cfg.sequence_len, longest + settings.max_new_tokens + 1),
-        mesh=session.mesh,
+    max_len = min(session.cfg.sequence_len, longest + settings.max_new_tokens + 1)
+    fit_update(session, samples, max_len)
+    start = functools.partial(params_from, session, workdir, "sft")
+    session.begin(schedule, start, samples_a_step=samples, questions=f"{len(train_task):,} ({digest(train_task)})")
+    console = Console("rl", steps)
+    engine = make_engine(
+        session.state.params, session.cfg, session.tokenizer, max_rows=samples, max_len=max_len, mesh=session.mesh
     )
     last = steps if settings.stop_after is None else min(steps, settings.stop_after)
-    while session.step < last:
-        step, clock = session.step, time.perf_counter()
-        engine.params = session.state.params
-        order = (step * settings.questions_per_step + np.arange(settings.questions_per_step)) % len(train_task)
-        questions = [train_task[int(i)] for i in order]
-        prompts = [session.tokenizer.render_for_completion(question) for question in questions]
-        answers = engine.generate(prompts, sampling(settings, config.seed, step), settings.samples_per_question)
-        rewards = graded(train_task, questions, answers)
-        sampled = time.perf_counter()
-        batch = policy_batch(prompts, answers, rewards, settings.normalize_over, session.tokenizer.bos_id)
-        loss, tokens = update(session, batch, schedule, step)
-        session.check_finite(step, loss)
-        done = time.perf_counter()
-        session.step += 1
-        written = sum(len(answer.ids) for answer in answers)
-        prompted = sum(len(prompt) for prompt in prompts)
-        session.meta["tokens"] += tokens
-        # A sampled token costs a forward pass, a third of a trained one.
-        session.meta["flops"] += flops_per_token(session.cfg) * (tokens + (written + prompted) / 3)
-        calls = [call for answer in answers for call in answer.tool_calls]
-        values = {
-            "loss": loss,
-            "reward": float(rewards.mean()),
-            "response_tokens": written / len(answers),
-            "tool_valid": sum(call["result"] is not None for call in calls) / max(len(calls), 1),
-            "rollout_seconds": sampled - clock,
-            "update_seconds": done - sampled,
-            "lr_mult": schedule.lr_multiplier(step),
-            "eta_seconds": (done - clock) * (steps - session.step),
-        }
-        session.metrics.write("rl", step=step, **values)
-        console.step(session.step, **values)
-        if due(session.step, settings.save_every, last):
-            session.save()  # before anything that can fail
-        if due(session.step, settings.eval_every, last):
+
+    def measure() -> None:
+        if session.owes("pass_at_k", settings.eval_every, last):
             engine.params = session.state.params
             rates = pass_at_k(held_out, engine, session.tokenizer, settings, config.seed)
+            session.validated(rates["1"], higher_is_better=True)
             session.metrics.write("pass_at_k", step=session.step, **{"pass": rates})
             console.step(session.step, **{"pass": rates})
-    if session.step < steps:
-        log(f"rl: stopped after step {session.step} of {steps} as asked; start again to go on")
+
+    with session.loop() as stop:
+        stop.measure(measure)
+        while not stop.now(session.step) and session.step < last:
+            step, clock = session.step, time.perf_counter()
+            engine.params = session.state.params
+            order = (step * settings.questions_per_step + np.arange(settings.questions_per_step)) % len(train_task)
+            questions = [train_task[int(i)] for i in order]
+            prompts = [session.tokenizer.render_for_completion(question) for question in questions]
+            answers = engine.generate(prompts, sampling(settings, config.seed, step), settings.samples_per_question)
+            rewards = graded(train_task, questions, answers)
+            sampled = time.perf_counter()
+            batch = policy_batch(prompts, answers, rewards, settings.normalize_over, session.tokenizer.bos_id)
+            metrics, tokens = update(session, batch, schedule, step)
+            place = f"questions {order[0]} to {order[-1]} of {len(train_task)}"
+            checked = session.checked(step, metrics, place)
+            done = time.perf_counter()
+            session.step += 1
+            written = sum(len(answer.ids) for answer in answers)
+            prompted = sum(len(prompt) for prompt in prompts)
+            session.meta["tokens"] += tokens
+            # A sampled token costs a forward pass, a third of a trained one.
+            session.meta["flops"] += flops_per_token(session.cfg) * (tokens + (written + prompted) / 3)
+            calls = [call for answer in answers for call in answer.tool_calls]
+            values = {
+                **checked,
+                "reward": float(rewards.mean()),
+                "response_tokens": written / len(answers),
+                "tool_valid": sum(call["result"] is not None for call in calls) / max(len(calls), 1),
+                "rollout_seconds": sampled - clock,
+                "update_seconds": done - sampled,
+                "lr_mult": schedule.lr_multiplier(step),
+                "eta_seconds": (done - clock) * (steps - session.step),
+            }
+            session.metrics.write("rl", step=step, **values)
+            console.step(session.step, **values)
+            if due(session.step, settings.save_every, last):
+                session.save()  # before anything that can fail
+            stop.measure(measure)
+        complete = session.leave(stop, steps)
+    if not complete:
         return
     seconds = session.meta["seconds"]
     write_samples(session, session.state.params, raw=False)
     if settings.control:
-        continued(config, workdir, session.meta["flops"], log)
+        continued(config, workdir, session.meta["flops"], log, force)
+        if finished(workdir, "sft_continued") is None:
+            return
     session.finish(task=settings.task, seconds=seconds)
 
 
@@ -136,54 +151,37 @@ def graded(task: Task, questions: Sequence[dict], answers: Sequence[Completion])
     """Rewards float32 [questions, samples]."""
     samples = len(answers) // len(questions)
     rewards = [task.reward(questions[i // samples], answer.text) for i, answer in enumerate(answers)]
+    # One grader's word for all processes: a time limit may cut one program here and not there.
+    rewards = gather_json(rewards, "rewards")[0]
     return np.asarray(rewards, np.float32).reshape(len(questions), samples)
 
 
-def policy_batch(
-    prompts: Sequence[Sequence[int]], answers: Sequence[Completion], rewards: np.ndarray, microbatch: int, pad: int
-) -> dict[str, np.ndarray]:
-    """The update's rows: "inputs", "targets" int32 [n, T] and "weights" float32 [n, T], loss = sum(weights * nats).
-
-    A token that the model drew has weight advantage / (drawn tokens of its microbatch) / microbatches, every other one
-    0: prompts, what a tool wrote, padding. Microbatches are `microbatch` samples of one question in order (all of its
-    samples where there are fewer). Rows of a question whose samples were all right or all wrong have weight 0
-    throughout and are left out; n may be 0.
-    """
-    count, samples = rewards.shape
-    size = min(microbatch, samples)
-    advantages = rewards - rewards.mean(axis=1, keepdims=True)
-    groups = count * -(-samples // size)
-    rows = []
-    for question in range(count):
-        if not advantages[question].any():
-            continue
-        for first in range(0, samples, size):
-            members = range(first, min(first + size, samples))
-            drawn = sum(sum(answers[question * samples + j].mask) for j in members)
-            for j in members:
-                answer = answers[question * samples + j]
-                weight = advantages[question, j] / max(drawn, 1) / groups
-                rows.append((prompts[question], answer, weight))
-    longest = max((len(prompt) + len(answer.ids) for prompt, answer, _ in rows), default=2) - 1
-    length = bucket(longest, 2**30, SHORTEST)
-    inputs = np.full((len(rows), length), pad, np.int32)
-    targets = np.full((len(rows), length), -1, np.int32)
-    weights = np.zeros((len(rows), length), np.float32)
-    for i, (prompt, answer, weight) in enumerate(rows):
-        tokens = [*prompt, *answer.ids]
-        start, stop = len(prompt) - 1, len(tokens) - 1
-        inputs[i, :stop] = tokens[:-1]
-        drawn = np.asarray(answer.mask, bool)
-        targets[i, start:stop] = np.where(drawn, answer.ids, -1)
-        weights[i, start:stop] = np.where(drawn, weight, 0.0)
-    return {"inputs": inputs, "targets": targets, "weights": weights}
+def fit_update(session: Session, samples: int, max_len: int) -> None:
+    """Settle the samples in a microbatch and the chunk of the loss, the engine's cache being there at the same time."""
+    shards = data_shards(session.mesh)
+    each = -(-samples // shards)
+    cache = jax.eval_shape(functools.partial(empty_cache, session.cfg, each, max_len))
+    rows = train_rows(
+        session.config,
+        session.stage,
+        "rl",
+        session.cfg,
+        session.mesh,
+        each,
+        session.log,
+        length=bucket(max_len, 2**30, SHORTEST),
+        weights=True,
+        taken=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)),
+    )
+    session.stage = dataclasses.replace(session.stage, device_batch_size=rows)
+    session.cfg = with_loss_chunk(session.config, session.cfg, rows, session.mesh)
 
 
-def update(session: Session, batch: dict[str, np.ndarray], schedule: Schedule, step: int) -> tuple[float, int]:
-    """One optimizer step on a policy batch, whatever its number of rows; (loss, tokens put through the model)."""
+def update(session: Session, batch: dict[str, np.ndarray], schedule: Schedule, step: int) -> tuple[dict, int]:
+    """One optimizer step on a policy batch, whatever its number of rows; (metrics, tokens put through the model)."""
     rows, length = batch["inputs"].shape
     if rows == 0:
-        return 0.0, 0
+        return {"loss": 0.0, "grad_norm": 0.0}, 0
     here = session.stage.device_batch_size * data_shards(session.mesh)
     microbatches = bucket(-(-rows // here), 2**30, 1)
     padding = microbatches * here - rows
@@ -196,7 +194,7 @@ def update(session: Session, batch: dict[str, np.ndarray], schedule: Schedule, s
         session.state, metrics = train_step(
             session.state, put_batch(whole, session.mesh, leading=1), schedule.hyper(step), cfg=session.cfg
         )
-    return float(metrics["loss"]), microbatches * here * length
+    return metrics, microbatches * here * length
 
 
 def pass_at_k(task: Task, engine: Engine, tokenizer: Tokenizer, settings: RLConfig, seed: int) -> dict[str, float]:

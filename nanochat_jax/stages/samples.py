@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from nanochat_jax.inference.engine import Engine, SamplingParams
+from nanochat_jax.distributed import is_leader
+from nanochat_jax.inference.engine import SamplingParams
+from nanochat_jax.inference.shared import make_engine
 from nanochat_jax.model import Params
 from nanochat_jax.stages.session import Session
 
@@ -30,7 +32,7 @@ def write_samples(session: Session, params: Params, *, raw: bool) -> None:
     else:
         prompts = [tokenizer.render_for_completion({"messages": [{"role": "user", "content": text}]}) for text in asked]
     limit = min(session.cfg.sequence_len, max(map(len, prompts)) + length + 1)
-    engine = Engine(params, session.cfg, tokenizer, max_rows=len(prompts), max_len=limit, mesh=session.mesh)
+    engine = make_engine(params, session.cfg, tokenizer, max_rows=len(prompts), max_len=limit, mesh=session.mesh)
     fitting = [(text, prompt) for text, prompt in zip(asked, prompts, strict=True) if len(prompt) < limit]
     # A base model left to its likeliest token goes round in circles.
     how = SamplingParams(0.8, top_k=50, max_tokens=length) if raw else SamplingParams(0.0, max_tokens=length)
@@ -39,4 +41,5 @@ def write_samples(session: Session, params: Params, *, raw: bool) -> None:
     lines = [f"# Samples of {session.name}, step {session.step}, {drawn}, at most {length} tokens", ""]
     for (text, _), answer in zip(fitting, answers, strict=True):
         lines += [f"> {text}", "", answer.text.strip() or "(nothing)", ""]
-    (session.folder / "samples.md").write_text("\n".join(lines))
+    if is_leader():
+        (session.folder / "samples.md").write_text("\n".join(lines))

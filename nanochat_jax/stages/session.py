@@ -1,15 +1,16 @@
 """What every training stage opens and closes in the same way: devices, tokenizer, state, checkpoints, logs.
 
 The loops themselves stay in the stages. A stage is complete when its done.json is there; until then it goes on from its
-newest checkpoint.
+newest checkpoint. SIGTERM and SIGINT end a loop after the step it is in, with a checkpoint; a validation is broken off
+and made by the next start, as after a kill between a save and the validation that belongs to it.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,18 +22,20 @@ from jax.sharding import Mesh
 from nanochat_jax.checkpoint import Checkpointer, restore_params
 from nanochat_jax.config import Config, GPTConfig, StageConfig
 from nanochat_jax.data.files import write_json
+from nanochat_jax.data.pretrain import merge_states
+from nanochat_jax.distributed import barrier, gather_json, is_leader
 from nanochat_jax.errors import UserError
+from nanochat_jax.memory import train_rows, with_loss_chunk
 from nanochat_jax.metrics import MetricsLog, Pace, banner, peak_memory_bytes
 from nanochat_jax.model import count_params, flops_per_token
 from nanochat_jax.optim import Schedule
-from nanochat_jax.run import finished, gpt_config, params_target, record_precision
+from nanochat_jax.run import finished, gpt_config, params_target, record_used
 from nanochat_jax.sharding import check_mesh, data_shards, make_mesh, put_batch
+from nanochat_jax.stopping import Stop, stoppable
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train import TrainState, born_params, restored_state, saved_shapes, saved_tree, with_optimizer
 
 Log = Callable[[str], None]
-HEAD_TOKENS = 256
-"""Positions a device puts through the output head at once on a CPU, where large temporaries are slow."""
 
 
 @dataclass
@@ -49,8 +52,13 @@ class Session:
     log: Log
     checkpoints: Checkpointer
     metrics: MetricsLog
+    force: bool
     state: TrainState | None = None
     step: int = 0
+    saved: int = 0
+    """The newest step of which there is a checkpoint, or one being written."""
+    measured: set[tuple[str, int]] = field(default_factory=set)
+    """(kind, step) of the measurements in the log that earlier starts made."""
     meta: dict = field(default_factory=lambda: {"seconds": 0.0, "tokens": 0, "flops": 0.0})
     started: float = field(default_factory=time.perf_counter)
 
@@ -63,13 +71,14 @@ class Session:
                 f"--{self.name}.total-batch-size {batch_tokens} is {batch_tokens / length:g} rows of {length} tokens; "
                 f"the mesh needs a multiple of {shards} rows: use a multiple of {shards * length}"
             )
-        here = min(self.stage.device_batch_size * shards, rows)
+        microbatch = train_rows(self.config, self.stage, self.name, self.cfg, self.mesh, rows // shards, self.log)
+        here = min(microbatch * shards, rows)
         if rows % here:
             raise UserError(
-                f"--{self.name}.device-batch-size {self.stage.device_batch_size} on {shards} data shards does not "
+                f"--{self.name}.device-batch-size {microbatch} on {shards} data shards does not "
                 f"divide the {rows} rows of a step; use a divisor of {rows // shards}"
             )
-        self.cfg = dataclasses.replace(self.cfg, loss_chunk=loss_chunk(self.cfg, here // shards, self.mesh))
+        self.cfg = with_loss_chunk(self.config, self.cfg, here // shards, self.mesh)
         return rows // here, here
 
     def begin(
@@ -82,17 +91,24 @@ class Session:
     ) -> Pace:
         """Take the state from the newest checkpoint, or parameters from `start()`; restore `data`'s position.
 
-        `facts` go to the banner.
+        `facts` go to the banner. UserError where they, or the horizon, are not those of the checkpoint.
         """
+        fixed = {"steps": schedule.steps, "tokens_a_step": tokens_a_step, **facts}
         if self.checkpoints.latest() is not None:
             tree, self.meta, self.step = self.checkpoints.restore(None, saved_shapes(self.cfg, self.mesh))
+            self.saved = self.step
+            self._check_same(fixed)
             self.state = restored_state(self.cfg, self.mesh, tree)
             if isinstance(data, grain.DatasetIterator):
-                data.set_state(self.meta["data"])
+                self._go_on_reading(data)
             self.log(f"{self.name}: going on from step {self.step}")
         else:
             self.state = with_optimizer(self.cfg, self.mesh, start())
+        self.meta["fixed"] = fixed
         self.metrics.drop_after(self.step)
+        records = MetricsLog.read(self.metrics.path) if is_leader() else []
+        done = gather_json([[record["kind"], record.get("step")] for record in records])[0]
+        self.measured = {(kind, step) for kind, step in done}
         counts = count_params(self.cfg)
         banner(
             self.name,
@@ -110,22 +126,85 @@ class Session:
         self.started = time.perf_counter() - self.meta["seconds"]
         return Pace(schedule.steps, tokens_a_step or 0, flops_per_token(self.cfg), self.mesh.size)
 
+    def _check_same(self, fixed: dict) -> None:
+        before = self.meta.get("fixed", {})
+        changed = [
+            f"{name} was {before[name]}, now {now}" for name, now in fixed.items() if before.get(name, now) != now
+        ]
+        if changed and not self.force:
+            raise UserError(
+                f"{self.name}: {'; '.join(changed)} (step {self.step} is done): use the values and the data it was "
+                "begun with, another --workdir, or --force to go on with the new ones"
+            )
+        for line in changed:
+            self.log(f"{self.name}: forced: {line}")
+
+    def _go_on_reading(self, data: grain.DatasetIterator) -> None:
+        if self.force and data.get_state()["origin"] != self.meta["data"]["origin"]:
+            self.log(f"{self.name}: forced: other data, read from its beginning")
+        else:
+            data.set_state(self.meta["data"])
+
+    @contextmanager
+    def loop(self) -> Iterator[Stop]:
+        """Around the steps: signals end them as the module says; an error leaves no checkpoint half written."""
+        with stoppable(self.name, self.log) as stop:
+            try:
+                yield stop
+            except BaseException:
+                with suppress(Exception):
+                    self.checkpoints.settle()
+                raise
+
+    def leave(self, stop: Stop, steps: int, data: object = None) -> bool:
+        """The end of the loop: save what is not saved. Whether all `steps` are done; says why where they are not."""
+        if self.saved < self.step:
+            self.save(data)
+        self.checkpoints.wait()
+        if stop.now(self.step):
+            why = stop.signal.name if stop.signal else "a signal to another process"
+            self.log(f"{self.name}: stopped by {why} after step {self.step}, saved; the same command goes on")
+        elif self.step < steps:
+            self.log(f"{self.name}: stopped after step {self.step} of {steps} as asked; start again to go on")
+        return self.step >= steps and not stop.agreed
+
     def save(self, data: object = None) -> None:
-        """Checkpoint parameters, optimizer state, the position in the data and the counters."""
+        """Begin to write a checkpoint: parameters, optimizer state, the position in the data and the counters."""
         self.meta["seconds"] = time.perf_counter() - self.started
         if isinstance(data, grain.DatasetIterator):
-            self.meta["data"] = data.get_state()
+            self.meta["data"] = merge_states(gather_json(data.get_state()))
         with jax.set_mesh(self.mesh):
             tree = saved_tree(self.state, cfg=self.cfg)
         self.checkpoints.save(self.step, tree, self.meta)
+        self.saved = self.step
 
-    def check_finite(self, step: int, loss: float) -> None:
-        """UserError where the loss is not a number: nothing after it could be used."""
-        if not math.isfinite(loss):
+    def owes(self, kind: str, every: int, last: int) -> bool:
+        """Whether a measurement is due after this step that no earlier start has made."""
+        return self.step > 0 and due(self.step, every, last) and (kind, self.step) not in self.measured
+
+    def validated(self, value: float, *, higher_is_better: bool = False) -> None:
+        """Keep the checkpoint of this step, where there is one, if none so far has a better `value`."""
+        if self.saved == self.step:
+            self.checkpoints.note_validation(self.step, value, higher_is_better=higher_is_better)
+
+    def checked(self, step: int, metrics: dict, batch: str) -> dict[str, float]:
+        """Loss and gradient norm of a step, waited for. UserError where one is no number, which spoils all after it.
+
+        `batch` says where in the data the step's batch is from.
+        """
+        values = {name: float(metrics[name]) for name in ("loss", "grad_norm")}
+        broken = " and ".join(f"{name} is {value}" for name, value in values.items() if not math.isfinite(value))
+        if broken:
+            self.checkpoints.settle()
+            if not math.isfinite(values["loss"]) and self.checkpoints.latest() == step:
+                self.checkpoints.drop(step)  # its parameters gave this loss: the update before had spoiled them
+            good = self.checkpoints.latest()
+            last_good = f"the last good checkpoint is step {good}" if good is not None else "there is no checkpoint yet"
             raise UserError(
-                f"{self.name}: loss is {loss} at step {step}; the last good checkpoint is step "
-                f"{self.checkpoints.latest()}: lower --{self.name}.init-lr-frac (with --force) and start again"
+                f"{self.name}: {broken} at step {step}, batch of {batch}; {last_good}: lower "
+                f"--{self.name}.init-lr-frac (with --force) and start again"
             )
+        return values
 
     def finish(self, **facts: object) -> None:
         """Mark the stage complete."""
@@ -142,21 +221,25 @@ class Session:
             "params": count_params(self.cfg)["total"],
             "peak_memory_bytes": peak_memory_bytes(),
         }
-        write_json(self.folder / "done.json", done | facts)
+        if is_leader():
+            write_json(self.folder / "done.json", done | facts)
+        barrier(f"{self.name} finished")
         self.metrics.close()
 
 
-def open_session(config: Config, workdir: Path, name: str, stage: StageConfig, log: Log) -> Session:
-    """Devices, tokenizer, architecture, checkpoints and log of one stage."""
+def open_session(
+    config: Config, workdir: Path, name: str, stage: StageConfig, log: Log, force: bool = False
+) -> Session:
+    """Devices, tokenizer, architecture, checkpoints and log of one stage; `force`: whatever the run was begun with."""
     tokenizer = Tokenizer.load(workdir / "tokenizer")
     cfg = gpt_config(config, tokenizer.vocab_size)
     mesh = make_mesh(config.mesh)
     check_mesh(mesh, cfg)
-    record_precision(workdir, cfg)
+    record_used(workdir, cfg, tokenizer, force)
     folder = workdir / name
     folder.mkdir(parents=True, exist_ok=True)
     checkpoints = Checkpointer(folder / "checkpoints", stage.keep)
-    return Session(name, config, stage, folder, mesh, cfg, tokenizer, log, checkpoints, MetricsLog(folder))
+    return Session(name, config, stage, folder, mesh, cfg, tokenizer, log, checkpoints, MetricsLog(folder), force)
 
 
 def is_done(workdir: Path, name: str, log: Log) -> bool:
@@ -184,21 +267,14 @@ def initial_params(session: Session, seed: int) -> dict:
     return born_params(session.cfg, session.mesh, seed)
 
 
-def loss_chunk(cfg: GPTConfig, rows: int, mesh: Mesh) -> int:
-    """Positions of a row that go through the head at once: few on a CPU, all of them elsewhere."""
-    if mesh.devices.flat[0].platform != "cpu":
-        return 0
-    chunk = max(1, HEAD_TOKENS // rows)
-    while cfg.sequence_len % chunk:
-        chunk -= 1
-    return chunk
+def step_batch(batches: Iterator[dict], microbatches: int, mesh: Mesh, *, local: bool = False) -> dict[str, jax.Array]:
+    """The next step's batch on the mesh, [A, rows, T], from an iterator of [A * rows, T].
 
-
-def step_batch(batches: Iterator[dict], microbatches: int, mesh: Mesh) -> dict[str, jax.Array]:
-    """The next step's batch on the mesh, [A, rows, T], from an iterator of [A * rows, T]."""
+    `local`: the iterator gives this process's part of the rows alone, see `put_batch`.
+    """
     batch = next(batches)
     split = {name: x.reshape(microbatches, -1, *x.shape[1:]) for name, x in batch.items()}
-    return put_batch(split, mesh, leading=1)
+    return put_batch(split, mesh, leading=1, local=local)
 
 
 def due(step: int, every: int, total: int) -> bool:

@@ -12,17 +12,18 @@ import hashlib
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
 
 import tiktoken
 
-from nanochat_jax.config import Config
+from nanochat_jax.config import Config, TokenizerConfig
 from nanochat_jax.data.download import prepare_shards
 from nanochat_jax.data.files import write_json
 from nanochat_jax.data.shards import read_texts
+from nanochat_jax.distributed import barrier, is_leader
 from nanochat_jax.run import finished
 from nanochat_jax.stages.sample_texts import SAMPLE_TEXTS
 from nanochat_jax.tokenizer import Tokenizer
@@ -37,13 +38,24 @@ OTHERS = {
 
 
 def run(config: Config, workdir: Path, log: Callable[[str], None]) -> None:
-    """Trains the tokenizer of a run; nothing to do where that is complete."""
-    folder = Path(workdir) / "tokenizer"
+    """Trains the tokenizer of a run; nothing to do where that is complete. Of several processes the leader does it."""
     if finished(workdir, "tokenizer") is not None:
         log("tokenizer: finished before, skipped")
         return
-    settings = config.tokenizer
     train_files, validation_file = prepare_shards(config.data, log)
+    if is_leader():
+        learn(config.tokenizer, Path(workdir) / "tokenizer", train_files, validation_file, log)
+    barrier("tokenizer")
+
+
+def learn(
+    settings: TokenizerConfig,
+    folder: Path,
+    train_files: Sequence[Path],
+    validation_file: Path,
+    log: Callable[[str], None],
+) -> None:
+    """Trains and measures a tokenizer and writes it to `folder`, done.json last."""
     start = time.perf_counter()
     texts = CutTexts(read_texts(train_files), settings.doc_cap, settings.max_chars)
     log(f"tokenizer: learning {settings.vocab_size:,} tokens from up to {settings.max_chars:,} characters")

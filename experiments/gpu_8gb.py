@@ -1,0 +1,27 @@
+"""TITLE
+
+Command:  python run_speedrun.py --experiment experiments/gpu_8gb.py
+Cost:     COST
+Result:   not measured on such a card
+
+Memory: MEM
+"""
+
+from dataclasses import replace
+
+from nanochat_jax.config import Config
+
+defaults = Config()
+config = replace(
+    defaults,
+    model=replace(defaults.model, depth=10, sequence_len=1024),
+    data=replace(defaults.data, num_shards=30),
+    base=replace(defaults.base, device_batch_size=8),
+    mid=replace(defaults.mid, device_batch_size=8),
+    sft=replace(defaults.sft, device_batch_size=8),
+    rl=replace(defaults.rl, questions_per_step=4, device_batch_size=4),
+    eval=replace(defaults.eval, batch_size=4),
+    compute_dtype="bfloat16",
+    remat=True,
+    loss_chunk=256,
+)

@@ -1,0 +1,204 @@
+"""What a program needs of a device's memory, by the compiler's own account, and the microbatch that fits.
+
+`--base.device-batch-size auto` compiles the training step for a few numbers of rows and keeps the largest that fits.
+Nothing is allocated for that, and the program that is chosen comes out of the compilation cache when training begins.
+What a step needs is its arguments, outputs and temporaries less what is aliased: the peak that XLA reports on a CPU
+leaves temporaries out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from nanochat_jax.config import Config, GPTConfig, StageConfig
+from nanochat_jax.distributed import gather_json
+from nanochat_jax.errors import UserError
+from nanochat_jax.metrics import gib
+from nanochat_jax.model import param_shapes
+from nanochat_jax.optim import Schedule
+from nanochat_jax.sharding import BATCH, data_shards, param_shardings
+from nanochat_jax.train import eval_losses, state_shapes, train_step
+
+HEAD_TOKENS = 256
+"""Positions a device puts through the output head at once on a CPU, where large temporaries are slow."""
+RESERVE = 0.1
+"""Share of what is free that a step leaves alone: fragmentation, communication buffers, the host program on a CPU."""
+VALIDATION_ROWS = 64
+"""Rows per data shard in one batch of an evaluation, at most."""
+CGROUPS = (
+    ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+"""Versions 2 and 1: folder, its files with the limit and what is in use, and the part of that given back on demand."""
+
+
+def with_loss_chunk(config: Config, cfg: GPTConfig, rows: int, mesh: Mesh) -> GPTConfig:
+    """`cfg` with the positions that go through the head at once: as configured; "auto": few on a CPU, else all."""
+    chunk = config.loss_chunk
+    if chunk == "auto":
+        chunk = max(1, HEAD_TOKENS // rows) if mesh.devices.flat[0].platform == "cpu" else 0
+    return dataclasses.replace(cfg, loss_chunk=chunk)
+
+
+def train_rows(
+    config: Config,
+    stage: StageConfig,
+    name: str,
+    cfg: GPTConfig,
+    mesh: Mesh,
+    step_rows: int,
+    log: Callable[[str], None],
+    *,
+    length: int | None = None,
+    weights: bool = False,
+    taken: int = 0,
+) -> int:
+    """Rows per data shard in a microbatch of a step in which each data shard has `step_rows` of `length` tokens.
+
+    `device_batch_size` as it is, or for "auto" the largest divisor of `step_rows` that fits beside `taken` bytes; says
+    what it is and why. `weights`: the batch holds weights, as in rl. UserError where not even one row fits.
+    """
+    if stage.device_batch_size != "auto":
+        return stage.device_batch_size
+    length = length or cfg.sequence_len
+    limit = device_limit(config, mesh) - taken
+
+    def need(rows: int, cfg: GPTConfig = cfg) -> float:
+        return train_bytes(with_loss_chunk(config, cfg, rows, mesh), mesh, step_rows // rows, rows, length, weights)
+
+    rows, needs = largest_that_fits([rows for rows in range(1, step_rows + 1) if step_rows % rows == 0], need, limit)
+    if rows is None:
+        ways = "lower --model.sequence-len or --model.depth, or cut the parameters with --mesh fsdp=N"
+        if not cfg.loss_chunk:
+            ways = f"set --loss-chunk, {ways}"
+        if not cfg.remat:
+            ways = f"--remat would need {gib(need(1, dataclasses.replace(cfg, remat=True)))}; else {ways}"
+        raise UserError(
+            f"{name}: a step with one row of {length} tokens needs {gib(needs[1])} a device, {gib(limit)} can be had: "
+            f"{ways}"
+        )
+    too_many = min((other for other in needs if other > rows), default=None)
+    why = "all rows of a step" if too_many is None else f"{too_many} would need {gib(needs[too_many])}"
+    log(f"{name}: device-batch-size auto: {rows} rows a device ({gib(needs[rows])} of {gib(limit)}; {why})")
+    return rows
+
+
+def validation_rows(config: Config, cfg: GPTConfig, mesh: Mesh) -> int:
+    """Rows per data shard in a batch of the base validation: those of training, or for "auto" what fits."""
+    if config.base.device_batch_size != "auto":
+        return config.base.device_batch_size
+    params = param_shapes(cfg)
+    params = jax.tree.map(_struct, params, param_shardings(params, mesh))
+
+    def need(rows: int) -> float:
+        batch = _batch(mesh, (rows * data_shards(mesh), cfg.sequence_len), 0)
+        chunked = with_loss_chunk(config, cfg, rows, mesh)
+        with jax.set_mesh(mesh):
+            return program_bytes(eval_losses.lower(params, batch["inputs"], batch["targets"], cfg=chunked))
+
+    limit = device_limit(config, mesh)
+    rows, needs = largest_that_fits([2**i for i in range(VALIDATION_ROWS.bit_length())], need, limit)
+    if rows is None:
+        raise UserError(
+            f"validation of one row of {cfg.sequence_len} tokens needs {gib(needs[1])} a device, {gib(limit)} can be "
+            "had: cut the parameters with --mesh fsdp=N"
+        )
+    return rows
+
+
+def train_bytes(cfg: GPTConfig, mesh: Mesh, microbatches: int, rows: int, length: int, weights: bool = False) -> float:
+    """Bytes a device needs for `train_step` on `microbatches` of `rows` per data shard, state included."""
+    batch = _batch(mesh, (microbatches, rows * data_shards(mesh), length), 1)
+    if weights:
+        batch["weights"] = dataclasses.replace(batch["inputs"], dtype=jnp.float32)
+    hyper = Schedule(StageConfig(), 1, cfg.n_embd).hyper(0)
+    with jax.set_mesh(mesh):
+        return program_bytes(train_step.lower(state_shapes(cfg, mesh), batch, hyper, cfg=cfg))
+
+
+def program_bytes(lowered: jax.stages.Lowered) -> float:
+    """Bytes a device needs for a program; infinite where the compiler itself says that it cannot fit."""
+    try:
+        stats = lowered.compile().memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return math.inf
+    kept = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+    return kept + stats.temp_size_in_bytes
+
+
+def largest_that_fits(
+    candidates: Sequence[int], need: Callable[[int], float], limit: float
+) -> tuple[int | None, dict[int, float]]:
+    """The largest of rising `candidates` whose need is within `limit`, or None, and the needs that were looked at.
+
+    Needs rise with the candidates, so that few are looked at: halving, from the smallest one on.
+    """
+    needs = {candidates[0]: need(candidates[0])}
+    if needs[candidates[0]] > limit:
+        return None, needs
+    fits, too_many = 0, len(candidates)
+    while too_many - fits > 1:
+        middle = (fits + too_many) // 2
+        needs[candidates[middle]] = need(candidates[middle])
+        if needs[candidates[middle]] <= limit:
+            fits = middle
+        else:
+            too_many = middle
+    return candidates[fits], needs
+
+
+def device_limit(config: Config, mesh: Mesh) -> int:
+    """Bytes a program may use on each device of the mesh: as stated, or what is free now less a reserve.
+
+    Devices of a CPU share what is free of the machine. Several processes take the least that any of them finds.
+    """
+    if config.device_memory_gb is not None:
+        return int(config.device_memory_gb * 2**30)
+    local = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+    if local[0].platform == "cpu":
+        free = free_host_memory() // len(local)
+    else:
+        stats = [device.memory_stats() or {} for device in local]
+        if not all("bytes_limit" in entry for entry in stats):
+            raise UserError(
+                f"a {local[0].device_kind} does not tell how much memory it has, which device-batch-size auto needs: "
+                "say --device-memory-gb"
+            )
+        free = min(entry["bytes_limit"] - entry["bytes_in_use"] for entry in stats)
+    return min(gather_json(int(free * (1 - RESERVE))))
+
+
+def free_host_memory() -> int:
+    """Bytes that programs can still get on this machine, or in its container where that has a limit."""
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():  # not Linux: what is built in
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
+    free = int(fields["MemAvailable"].split()[0]) * 1024
+    for folder, limit, used, cache in CGROUPS:
+        most = Path(folder) / limit
+        if most.exists() and most.read_text().strip() != "max":
+            stat = dict(line.split() for line in (Path(folder) / "memory.stat").read_text().splitlines())
+            free = min(free, int(most.read_text()) - int((Path(folder) / used).read_text()) + int(stat[cache]))
+    return free
+
+
+def _batch(mesh: Mesh, shape: tuple[int, ...], leading: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of a batch as `put_batch` places it."""
+    sharding = NamedSharding(mesh, P(*([None] * leading), *BATCH))
+    return {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding) for name in ("inputs", "targets")}
+
+
+def _struct(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
