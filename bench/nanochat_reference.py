@@ -38,6 +38,7 @@ from typing import Any
 HIDDEN = ("kernels", "nanochat_jax")
 """Packages of this project. nanochat imports one called `kernels` too, and would take ours for it."""
 TAG = "run"
+WRITTEN_FOR = "92d63d4"
 
 
 def main() -> None:
@@ -97,6 +98,11 @@ def run(options: argparse.Namespace, train_arguments: list[str]) -> dict[str, An
         from nanochat import checkpoint_manager, dataset, gpt, loss_eval, optim
     except ImportError as error:
         sys.exit(f"{sys.executable} lacks what nanochat needs ({error}); see the top of {Path(__file__).name}")
+    for module, name in ((dataset, "DATA_DIR"), (gpt, "GPT"), (loss_eval, "evaluate_bpb"), (optim, "MuonAdamW")):
+        if not hasattr(module, name):
+            sys.exit(
+                f"--nanochat {options.nanochat}: {module.__name__} has no {name}; check out a commit near {WRITTEN_FOR}"
+            )
     torch.set_num_threads(options.threads)
     dataset.DATA_DIR = str(options.data)
     if options.tokenizer:

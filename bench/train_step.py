@@ -17,7 +17,7 @@ import numpy as np
 
 from nanochat_jax.cli import EXPERIMENTS, guarded, load_experiment, log
 from nanochat_jax.errors import UserError
-from nanochat_jax.memory import train_rows, with_loss_chunk
+from nanochat_jax.memory import train_bytes, train_rows, with_loss_chunk
 from nanochat_jax.metrics import mfu
 from nanochat_jax.model import flops_per_token
 from nanochat_jax.optim import base_schedule
@@ -72,6 +72,7 @@ def main() -> None:
         "attention": cfg.attention,
         "tokens": tokens.size,
         "steps": options.steps,
+        "step_bytes": train_bytes(cfg, mesh, microbatches, rows // shards, cfg.sequence_len),
         "compile_seconds": round(seconds[0], 2),
         "step_ms": {
             "median": round(1000 * median, 2),

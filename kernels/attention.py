@@ -1,12 +1,16 @@
 """The contract of training attention and the explicit choice of its implementation.
 
-| impl        | runs on            | what it is                                                   |
-|-------------|--------------------|--------------------------------------------------------------|
-| reference   | everywhere         | full score matrix, masked; the specification                 |
-| xla_blocked | everywhere         | plain XLA, computes visible blocks only; best on CPU and TPU |
-| cudnn       | NVIDIA, bf16/fp16  | cuDNN flash attention with a left window                     |
+| impl               | runs on           | what it is                                                           |
+|--------------------|-------------------|----------------------------------------------------------------------|
+| reference          | everywhere        | full score matrix, masked; the specification                         |
+| xla_blocked        | everywhere        | plain XLA, computes visible blocks only; best on CPU and TPU         |
+| cudnn              | NVIDIA, bf16/fp16 | cuDNN flash attention with a left window                             |
+| pallas             | NVIDIA            | our flash attention through Triton, visible tiles only in forward    |
+|                    |                   | and backward; float32 products are TF32                              |
+| pallas_interpreted | everywhere        | the same kernels run by XLA, slowly, for tests; `pallas` on a CPU    |
 
 `auto` is resolved once, at start, by `resolve`; an implementation that cannot run here is an error, never a fallback.
+Documents inside a row (`doc_start`) are known to `reference` and to `pallas`.
 """
 
 import jax
@@ -14,7 +18,7 @@ import jax
 from kernels.blocked import blocked_attention
 from kernels.reference import reference_attention
 
-IMPLEMENTATIONS = ("reference", "xla_blocked", "cudnn")
+IMPLEMENTATIONS = ("reference", "xla_blocked", "cudnn", "pallas", "pallas_interpreted")
 
 
 def resolve(impl: str, platform: str, dtype: str) -> str:
@@ -27,16 +31,38 @@ def resolve(impl: str, platform: str, dtype: str) -> str:
         raise ValueError(
             f"attention cudnn needs an NVIDIA GPU and 16-bit precision, here: {platform}, {dtype}; use --attention auto"
         )
+    if impl == "pallas" and platform == "cpu":
+        return "pallas_interpreted"
+    if impl == "pallas" and platform != "gpu":
+        raise ValueError(f"attention pallas needs an NVIDIA GPU, here: {platform}; use --attention auto")
     return impl
 
 
-def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, window: int, impl: str) -> jax.Array:
+def attention(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    *,
+    window: int,
+    doc_start: jax.Array | None = None,
+    impl: str,
+) -> jax.Array:
     """Causal attention of T queries over the S = T keys of the same rows, query i seeing keys i - window <= j <= i.
 
+    With `doc_start` [B, T] int32, at most i and never falling along a row, nor does it see keys before doc_start[b, i].
     Scores are scaled by H^-0.5, softmax is in float32, N is a multiple of K (grouped queries). Returns [B, T, N, H].
+    ValueError where the implementation is unknown or knows no documents.
     """
     if impl == "reference":
-        return reference_attention(q_BTNH, k_BSKH, v_BSKH, window=window)
+        return reference_attention(q_BTNH, k_BSKH, v_BSKH, window=window, doc_start=doc_start)
+    if impl in ("pallas", "pallas_interpreted"):
+        # Pallas takes up to half a second to import.
+        from kernels.flash_attention import flash_attention
+
+        interpret = impl == "pallas_interpreted"
+        return flash_attention(q_BTNH, k_BSKH, v_BSKH, window=window, doc_start=doc_start, interpret=interpret)
+    if doc_start is not None:
+        raise ValueError(f"attention {impl} knows no document starts; use reference or pallas")
     if impl == "xla_blocked":
         return blocked_attention(q_BTNH, k_BSKH, v_BSKH, window=window)
     if impl == "cudnn":

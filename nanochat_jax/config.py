@@ -76,7 +76,7 @@ class DataConfig:
     packing: Literal["bestfit", "stream"] = "bestfit"
     """How documents become rows of T+1 tokens: BOS best fit (large sets) or one stream (small ones)."""
     streams: int = 1
-    """Independent document streams dealt out over the rows of a batch."""
+    """Independent document streams dealt out to the processes and over the rows of a batch."""
     buffer_docs: int = 1000
     """Documents kept in the best-fit buffer of a stream."""
     mirror: str | None = None
@@ -284,8 +284,8 @@ class Config:
     """Devices: a number (data parallel), or axes such as data=2,fsdp=2,tensor=2."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the matrix products; auto: bfloat16 on GPU and TPU, float32 on CPU."""
-    attention: Literal["auto", "reference", "xla_blocked", "cudnn"] = "auto"
-    """Attention implementation; auto: cudnn on NVIDIA, xla_blocked elsewhere."""
+    attention: Literal["auto", "reference", "xla_blocked", "cudnn", "pallas"] = "auto"
+    """Attention implementation; auto: cudnn on NVIDIA, xla_blocked elsewhere; pallas on a CPU is a slow test mode."""
     remat: bool = False
     """Keep only each layer's input for the backward pass and compute the rest again: less memory, a third more work."""
     loss_chunk: int | Literal["auto"] = "auto"

@@ -310,19 +310,18 @@ def _exit(status: int) -> NoReturn:
 
 def _welcome(member: Membership, patience: float) -> tuple[dict[int, socket.socket], list[str], int]:
     """Process 0: (connections by process, names by process, a free port for JAX's service)."""
-    where = "127.0.0.1" if _is_loopback(member.host) else ""
     names = {0: _name(0, socket.gethostname(), os.getpid())}
     sockets: dict[int, socket.socket] = {}
     deadline = time.monotonic() + patience
     refusal = ""
     try:
-        server = socket.create_server((where, member.port), backlog=member.count)
+        server = _listening(member.host, member.port)
     except OSError as error:
         raise UserError(
             f"--coordinator {member.host}:{member.port}: process 0 cannot listen there ({error.strerror}); name "
             "another port"
         ) from None
-    with server, socket.create_server((where, 0)) as reserved:
+    with server, _listening(member.host, 0) as reserved:
         while len(names) < member.count and not refusal:
             server.settimeout(max(deadline - time.monotonic(), 0.001))
             try:
@@ -389,6 +388,15 @@ def _read_line(connection: socket.socket) -> bytes:
 
 def _name(index: int, host: str, pid: int) -> str:
     return f"process {index} (host {host}, pid {pid})"
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    """A server on all addresses of this machine, or only on its own where the others are said to be there."""
+    if _is_loopback(host):
+        return socket.create_server(("127.0.0.1", port))
+    dual = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual else socket.AF_INET
+    return socket.create_server(("", port), family=family, dualstack_ipv6=dual)
 
 
 def _is_loopback(host: str) -> bool:

@@ -78,7 +78,7 @@ def train_rows(
     rows, needs = largest_that_fits([rows for rows in range(1, step_rows + 1) if step_rows % rows == 0], need, limit)
     if rows is None:
         ways = "lower --model.sequence-len or --model.depth, or cut the parameters with --mesh fsdp=N"
-        if not cfg.loss_chunk:
+        if not with_loss_chunk(config, cfg, 1, mesh).loss_chunk:
             ways = f"set --loss-chunk, {ways}"
         if not cfg.remat:
             ways = f"--remat would need {gib(need(1, dataclasses.replace(cfg, remat=True)))}; else {ways}"
@@ -88,7 +88,8 @@ def train_rows(
         )
     too_many = min((other for other in needs if other > rows), default=None)
     why = "all rows of a step" if too_many is None else f"{too_many} would need {gib(needs[too_many])}"
-    log(f"{name}: device-batch-size auto: {rows} rows a device ({gib(needs[rows])} of {gib(limit)}; {why})")
+    size = f"{rows} row{'s' * (rows > 1)} a device"
+    log(f"{name}: device-batch-size auto: {size} ({gib(needs[rows])} of {gib(limit)}; {why})")
     return rows
 
 
@@ -119,7 +120,7 @@ def train_bytes(cfg: GPTConfig, mesh: Mesh, microbatches: int, rows: int, length
     """Bytes a device needs for `train_step` on `microbatches` of `rows` per data shard, state included."""
     batch = _batch(mesh, (microbatches, rows * data_shards(mesh), length), 1)
     if weights:
-        batch["weights"] = dataclasses.replace(batch["inputs"], dtype=jnp.float32)
+        batch["weights"] = batch["inputs"].update(dtype=jnp.float32)
     hyper = Schedule(StageConfig(), 1, cfg.n_embd).hyper(0)
     with jax.set_mesh(mesh):
         return program_bytes(train_step.lower(state_shapes(cfg, mesh), batch, hyper, cfg=cfg))

@@ -29,11 +29,15 @@ CPU_CORE_FLOPS = 35e9
 """Float32 FLOP/s that training gets out of one CPU core."""
 ROLLOUT_EFFICIENCY = 0.1
 """Speed of token-by-token decoding in FLOP/s, relative to training."""
-ACTIVATION_BYTES = {("float32", False): 146, ("bfloat16", False): 110, ("bfloat16", True): 40}
-"""(precision, whether attention is cuDNN's) -> bytes for the backward pass per token, layer and unit of width: what
-XLA's memory analysis gives on a CPU, or for cuDNN, which no CPU has, 20 values counted in the code."""
-LOGIT_BYTES = {("float32", False): 15, ("bfloat16", False): 11, ("bfloat16", True): 8}
-"""The same per logit that is there at once, and its gradient."""
+ACTIVATION_BYTES = {"float32": 106, "bfloat16": 71}
+"""Bytes for the backward pass per token, layer and unit of width, by XLA's memory analysis on a CPU; without the
+scores of attention."""
+SCORE_BYTES = {"float32": 11, "bfloat16": 9}
+"""The same per head and visible key, where attention keeps its scores."""
+LOGIT_BYTES = {"float32": 15, "bfloat16": 11}
+"""The same per logit that is there at once."""
+FLASH = ("cudnn", "pallas", "pallas_interpreted")
+"""Attention that keeps no scores."""
 REMAT_VALUES = 3.5
 """Values per token, layer and unit of width that rematerialisation leaves kept."""
 H100_BYTES = 80e9
@@ -67,7 +71,8 @@ def plan(config: Config) -> dict[str, Any]:
         # sft continued for the compute that rl used.
         stages.append(dict.fromkeys(("steps", "tokens"), 0) | {"stage": "sft_continued", "flops": stages[-1]["flops"]})
     for stage in stages:
-        work = stage["flops"] + stage.get("rollout_flops", 0) * (1 / ROLLOUT_EFFICIENCY - 1)
+        rollouts = stage.get("rollout_flops", 0)
+        work = (stage["flops"] - rollouts) * (4 / 3 if config.remat else 1) + rollouts / ROLLOUT_EFFICIENCY
         stage["hours"] = {name: work / rate / 3600 for name, rate in rates.items()}
         stage["dollars"] = {name: hours * devices * config.device_hour_cost for name, hours in stage["hours"].items()}
     total = {key: sum(stage[key] for stage in stages) for key in ("tokens", "flops")}
@@ -80,7 +85,7 @@ def plan(config: Config) -> dict[str, Any]:
         "rows": rows,
         "memory": memory,
         "disk": _disk(config, cfg, counts),
-        "assumptions": _assumptions(rates, _kind(config, cfg, platform)),
+        "assumptions": _assumptions(rates, cfg, _attention(config, cfg, platform)),
     }
 
 
@@ -196,10 +201,10 @@ def _architecture(config: Config, platform: str) -> GPTConfig:
     return GPTConfig.from_depth(config.model, config.tokenizer.vocab_size, **resolved)
 
 
-def _kind(config: Config, cfg: GPTConfig, platform: str) -> tuple[str, bool]:
-    """Precision, and whether attention is cuDNN's. UserError where it cannot run."""
+def _attention(config: Config, cfg: GPTConfig, platform: str) -> str:
+    """The implementation that is used on `platform`. UserError where it cannot run."""
     try:
-        return cfg.compute_dtype, resolve(config.attention, platform, cfg.compute_dtype) == "cudnn"
+        return resolve(config.attention, platform, cfg.compute_dtype)
     except ValueError as error:
         raise UserError(str(error)) from None
 
@@ -234,21 +239,27 @@ def step_memory(config: Config, cfg: GPTConfig, counts: dict[str, int], rows: in
     """Bytes that a step with microbatches of `rows` rows takes on a device, by what they are for; an estimate."""
     axes = parse_mesh(config.mesh)
     parameter_parts, all_parts = axes["fsdp"] * axes["tensor"], math.prod(axes.values())
-    low, kind = jnp.dtype(cfg.compute_dtype).itemsize, _kind(config, cfg, platform)
+    dtype = cfg.compute_dtype
+    low = jnp.dtype(dtype).itemsize
     embedding = (counts["wte"] + counts["value_embeds"]) * low
     blocks, rest = 4 * counts["blocks"], 4 * (counts["lm_head"] + counts["scalars"])
-    width_tokens = rows * cfg.sequence_len / axes["tensor"] * cfg.n_embd
+    tokens = rows * cfg.sequence_len / axes["tensor"]
     chunk = config.loss_chunk
     if chunk == "auto":
         chunk = max(1, HEAD_TOKENS // rows) if platform == "cpu" else 0
     head_tokens = rows * min(chunk or cfg.sequence_len, cfg.sequence_len) / axes["tensor"]
-    logits = LOGIT_BYTES[kind] * head_tokens * cfg.padded_vocab_size
-    activations = ACTIVATION_BYTES[kind] * width_tokens
+    logits = LOGIT_BYTES[dtype] * head_tokens * cfg.padded_vocab_size
+    layers = [tokens * ACTIVATION_BYTES[dtype] * cfg.n_embd] * cfg.n_layer
+    if _attention(config, cfg, platform) not in FLASH:
+        # A window's mean number of visible keys, and half a block of queries.
+        keys = [window - window**2 / 2 / cfg.sequence_len + 64 for window in cfg.windows]
+        layers = [
+            size + tokens * SCORE_BYTES[dtype] * cfg.n_head * seen for size, seen in zip(layers, keys, strict=True)
+        ]
+    activations = sum(layers)
     if cfg.remat:
         # One layer's activations are there again when the logits are not any more.
-        activations = REMAT_VALUES * low * width_tokens * cfg.n_layer + max(0.0, activations - logits)
-    else:
-        activations *= cfg.n_layer
+        activations = REMAT_VALUES * low * tokens * cfg.n_embd * cfg.n_layer + max(0.0, max(layers) - logits)
     # Two moments for AdamW, one for Muon; its second moments are vectors. Gradients are float32: the step's sum and
     # a microbatch's, or in the update what that works on.
     memory = {
@@ -272,7 +283,7 @@ def _disk(config: Config, cfg: GPTConfig, counts: dict[str, int]) -> dict[str, f
     return disk | {"total": sum(disk.values())}
 
 
-def _assumptions(rates: dict[str, float], kind: tuple[str, bool]) -> list[str]:
+def _assumptions(rates: dict[str, float], cfg: GPTConfig, attention: str) -> list[str]:
     speeds = ", ".join(f"{name}: {rate / 1e9:,.0f} GFLOP/s" for name, rate in rates.items())
     lengths = ", ".join(f"{name} {length}" for name, length in CONVERSATION_TOKENS.items())
     return [
@@ -280,7 +291,9 @@ def _assumptions(rates: dict[str, float], kind: tuple[str, bool]) -> list[str]:
         f"from {ASSUMED_MFU:.0%} MFU on accelerators and {CPU_CORE_FLOPS / 1e9:.0f} GFLOP/s a CPU core",
         f"tokens a conversation: {lengths}, others {DEFAULT_CONVERSATION_TOKENS}; a file's bytes / 4",
         f"rl: answers as long as allowed; sampling runs at {ROLLOUT_EFFICIENCY:.0%} of the speed of training",
-        f"activations: {ACTIVATION_BYTES[kind]} bytes a token, layer and unit of width",
+        f"activations, as XLA keeps them on a CPU: {ACTIVATION_BYTES[cfg.compute_dtype]} bytes a token, layer and unit "
+        f"of width, with remat {REMAT_VALUES * jnp.dtype(cfg.compute_dtype).itemsize:.0f} and a third more work",
+        f"attention {attention} {'keeps no scores' if attention in FLASH else 'keeps its scores'}",
         f"a shard has {SHARD_BYTES / 1e6:.0f} MB",
         "not counted: evaluation, downloads, tokenizer training, compilation",
     ]

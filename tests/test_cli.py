@@ -80,7 +80,7 @@ def parquet(folder: Path, name: str, column: str = "text") -> Path:
     ("argv", "parts"),
     [
         (["nonsense"], ["unknown command 'nonsense'", "download tokenizer pretrain mid sft rl eval chat serve report"]),
-        (["convert"], ["unknown command 'convert'"]),
+        (["convert"], ["from-nanochat", "--checkpoint"]),
         (["pretrain", "--model.depht", "3"], ["--model.depht", "perhaps you meant --model.depth"]),
         (["pretrain", "--model.depth", "deep"], ["--model.depth", "'deep'"]),
         (["pretrain", "--model.depth"], ["--model.depth"]),
@@ -270,6 +270,10 @@ def test_chat_answers_once(capsys, trained):
     assert answers[0]["model"] == "mini/base" and answers[0]["usage"]["completion_tokens"] <= 6
     assert cli.main(["chat", "--workdir", str(trained), "-p", "the cat", "--raw", *sampling]) == 0
     assert capsys.readouterr().out == answers[0]["text"] + "\n"
+    assert cli.main(["chat", "--workdir", str(trained), "-p", "the cat", "--raw", "--step", "3", *sampling]) == 0
+    assert capsys.readouterr().out == answers[0]["text"] + "\n"
+    expect_error(capsys, ["chat", "--workdir", trained, "-p", "a", "--step", "4"], 1, "no checkpoint of step 4", ": 3")
+    expect_error(capsys, ["chat", "--workdir", trained, "-p", "a", "--step", "best"], 1, "validation")
     expect_error(capsys, ["chat", "--workdir", trained, "--raw", "-p", "dog " * 200], 1, "the context holds 64")
     expect_error(capsys, ["chat", "--workdir", trained, "-p", "a", "--top-p", "2"], 1, "top_p 2")
 

@@ -23,7 +23,7 @@ from nanochat_jax.metrics import MetricsLog
 from nanochat_jax.sharding import data_part
 
 ROOT = Path(__file__).parent.parent
-PATIENCE = 240  # seconds, on a busy machine
+PATIENCE = 900  # seconds, on a busy machine
 
 
 def free_port():
@@ -151,37 +151,44 @@ def test_which_rows_a_process_holds(monkeypatch):
         parts(3, 4, [0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1])
 
 
-def children(command, port, cache, devices=4, count=2):
-    """`count` processes of one run, their output in lists of lines once they have ended."""
-    environment = dict(
-        os.environ,
-        PYTHONPATH=str(ROOT),
-        XLA_FLAGS=os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}"),
-        JAX_COMPILATION_CACHE_DIR=str(cache),
-        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
-        COORDINATOR_ADDRESS=f"localhost:{port}",
-        NUM_PROCESSES=str(count),
-    )
-    return [
-        subprocess.Popen(
-            [sys.executable, *command],
-            cwd=ROOT,
-            env=environment | {"PROCESS_ID": str(index)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
+@pytest.fixture
+def start(tmp_path):
+    """Starts a command as several processes of one run; none outlives the test."""
+    port, processes = free_port(), []
+
+    def children(*command, devices=4, count=2):
+        environment = dict(
+            os.environ,
+            PYTHONPATH=str(ROOT),
+            XLA_FLAGS=os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}"),
+            JAX_COMPILATION_CACHE_DIR=str(tmp_path / "xla"),
+            JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+            COORDINATOR_ADDRESS=f"localhost:{port}",
+            NUM_PROCESSES=str(count),
         )
-        for index in range(count)
-    ]
+        started = [
+            subprocess.Popen(
+                [sys.executable, *map(str, command)],
+                cwd=ROOT,
+                env=environment | {"PROCESS_ID": str(index)},
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for index in range(count)
+        ]
+        processes.extend(started)
+        return started
+
+    yield children
+    for process in processes:
+        process.kill()
+        process.communicate()
 
 
 def ended(processes):
     """(status, stderr) of each."""
-    try:
-        texts = [process.communicate(timeout=PATIENCE)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+    texts = [process.communicate(timeout=PATIENCE)[1] for process in processes]
     return [(process.returncode, text) for process, text in zip(processes, texts, strict=True)]
 
 
@@ -228,9 +235,9 @@ def at_work(processes, folder):
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_dead_process_ends_the_other_with_one_line_that_names_it(tmp_path, victim):
+def test_a_dead_process_ends_the_other_with_one_line_that_names_it(tmp_path, start, victim):
     (tmp_path / "base" / "checkpoints" / "step_00000040").mkdir(parents=True)
-    processes = children(["-c", WORK, str(tmp_path), "wait"], free_port(), tmp_path / "xla", devices=2)
+    processes = start("-c", WORK, tmp_path, "wait", devices=2)
     at_work(processes, tmp_path)
     processes[victim].send_signal(signal.SIGKILL)
     status, text = ended(processes)[1 - victim]
@@ -244,8 +251,8 @@ def test_a_dead_process_ends_the_other_with_one_line_that_names_it(tmp_path, vic
 
 
 @pytest.mark.parametrize(("kind", "said"), [("mistake", "the disk is full"), ("bug", "ZeroDivisionError: a bug")])
-def test_an_error_of_one_process_ends_the_other(tmp_path, kind, said):
-    processes = children(["-c", WORK, str(tmp_path), kind], free_port(), tmp_path / "xla", devices=2)
+def test_an_error_of_one_process_ends_the_other(tmp_path, start, kind, said):
+    processes = start("-c", WORK, tmp_path, kind, devices=2)
     (leader, leader_text), (other, text) = ended(processes)
     assert leader == other == 1
     assert f"pid {processes[1].pid}) stopped: {said}; there is no checkpoint yet" in leader_text
@@ -254,8 +261,8 @@ def test_an_error_of_one_process_ends_the_other(tmp_path, kind, said):
     assert text.count("Traceback") == (kind == "bug")
 
 
-def test_one_process_that_is_asked_stops_all_at_the_same_step(tmp_path):
-    processes = children(["-c", WORK, str(tmp_path), "wait"], free_port(), tmp_path / "xla", devices=2)
+def test_one_process_that_is_asked_stops_all_at_the_same_step(tmp_path, start):
+    processes = start("-c", WORK, tmp_path, "wait", devices=2)
     at_work(processes, tmp_path)
     (tmp_path / "stop 1").touch()
     assert [status for status, _ in ended(processes)] == [0, 0]
@@ -278,11 +285,11 @@ def new_run(tmp_path, tokenizer):
 
 
 @pytest.mark.slow
-def test_two_processes_train_what_one_trains(tmp_path, new_run, monkeypatch):
+def test_two_processes_train_what_one_trains(tmp_path, start, new_run, monkeypatch):
     monkeypatch.chdir(ROOT)
     two, one = (Path(shutil.copytree(new_run, tmp_path / name)) for name in ("two", "one"))
     command = ["-m", "nanochat_jax", *pretrain("--base.stop-after", 4, "--workdir", two)]
-    results = ended(children(command, free_port(), tmp_path / "xla"))
+    results = ended(start(*command))
     assert [status for status, _ in results] == [0, 0], results
     # The leader alone speaks.
     assert "base  4/12" in results[0][1] and "/12" not in results[1][1]
@@ -292,19 +299,21 @@ def test_two_processes_train_what_one_trains(tmp_path, new_run, monkeypatch):
     assert cli.main(pretrain("--base.stop-after", 6, "--workdir", two)) == 0
     np.testing.assert_allclose(losses(two), losses(one), rtol=1e-4)
     ours, theirs = (restore_params(folder / "base" / "checkpoints")[0] for folder in (two, one))
+    # While the blocks add nothing yet, the norm hides this factor: its gradient is rounding, which Adam makes whole steps.
+    assert ours.pop("backout_lambda").shape == theirs.pop("backout_lambda").shape
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-3)
+        np.testing.assert_allclose(a, b, atol=1e-4)
 
 
 @pytest.mark.slow
-def test_signals_and_deaths_of_a_real_run(tmp_path, new_run):
+def test_signals_and_deaths_of_a_real_run(start, new_run):
     command = ["-m", "nanochat_jax", *pretrain("--workdir", new_run)]
 
     def saved():
         return sorted(int(path.name[5:]) for path in (new_run / "base" / "checkpoints").glob("step_*"))
 
     def interrupt(index, number, step):
-        processes = children(command, free_port(), tmp_path / "xla")
+        processes = start(*command)
         deadline = time.monotonic() + PATIENCE
         while step not in saved():
             assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
@@ -320,24 +329,15 @@ def test_signals_and_deaths_of_a_real_run(tmp_path, new_run):
     assert "going on from step" in asked[0][1] and "a signal to another process" in asked[0][1]
     step = len(losses(new_run))
     assert saved()[-1] == step < 12
-    done = ended(children(command, free_port(), tmp_path / "xla"))
+    done = ended(start(*command))
     assert [status for status, _ in done] == [0, 0], done
     assert f"going on from step {step}" in done[0][1] and len(losses(new_run)) == 12
 
 
 @pytest.mark.slow
-def test_all_stages_in_two_processes(tmp_path):
-    options = [
-        "--experiment",
-        "tests/tiny.py",
-        "--mesh",
-        "8",
-        "--data.streams",
-        "2",
-        "--workdir",
-        str(tmp_path / "run"),
-    ]
-    results = ended(children(["run_speedrun.py", *options], free_port(), tmp_path / "xla"))
+def test_all_stages_in_two_processes(tmp_path, start):
+    tiny = ["--experiment", "tests/tiny.py", "--mesh", "8", "--data.streams", "2"]
+    results = ended(start("run_speedrun.py", *tiny, "--workdir", tmp_path / "run"))
     assert [status for status, _ in results] == [0, 0], results
     for stage in ("base", "mid", "sft", "rl", "sft_continued"):
         assert (tmp_path / "run" / stage / "done.json").exists()
@@ -379,6 +379,6 @@ sys.exit(cli.guarded(work))
 
 
 @pytest.mark.slow
-def test_processes_answer_as_one_engine(tmp_path, new_run):
-    results = ended(children(["-c", ANSWERS, str(new_run)], free_port(), tmp_path / "xla", devices=2))
+def test_processes_answer_as_one_engine(start, new_run):
+    results = ended(start("-c", ANSWERS, new_run, devices=2))
     assert [status for status, _ in results] == [0, 0], results

@@ -11,6 +11,7 @@ from nanochat_jax.tasks import LOADERS, parse
 
 FILES = sorted(EXPERIMENTS.glob("*.py"))
 EXPECTED = {"speedrun", "tiny_cpu", "smoke", "d12", "d20", "gpt2_climbmix", "nanochat_july"}
+EXPECTED |= {"gpu_8gb", "gpu_12gb", "gpu_24gb", "gpu_80gb"}
 
 
 def test_all_are_there():

@@ -1,12 +1,14 @@
 """Whatever ends a stage, the same command goes on to the same end; what cannot go on says why. On real, small runs."""
 
 import errno
+import gc
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
@@ -24,6 +26,7 @@ from nanochat_jax.errors import UserError
 from nanochat_jax.optim import Schedule
 from nanochat_jax.run import _fixed, load_model, to_dict
 from nanochat_jax.stages import pretrain, rl
+from nanochat_jax.stages.session import Session
 
 ROOT = Path(__file__).parent.parent
 PATIENCE = 120  # seconds
@@ -84,6 +87,32 @@ def test_a_validation_is_broken_off_and_made_up_for(run, tmp_path, monkeypatch):
     assert_same_end(folder, run, "base")
 
 
+def test_a_save_leaves_nothing_on_the_devices(run, tmp_path, monkeypatch):
+    """While it is written, a checkpoint takes memory of the host alone."""
+    folder, sync, during = start(tmp_path, ALONE), checkpoint._sync, []
+    gate, save = threading.Event(), Session.save
+
+    def watched(session, data=None):
+        def held():
+            return sum(array.nbytes for array in jax.live_arrays())
+
+        gc.collect()
+        before = held()
+        save(session, data)
+        during.append(held() - before)
+        gate.set()
+
+    def slow(partial):
+        gate.wait(PATIENCE)
+        sync(partial)
+
+    monkeypatch.setattr(checkpoint, "_sync", slow)
+    monkeypatch.setattr(Session, "save", watched)
+    pretrain.run(changed("base", stop_after=4), folder, quiet)
+    assert len(during) == 2 and max(during) < 4096
+
+
+@pytest.mark.slow
 def test_fewer_devices_at_each_start(run, tmp_path):
     folder = start(tmp_path, ALONE)
     for mesh, last in (("8", 4), ("4", 8), ("1", None)):
@@ -216,7 +245,7 @@ def begin(workdir: Path, log: Path, *options: str, cache: str = "xla") -> subpro
 def wait_for(condition, process: subprocess.Popen, log: Path) -> None:
     deadline = time.monotonic() + PATIENCE
     while not condition():
-        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+        assert (process.poll() is None or condition()) and time.monotonic() < deadline, log.read_text()
         time.sleep(0.002)
 
 
@@ -237,10 +266,15 @@ def test_signals_to_a_real_run(tmp_path):
             f"base: stopped by {number.name} after step {reached}, saved; the same command goes on"
         )
         assert metrics.read_text().count("\n") == reached
-    process = begin(workdir, log, *options, cache="empty")  # compiling, which does not return for a signal
-    wait_for(lambda: "going on from step" in log.read_text() and "memory" in log.read_text(), process, log)
-    process.send_signal(signal.SIGINT)
-    wait_for(lambda: "base: SIGINT: saving after this step" in log.read_text(), process, log)
+    for attempt in range(5):  # compiling, which does not return for a signal
+        process = begin(workdir, log, *options, cache=f"empty{attempt}")
+        wait_for(lambda: "going on from step" in log.read_text() and "memory" in log.read_text(), process, log)
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        wait_for(lambda: "SIGINT: " in log.read_text(), process, log)
+        if "base: SIGINT: saving after this step" in log.read_text():
+            break  # else it was still loading, where one signal is enough
+        assert process.wait(PATIENCE) == 130
     process.send_signal(signal.SIGINT)
     assert process.wait(PATIENCE) == 130
     assert Checkpointer(checkpoints, 2).restore(None, None)[2] == reached
@@ -273,3 +307,27 @@ def test_signals_where_nothing_is_saved_in_the_middle(where):
             assert process.stderr.read() == (
                 f"stopped by {number.name}: what was finished stays; the same command goes on from there\n"
             )
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_really_full(tmp_path):
+    """On a file system of its own, of a few megabytes."""
+    folder, log = tmp_path / "small", tmp_path / "log"
+    folder.mkdir()
+    probe = ["unshare", "--user", "--map-root-user", "--mount", "mount", "-t", "tmpfs", "tmpfs", str(folder)]
+    if shutil.which("unshare") is None or subprocess.run(probe, capture_output=True).returncode:
+        pytest.skip("this system lets nobody mount a file system")
+    start(tmp_path / "run", ALONE)
+    # Only the stage's folder is on the small disk: room for three checkpoints, not for the keeping of twenty.
+    run_it = (
+        f"mount -t tmpfs -o size=5m tmpfs {folder} && ln -s {folder} {tmp_path}/run/base && "
+        f"{sys.executable} -m nanochat_jax pretrain --experiment tests/tiny.py --workdir {tmp_path}/run "
+        f"--base.keep 20 --base.save-every 1; echo status $? >&2; cp -r {folder}/checkpoints {tmp_path}/left"
+    )
+    command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", run_it]
+    subprocess.run(command, cwd=ROOT, stderr=log.open("w"), check=True)
+    lines = log.read_text().splitlines()
+    assert lines[-1] == "status 1" and lines[-2].startswith("error: the disk is full: checkpoint ")
+    saved = steps(tmp_path / "left")
+    assert saved and not list((tmp_path / "left").glob("tmp-*"))
+    assert all(Checkpointer(tmp_path / "left", 20).restore(step, None)[2] == step for step in saved)

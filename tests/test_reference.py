@@ -1,6 +1,9 @@
 """Equal to karpathy/nanochat: what its own code computed (tests/golden, made by bench/nanochat_reference.py), again here."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -20,8 +23,9 @@ from nanochat_jax.sharding import make_mesh
 from nanochat_jax.stages import pretrain
 from nanochat_jax.stages.evaluate import validation_bpb
 
-GOLDEN = Path(__file__).parent / "golden"
-CORPUS = Path(__file__).parent.parent / "nanochat_jax" / "corpus"
+ROOT = Path(__file__).parent.parent
+GOLDEN = ROOT / "tests" / "golden"
+CORPUS = ROOT / "nanochat_jax" / "corpus"
 REFERENCE = json.loads((GOLDEN / "reference.json").read_text())
 BATCHES = np.load(GOLDEN / "batches.npy")
 VOCABULARY = json.loads((GOLDEN / "meta_000000.json").read_text())["model_config"]["vocab_size"]
@@ -111,3 +115,43 @@ def test_bits_per_byte_on_the_way_are_the_references(trained):
     assert list(bpb) == [20, 40]
     for step, value in bpb.items():
         assert value == pytest.approx(REFERENCE["bpb"][str(step)], abs=3e-5), step
+
+
+def run_driver(*words):
+    """Exit status and stderr of the driver, started where our packages are the first that Python finds."""
+    driver = [sys.executable, ROOT / "bench" / "nanochat_reference.py", *words]
+    result = subprocess.run(
+        driver, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    return result.returncode, result.stderr
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """The outline of a checkout, of which nothing runs."""
+    for name in ("nanochat/__init__.py", "scripts/base_train.py", "torch.py"):
+        path = tmp_path / "checkout" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("import kernels" if name.startswith("nanochat") else "")
+    return tmp_path / "checkout"
+
+
+def test_the_driver_never_takes_our_kernels_for_those_that_nanochat_imports(checkout, tmp_path):
+    status, message = run_driver(
+        "--nanochat", checkout, "--data", CORPUS, "--out", tmp_path / "out", "--vocab-size", "300"
+    )
+    assert status == 1 and "import of kernels halted" in message and message.count("\n") == 1
+
+
+def test_the_driver_names_what_is_wrong_in_one_line(checkout, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    right = {"--nanochat": checkout, "--data": CORPUS, "--out": tmp_path / "out", "--vocab-size": "300"}
+    for option, value, says in (
+        ("--nanochat", tmp_path, "no scripts/base_train.py"),
+        ("--data", checkout, "at least two parquet files"),
+        ("--out", tmp_path / "full", "not empty"),
+        ("--tokenizer", tmp_path, "either --vocab-size N or --tokenizer FOLDER"),
+    ):
+        status, message = run_driver(*(word for pair in (right | {option: value}).items() for word in pair))
+        assert status == 1 and says in message and message.count("\n") == 1

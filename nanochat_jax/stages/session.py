@@ -94,7 +94,7 @@ class Session:
         `facts` go to the banner. UserError where they, or the horizon, are not those of the checkpoint.
         """
         fixed = {"steps": schedule.steps, "tokens_a_step": tokens_a_step, **facts}
-        if self.checkpoints.latest() is not None:
+        if gather_json(self.checkpoints.latest())[0] is not None:
             tree, self.meta, self.step = self.checkpoints.restore(None, saved_shapes(self.cfg, self.mesh))
             self.saved = self.step
             self._check_same(fixed)
@@ -177,6 +177,10 @@ class Session:
             tree = saved_tree(self.state, cfg=self.cfg)
         self.checkpoints.save(self.step, tree, self.meta)
         self.saved = self.step
+        # The writer keeps hold of the arrays, though it works on its copy: a second state on the devices meanwhile.
+        for copied in jax.tree.leaves(tree):
+            if all(copied is not own for own in jax.tree.leaves(self.state)):
+                copied.delete()
 
     def owes(self, kind: str, every: int, last: int) -> bool:
         """Whether a measurement is due after this step that no earlier start has made."""
