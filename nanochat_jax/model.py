@@ -90,6 +90,22 @@ class Embedding(nn.Module):
         return lookup(table, tokens, "/".join((*self.path, "embedding")))
 
 
+@jax.custom_vjp
+def whole_table(part: jax.Array) -> jax.Array:
+    """The rows of a table from all devices of `fsdp`; gradients are summed in float32 and cut (bfloat16 sums of this
+    kind abort XLA's compiler for CPUs).
+    """
+    return jax.lax.all_gather(part, "fsdp", axis=0, tiled=True)
+
+
+def _whole_table_backward(_: None, grad: jax.Array) -> tuple[jax.Array]:
+    total = jax.lax.psum_scatter(grad.astype(jnp.float32), "fsdp", scatter_dimension=0, tiled=True)
+    return (total.astype(grad.dtype),)
+
+
+whole_table.defvjp(lambda part: (whole_table(part), None), _whole_table_backward)
+
+
 def lookup(table_VE: jax.Array, tokens_BT: jax.Array, path: str) -> jax.Array:
     """Rows of the table `path`, by each device for its own rows of the batch; over `fsdp` the table is gathered first
     and its gradient reduced and cut in one.
@@ -100,7 +116,7 @@ def lookup(table_VE: jax.Array, tokens_BT: jax.Array, path: str) -> jax.Array:
 
     def local(table: jax.Array, tokens: jax.Array) -> jax.Array:
         if "fsdp" in axes:
-            table = jax.lax.all_gather(table, "fsdp", axis=0, tiled=True)
+            table = whole_table(table)
         return jnp.take(table, tokens, axis=0)
 
     spec, rows = only(axes, *match(path, PARAM_SPECS)), only(axes, BATCH_AXES, None)

@@ -41,31 +41,31 @@ def alone():
 
 
 @pytest.fixture(scope="module", params=MESHES)
-def run(request):
+def trained(request):
     return request.param, *train(request.param)
 
 
-def test_any_mesh_gives_the_losses_of_one_device(alone, run):
+def test_any_mesh_gives_the_losses_of_one_device(alone, trained):
     assert alone[1][-1, 0] < alone[1][0, 0] - 0.3
-    np.testing.assert_allclose(run[2], alone[1], rtol=1e-4)  # losses and gradient norms of every step
+    np.testing.assert_allclose(trained[2], alone[1], rtol=1e-4)  # losses and gradient norms of every step
 
 
-def test_any_mesh_gives_the_parameters_of_one_device(alone, run):
+def test_any_mesh_gives_the_parameters_of_one_device(alone, trained):
     for name in ("wte", "lm_head", "value_embed_1", "h_0", "h_1"):
-        for a, b in zip(*(jax.tree.leaves(state.params[name]) for state in (alone[0], run[1])), strict=True):
+        for a, b in zip(*(jax.tree.leaves(state.params[name]) for state in (alone[0], trained[1])), strict=True):
             assert np.linalg.norm(np.asarray(a) - np.asarray(b)) < 1e-3 * np.linalg.norm(a)
 
 
-def test_replicated_values_are_the_same_on_all_devices(run):
-    for path, leaf in by_path(run[1]).items():
+def test_replicated_values_are_the_same_on_all_devices(trained):
+    for path, leaf in by_path(trained[1]).items():
         parts = {}
         for shard in leaf.addressable_shards:
             same = parts.setdefault(str(shard.index), np.asarray(shard.data))
             np.testing.assert_array_equal(same, np.asarray(shard.data), err_msg=path)
 
 
-def test_each_device_holds_its_share_of_the_state(alone, run):
-    spec, state, _ = run
+def test_each_device_holds_its_share_of_the_state(alone, trained):
+    spec, state, _ = trained
     whole = by_path(alone[0].opt_state)
     for path, leaf in by_path(state.opt_state).items():
         size = whole[path].nbytes
