@@ -39,13 +39,13 @@ def speedrun(options: SpeedrunOptions, workdir: Path) -> None:
     from nanochat_jax.stages import evaluate
 
     for stage in [name for name in STAGES if name in options.chosen()]:
-        if run.finished(workdir, stage):
+        if distributed.leaders(run.finished(workdir, stage)):
             cli.log(f"{stage}: finished already, skipped")
         else:
             cli.TRAINING[stage](options, workdir)
-            if not run.finished(workdir, stage):
+            if not distributed.leaders(run.finished(workdir, stage)):
                 return  # stopped, as the stage has said
-        if stage in MODEL_STAGES and not (workdir / stage / "eval.json").exists():
+        if stage in MODEL_STAGES and not distributed.leaders((workdir / stage / "eval.json").exists()):
             evaluate.run(options.config, workdir, stage, None, None, cli.log)
     if distributed.is_leader():
         cli.log(f"report: {write_report(workdir)}")

@@ -19,6 +19,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -97,6 +98,11 @@ class Checkpointer:
         if saving is not None:
             saving.result()
 
+    def check(self) -> None:
+        """Raises at once what went wrong with the save in flight, if it has ended."""
+        if self._in_flight is not None and self._in_flight.done():
+            self._in_flight.result()
+
     def drop(self, step: int) -> None:
         """Removes the checkpoint of `step`, the newest, which turned out to be of no use, unless it is the only one."""
         if is_leader() and steps(self.directory)[:-1]:
@@ -108,6 +114,9 @@ class Checkpointer:
 
     def note_validation(self, step: int, value: float, *, higher_is_better: bool = False) -> None:
         """Makes the checkpoint of `step`, saved before, the best one where `value` beats the best so far."""
+        self.wait()  # a checkpoint that is not on disk may never be, and pruning reads what is written here
+        if not math.isfinite(value):
+            return
         best = _best(self.directory)
         better = best is None or (value > best["value"] if higher_is_better else value < best["value"])
         if better and is_leader():
@@ -136,6 +145,7 @@ class Checkpointer:
             with ThreadPoolExecutor() as pool:
                 entries = pool.map(lambda file: _fingerprint(partial / file), names)
             manifest = {"format": FORMAT, "files": dict(zip(names, entries, strict=True))}
+            manifest["sha256"] = _digest(manifest)
             (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
             _sync(partial)
         except Exception as error:
@@ -214,7 +224,12 @@ def _restore(
     if error is not None:
         raise UserError(error)
     path = directory / f"step_{found:08d}"
-    return _read_state(path / "state", target, only), json.loads((path / "meta.json").read_text()), found
+    try:
+        return _read_state(path / "state", target, only), json.loads((path / "meta.json").read_text()), found
+    except Exception as error:
+        if path.exists():
+            raise
+        raise UserError(f"{path} was removed while it was read, training goes on there: try again") from error
 
 
 def _undamaged(directory: Path, step: Step) -> int:
@@ -253,7 +268,9 @@ def _verify(path: Path) -> str | None:
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         version, files = manifest["format"], manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError):
+        if manifest.get("sha256", _digest(manifest)) != _digest(manifest):
+            return f"{path / 'manifest.json'} has other contents than were written"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{path / 'manifest.json'} is missing or unreadable"
     if version != FORMAT:
         raise UserError(
@@ -296,6 +313,11 @@ def _read_state(path: Path, target: PyTree | None, only: str | None) -> PyTree:
 def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
     """Shape per leaf, under names that are the same for a NamedTuple and for the dict orbax makes of it."""
     return {path_of(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    """sha256 of what a manifest says, so that its own damage is not taken for that of a file, or another version."""
+    return hashlib.sha256(json.dumps([manifest["format"], manifest["files"]], sort_keys=True).encode()).hexdigest()
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

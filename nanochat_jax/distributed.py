@@ -162,6 +162,13 @@ def gather_json(value: Any, name: str = "") -> list[Any]:
     return [value] if _link is None else _link.gather(value, name)
 
 
+def leaders(value: T) -> T:
+    """The leader's `value`, JSON-able, in all processes: what they decide by must not depend on what each one's view of
+    the shared file system shows at the moment.
+    """
+    return gather_json(value)[0]
+
+
 def leader_first(name: str, action: Callable[[], T]) -> T:
     """`action()` in the leader, then in the others, which find its work done on the file system that all share."""
     if not is_leader():

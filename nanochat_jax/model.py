@@ -341,21 +341,21 @@ def check_length(cfg: GPTConfig, length: int) -> None:
 def token_losses(params: Params, cfg: GPTConfig, inputs_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
     """Cross-entropy in nats at each position [B, T] float32; 0 where the target is -1.
 
-    With cfg.loss_chunk > 0 the head runs on that many positions of a row at a time, or the next smaller divisor of T,
-    and its logits are recomputed in the backward pass, so that [B, T, V] never exists.
+    With cfg.loss_chunk > 0 the head runs on that many positions of a row at a time and its logits are recomputed in the
+    backward pass, so that [B, T, V] never exists.
     """
     check_length(cfg, inputs_BT.shape[1])
     x_BTD = hidden(params, cfg, inputs_BT)
     chunk = cfg.loss_chunk
     batch, length = targets_BT.shape
-    while chunk and length % chunk:
-        chunk -= 1
-    if not chunk or chunk == length:
+    if not chunk or chunk >= length:
         return _losses(params["lm_head"]["kernel"], cfg, x_BTD, targets_BT)
-    xs = x_BTD.reshape(batch, length // chunk, chunk, -1).swapaxes(0, 1)
-    ys = targets_BT.reshape(batch, length // chunk, chunk).swapaxes(0, 1)
+    count = -(-length // chunk)
+    padding = ((0, 0), (0, count * chunk - length))
+    xs = jnp.pad(x_BTD, (*padding, (0, 0))).reshape(batch, count, chunk, -1).swapaxes(0, 1)
+    ys = jnp.pad(targets_BT, padding, constant_values=-1).reshape(batch, count, chunk).swapaxes(0, 1)
     step = jax.checkpoint(lambda xy: _losses(params["lm_head"]["kernel"], cfg, *xy))
-    return jax.lax.map(step, (xs, ys)).swapaxes(0, 1).reshape(batch, length)
+    return jax.lax.map(step, (xs, ys)).swapaxes(0, 1).reshape(batch, count * chunk)[:, :length]
 
 
 def _losses(kernel_DV: jax.Array, cfg: GPTConfig, x_BTD: jax.Array, targets_BT: jax.Array) -> jax.Array:

@@ -14,13 +14,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.model import Params, init_params, param_shapes, token_losses
 from nanochat_jax.optim import Hyper, make_optimizer
-from nanochat_jax.sharding import param_shardings, param_specs, path_of, shard, state_shardings, state_specs
+from nanochat_jax.sharding import param_shardings, param_specs, path_of, shard, state_shardings, state_spec, state_specs
 from nanochat_jax.zero import Owners, from_portable, to_portable, view
 
 Batch = dict[str, jax.Array]
@@ -76,18 +76,40 @@ def with_optimizer(cfg: GPTConfig, mesh: Mesh, params: Params) -> TrainState:
 
 @functools.partial(jax.jit, static_argnames="cfg")
 def saved_tree(state: TrainState, *, cfg: GPTConfig) -> dict:
-    """What a checkpoint holds: {"params", "optimizer": {path: moments}}, the same on every mesh."""
-    return {"params": state.params, "optimizer": to_portable(state.opt_state, state.params)}
+    """What a checkpoint holds: {"params", "optimizer": {path: moments}}, the same on every mesh.
+
+    Moments are cut as the table says, so that no device holds more than its share of them while they are saved.
+    """
+    moments = to_portable(state.opt_state, state.params)
+    mesh = jax.sharding.get_abstract_mesh()
+    return {
+        "params": state.params,
+        "optimizer": jax.lax.with_sharding_constraint(moments, _moment_specs(moments, mesh)),
+    }
+
+
+def _moment_specs(moments: dict, mesh: Mesh | AbstractMesh) -> dict:
+    """Specs of {parameter path: its moments}: what has the shape of its parameter is cut like it and over `data`."""
+
+    def spec(key_path: tuple, x: jax.Array) -> P:
+        path, name = path_of(key_path).rsplit("/", 1)
+        return state_spec(path, x.shape, mesh) if name in ("mu", "nu", "momentum") else P()
+
+    return jax.tree_util.tree_map_with_path(spec, moments)
 
 
 def saved_shapes(cfg: GPTConfig, mesh: Mesh) -> dict:
-    """The shapes of `saved_tree`, with the shardings to restore it to: the parameters' own, moments whole."""
+    """The shapes of `saved_tree`, with the shardings it is saved with and restored to."""
     shapes = state_shapes(cfg, mesh)
     with jax.set_mesh(mesh):
         tree = jax.eval_shape(functools.partial(saved_tree, cfg=cfg), shapes)
-    whole = NamedSharding(mesh, P())
-    moments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), tree["optimizer"])
-    return {"params": shapes.params, "optimizer": moments}
+    moments = tree["optimizer"]
+    placed = jax.tree.map(
+        lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)),
+        moments,
+        _moment_specs(moments, mesh),
+    )
+    return {"params": shapes.params, "optimizer": placed}
 
 
 def _from_saved(cfg: GPTConfig, tree: dict) -> optax.OptState:

@@ -195,6 +195,43 @@ def test_damage_is_named_and_the_one_before_used(tmp_path, capsys, how, which):
         checkpoints.restore(None, None)
 
 
+def test_no_flipped_bit_of_a_manifest_stops_a_run(tmp_path):
+    saved(tmp_path, 1, 2)
+    manifest = tmp_path / "step_00000002" / "manifest.json"
+    whole = manifest.read_bytes()
+    for i in range(0, len(whole), max(1, len(whole) // 150)):
+        for bit in (1, 4, 64):
+            broken = bytearray(whole)
+            broken[i] ^= bit
+            manifest.write_bytes(broken)
+            assert checkpoint._undamaged(tmp_path, None) in (1, 2)
+    manifest.write_bytes(whole.replace(b'"format": 1', b'"format": 9'))
+    assert checkpoint._undamaged(tmp_path, None) == 1
+
+
+def test_a_save_that_fails_does_not_take_the_best_with_it(tmp_path, monkeypatch):
+    checkpoints = saved(tmp_path, 1, keep=1)
+    checkpoints.note_validation(1, 3.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_sync", lambda folder: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+        checkpoints.save(2, state(2), {})
+        with pytest.raises(UserError, match="disk is full"):
+            checkpoints.note_validation(2, 1.0)
+    checkpoints.save(3, state(3), {})
+    checkpoints.note_validation(3, float("nan"))
+    assert checkpoints.restore("best", None)[2] == 1
+
+
+def test_a_failed_save_is_known_before_the_next_one(tmp_path, monkeypatch):
+    checkpoints = saved(tmp_path, 1)
+    monkeypatch.setattr(checkpoint, "_sync", lambda folder: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    checkpoints.save(2, state(2), {})
+    with pytest.raises(UserError, match="disk is full"):
+        for _ in range(1000):
+            checkpoints.check()
+            time.sleep(0.01)
+
+
 def test_going_on_after_a_fallback_replaces_what_was_damaged(tmp_path):
     checkpoints = saved(tmp_path, 1, 2, 3)
     flip(largest_file(tmp_path / "step_00000003"))
@@ -241,7 +278,9 @@ def test_other_shapes_and_formats_are_refused(tmp_path):
     with pytest.raises(UserError, match=re.escape("params/block/w is (8, 8) in the checkpoint and absent")):
         checkpoints.restore(None, target)
     manifest = tmp_path / "step_00000001" / "manifest.json"
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 99}))
+    written = json.loads(manifest.read_text()) | {"format": 99}
+    written["sha256"] = checkpoint._digest(written)
+    manifest.write_text(json.dumps(written))
     with pytest.raises(UserError, match="format 99"):
         checkpoints.restore(None, None)
 

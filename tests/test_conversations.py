@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from nanochat_jax.data.conversations import conversation_batches, epoch_rows, read_jsonl, validate
+from nanochat_jax.data.position import digest
 from nanochat_jax.errors import UserError
 from nanochat_jax.tokenizer import Tokenizer
 
@@ -231,3 +232,8 @@ def test_jsonl_names_the_line(tmp_path):
         read_jsonl(path)
     with pytest.raises(UserError, match="cannot be read"):
         read_jsonl(tmp_path / "missing.jsonl")
+
+
+def test_the_digest_sees_every_row_of_a_small_set():
+    rows = [{"n": i} for i in range(10)]
+    assert len({digest(rows), *(digest([*rows[:i], {"n": -1}, *rows[i + 1 :]]) for i in range(10))}) == 11

@@ -13,7 +13,7 @@ from nanochat_jax.errors import UserError
 from nanochat_jax.model import param_shapes
 from nanochat_jax.optim import Schedule
 from nanochat_jax.sharding import PARAM_SPECS, by_path, check_mesh, make_mesh, match, put_batch, state_spec
-from nanochat_jax.train import born_params, state_shapes, train_step, with_optimizer
+from nanochat_jax.train import born_params, saved_shapes, saved_tree, state_shapes, train_step, with_optimizer
 from nanochat_jax.zero import stacks_of, view
 
 MESHES = ("8", "data=4,fsdp=2", "fsdp=8", "data=4,tensor=2", "data=2,fsdp=2,tensor=2")
@@ -82,6 +82,21 @@ def test_each_device_holds_its_share_of_the_state(alone, trained):
     if "fsdp" in spec:
         kernel = state.params["h_0"]["mlp"]["fc"]["kernel"]
         assert kernel.addressable_shards[0].data.size < kernel.size
+
+
+def test_no_device_holds_the_whole_optimizer_while_it_is_saved(trained):
+    spec, state, _ = trained
+    mesh = make_mesh(spec)
+    with jax.set_mesh(mesh):
+        tree = saved_tree(state, cfg=CFG)
+    wanted = saved_shapes(CFG, mesh)
+    assert jax.tree.map(lambda x: x.shape, tree) == jax.tree.map(lambda x: x.shape, wanted)
+    moments = {path: x for path, x in by_path(tree["optimizer"]).items() if not path.endswith(("second", "count"))}
+    large = [x for x in moments.values() if x.size >= 1024]
+    parts = 8 if "tensor" not in spec else 4  # the token embedding is not cut over `tensor`
+    assert sum(x.addressable_shards[0].data.nbytes for x in large) <= sum(x.nbytes for x in large) / parts
+    for path, x in by_path(wanted["optimizer"]).items():
+        assert x.sharding.is_equivalent_to(by_path(tree["optimizer"])[path].sharding, x.ndim), path
 
 
 def view_shapes(devices):

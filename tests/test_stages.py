@@ -115,3 +115,15 @@ def test_weights_can_come_from_another_run(run, tmp_path):
 def test_the_newest_model_is_the_last_stage(run):
     params, cfg, _, stage, step = load_model(run)
     assert (stage, step, cfg.n_layer) == ("rl", 12, 2) and params["wte"]["embedding"].shape == (512, 32)
+
+
+def test_weights_of_another_tokenizer_or_architecture_are_refused(run, tmp_path):
+    other = replace(tiny.config, tokenizer=replace(tiny.config.tokenizer, doc_cap=20))
+    from_run = replace(tiny.config.base, init_from=str(run / "base"), stop_after=1)
+    folder = start(tmp_path / "tokens", replace(other, base=from_run))
+    with pytest.raises(UserError, match="another tokenizer"):
+        pretrain.run(replace(other, base=from_run), folder, quiet)
+    scaled = replace(tiny.config, model=replace(tiny.config.model, qk_scale=1.0), base=from_run)
+    folder = start(tmp_path / "scale", scaled)
+    with pytest.raises(UserError, match=r"qk_scale 1\.2, this run 1\.0"):
+        pretrain.run(scaled, folder, quiet)

@@ -12,7 +12,8 @@ from nanochat_jax.errors import UserError
 
 def digest(rows: Sequence[dict]) -> str:
     """A few hex digits that tell a set of rows from another one: their number, and what is in some of them."""
-    some = [rows[len(rows) * i // 64] for i in range(min(64, len(rows)))]
+    count = min(64, len(rows))
+    some = [rows[len(rows) * i // count] for i in range(count)]
     return hashlib.sha256(json.dumps([len(rows), some], sort_keys=True).encode()).hexdigest()[:12]
 
 

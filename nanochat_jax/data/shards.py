@@ -85,6 +85,8 @@ def manifest(folder: Path) -> list[str]:
         return []
     try:
         written = json.loads(path.read_text(encoding="utf-8"))
+        if "training" not in written:
+            return []  # of an earlier version, which named the validation file alone
         return [*written["training"], written["validation"]]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}): delete it and run the download command again") from None

@@ -16,7 +16,7 @@ from nanochat_jax.config import Config, GPTConfig
 from nanochat_jax.data.download import fetch_eval_bundle, prepare_shards
 from nanochat_jax.data.files import write_json
 from nanochat_jax.data.pretrain import validation_batches
-from nanochat_jax.distributed import is_leader
+from nanochat_jax.distributed import is_leader, leaders
 from nanochat_jax.evals.bpb import bits_per_byte
 from nanochat_jax.evals.chat import chatcore, evaluate_task, paired_interval
 from nanochat_jax.evals.core import evaluate_core
@@ -70,7 +70,7 @@ def run(
             correct[name] = result.pop("correct")
             figures["tasks"][name] = result
         figures["chatcore"] = chatcore(figures["tasks"])
-    if source == "rl" and finished(workdir, "sft_continued") and config.rl.task in correct:
+    if source == "rl" and config.rl.task in correct and leaders(finished(workdir, "sft_continued")):
         figures["comparison"] = compare(
             config, workdir, mesh, loaded[config.rl.task], correct[config.rl.task], limit, log
         )

@@ -19,6 +19,7 @@ import jax
 
 from nanochat_jax.config import Config, FinetuneConfig
 from nanochat_jax.data.conversations import conversation_batches, epoch_rows
+from nanochat_jax.distributed import barrier, is_leader, leaders
 from nanochat_jax.errors import UserError
 from nanochat_jax.metrics import Console
 from nanochat_jax.model import flops_per_token
@@ -40,7 +41,7 @@ def run(config: Config, workdir: Path, stage: str, log: Log, force: bool = False
     `force`: go on with other data, horizon or precision than it was begun with.
     """
     settings: FinetuneConfig = getattr(config, stage)
-    if stage == "sft" and not (workdir / "mid" / "checkpoints").is_dir() and not settings.init_from:
+    if stage == "sft" and not settings.init_from and not leaders((workdir / "mid" / "checkpoints").is_dir()):
         settings = dataclasses.replace(settings, init_from=str(workdir / "base"))
         log("sft: there is no mid stage in this run, so it starts from base")
     train(config, settings, workdir, stage, log, force)
@@ -48,10 +49,12 @@ def run(config: Config, workdir: Path, stage: str, log: Log, force: bool = False
 
 def continued(config: Config, workdir: Path, flops: float, log: Log, force: bool = False) -> None:
     """Train sft on, in `workdir`/sft_continued, with its own schedule anew, for `flops` FLOPs."""
-    before = finished(workdir, "sft_continued")
+    before = leaders(finished(workdir, "sft_continued"))
     if before is not None and not 0.9 < before["flops"] / flops < 1.1:
         log(f"sft_continued: made for {before['flops']:.3g} FLOPs, now {flops:.3g}: made anew")
-        shutil.rmtree(workdir / "sft_continued")
+        if is_leader():
+            shutil.rmtree(workdir / "sft_continued")
+        barrier("sft_continued removed")
     settings = dataclasses.replace(config.sft, init_from=None, stop_after=None)
     train(config, settings, workdir, "sft_continued", log, force, flops)
 

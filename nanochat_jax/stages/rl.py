@@ -21,7 +21,7 @@ import numpy as np
 
 from nanochat_jax.config import Config, RLConfig
 from nanochat_jax.data.position import digest
-from nanochat_jax.distributed import gather_json
+from nanochat_jax.distributed import gather_json, leaders
 from nanochat_jax.errors import UserError
 from nanochat_jax.inference.engine import Completion, Engine, SamplingParams, bucket
 from nanochat_jax.inference.shared import make_engine
@@ -128,7 +128,7 @@ def run(config: Config, workdir: Path, log: Log, force: bool = False) -> None:
     write_samples(session, session.state.params, raw=False)
     if settings.control:
         continued(config, workdir, session.meta["flops"], log, force)
-        if finished(workdir, "sft_continued") is None:
+        if leaders(finished(workdir, "sft_continued")) is None:
             return
     session.finish(task=settings.task, seconds=seconds)
 

@@ -20,16 +20,16 @@ import jax
 from jax.sharding import Mesh
 
 from nanochat_jax.checkpoint import Checkpointer, restore_params
-from nanochat_jax.config import Config, GPTConfig, StageConfig
+from nanochat_jax.config import ARCHITECTURE, Config, GPTConfig, StageConfig
 from nanochat_jax.data.files import write_json
 from nanochat_jax.data.pretrain import merge_states
-from nanochat_jax.distributed import barrier, gather_json, is_leader
+from nanochat_jax.distributed import barrier, gather_json, is_leader, leaders
 from nanochat_jax.errors import UserError
 from nanochat_jax.memory import train_rows, with_loss_chunk
 from nanochat_jax.metrics import MetricsLog, Pace, banner, peak_memory_bytes
 from nanochat_jax.model import count_params, flops_per_token
 from nanochat_jax.optim import Schedule
-from nanochat_jax.run import finished, gpt_config, params_target, record_used
+from nanochat_jax.run import finished, gpt_config, params_target, read_config, record_used
 from nanochat_jax.sharding import check_mesh, data_shards, make_mesh, put_batch
 from nanochat_jax.stopping import Stop, stoppable
 from nanochat_jax.tokenizer import Tokenizer
@@ -196,12 +196,14 @@ class Session:
 
         `batch` says where in the data the step's batch is from.
         """
+        self.checkpoints.check()
         values = {name: float(metrics[name]) for name in ("loss", "grad_norm")}
         broken = " and ".join(f"{name} is {value}" for name, value in values.items() if not math.isfinite(value))
         if broken:
             self.checkpoints.settle()
             if not math.isfinite(values["loss"]) and self.checkpoints.latest() == step:
                 self.checkpoints.drop(step)  # its parameters gave this loss: the update before had spoiled them
+            barrier(f"{self.name} is broken")  # before an error here or there ends the process that writes
             good = self.checkpoints.latest()
             last_good = f"the last good checkpoint is step {good}" if good is not None else "there is no checkpoint yet"
             raise UserError(
@@ -248,7 +250,7 @@ def open_session(
 
 def is_done(workdir: Path, name: str, log: Log) -> bool:
     """Whether a stage is complete; says so."""
-    if finished(workdir, name) is None:
+    if leaders(finished(workdir, name)) is None:
         return False
     log(f"{name}: finished before, skipped")
     return True
@@ -259,9 +261,29 @@ def params_from(session: Session, workdir: Path, previous: str) -> dict:
     source = Path(session.stage.init_from) if session.stage.init_from else workdir / previous
     if not (source / "checkpoints").is_dir():
         raise UserError(f"{session.name} starts from {source}, which has no checkpoint: train {source.name} first")
+    if source.parent.resolve() != session.folder.parent.resolve():
+        check_origin_of(session, source)
     if finished(source.parent, source.name) is None:
         session.log(f"{session.name}: {source} is not finished; starting from it as it is")
     return restore_params(source / "checkpoints", params_target(session.cfg, session.mesh))[0]
+
+
+def check_origin_of(session: Session, source: Path) -> None:
+    """UserError where the model at WORKDIR/STAGE of another run reads other tokens, or computes something else."""
+    if Tokenizer.load(source.parent / "tokenizer").fingerprint() != session.tokenizer.fingerprint():
+        raise UserError(
+            f"{source} was trained with another tokenizer than that of this run: copy {source.parent / 'tokenizer'} to "
+            f"{session.folder.parent / 'tokenizer'} before anything is trained there"
+        )
+    was = gpt_config(read_config(source.parent), session.tokenizer.vocab_size)
+    for name in ("n_head", "n_kv_head", *ARCHITECTURE):
+        before, now = getattr(was, name), getattr(session.cfg, name)
+        if before != now:
+            raise UserError(
+                f"{source} has {name} {before}, this run {now}: give --model.* the values of {source.parent}"
+            )
+    if was.windows != session.cfg.windows:
+        session.log(f"{session.name}: {source} had the windows {was.windows}, from now on {session.cfg.windows}")
 
 
 def initial_params(session: Session, seed: int) -> dict:

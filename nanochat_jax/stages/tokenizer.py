@@ -23,7 +23,7 @@ from nanochat_jax.config import Config, TokenizerConfig
 from nanochat_jax.data.download import prepare_shards
 from nanochat_jax.data.files import write_json
 from nanochat_jax.data.shards import read_texts
-from nanochat_jax.distributed import barrier, is_leader
+from nanochat_jax.distributed import barrier, is_leader, leaders
 from nanochat_jax.run import finished
 from nanochat_jax.stages.sample_texts import SAMPLE_TEXTS
 from nanochat_jax.tokenizer import Tokenizer
@@ -39,7 +39,7 @@ OTHERS = {
 
 def run(config: Config, workdir: Path, log: Callable[[str], None]) -> None:
     """Trains the tokenizer of a run; nothing to do where that is complete. Of several processes the leader does it."""
-    if finished(workdir, "tokenizer") is not None:
+    if leaders(finished(workdir, "tokenizer")) is not None:
         log("tokenizer: finished before, skipped")
         return
     train_files, validation_file = prepare_shards(config.data, log)
