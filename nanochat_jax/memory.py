@@ -42,11 +42,15 @@ CGROUPS = (
 
 
 def with_loss_chunk(config: Config, cfg: GPTConfig, rows: int, mesh: Mesh) -> GPTConfig:
-    """`cfg` with the positions that go through the head at once: as configured; "auto": few on a CPU, else all."""
-    chunk = config.loss_chunk
-    if chunk == "auto":
-        chunk = max(1, HEAD_TOKENS // rows) if mesh.devices.flat[0].platform == "cpu" else 0
-    return dataclasses.replace(cfg, loss_chunk=chunk)
+    """`cfg` with the positions of a row that go through the head at once, for `rows` per data shard."""
+    return dataclasses.replace(cfg, loss_chunk=loss_chunk(config, rows, mesh.devices.flat[0].platform))
+
+
+def loss_chunk(config: Config, rows: int, platform: str) -> int:
+    """Positions of a row that go through the head at once, 0 for all: as configured; "auto": few on a CPU, else all."""
+    if config.loss_chunk != "auto":
+        return config.loss_chunk
+    return max(1, HEAD_TOKENS // rows) if platform == "cpu" else 0
 
 
 def train_rows(

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from kernels.attention import resolve
 from nanochat_jax.config import Config, DataConfig, FinetuneConfig, GPTConfig, RLConfig
 from nanochat_jax.errors import UserError
-from nanochat_jax.memory import HEAD_TOKENS, RESERVE, device_limit
+from nanochat_jax.memory import RESERVE, device_limit, loss_chunk
 from nanochat_jax.metrics import duration, gib, peak_flops, si
 from nanochat_jax.model import count_params, flops_per_token, scaling_params
 from nanochat_jax.optim import horizon
@@ -244,9 +244,7 @@ def step_memory(config: Config, cfg: GPTConfig, counts: dict[str, int], rows: in
     embedding = (counts["wte"] + counts["value_embeds"]) * low
     blocks, rest = 4 * counts["blocks"], 4 * (counts["lm_head"] + counts["scalars"])
     tokens = rows * cfg.sequence_len / axes["tensor"]
-    chunk = config.loss_chunk
-    if chunk == "auto":
-        chunk = max(1, HEAD_TOKENS // rows) if platform == "cpu" else 0
+    chunk = loss_chunk(config, rows, platform)
     head_tokens = rows * min(chunk or cfg.sequence_len, cfg.sequence_len) / axes["tensor"]
     logits = LOGIT_BYTES[dtype] * head_tokens * cfg.padded_vocab_size
     layers = [tokens * ACTIVATION_BYTES[dtype] * cfg.n_embd] * cfg.n_layer

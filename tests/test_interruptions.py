@@ -258,7 +258,7 @@ def test_signals_to_a_real_run(tmp_path):
     for number in (signal.SIGTERM, signal.SIGINT):
         process = begin(workdir, log, *options)
         enough = reached + 3
-        wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > enough, process, log)  # noqa: B023
+        wait_for(lambda n=enough: metrics.exists() and metrics.read_text().count("\n") > n, process, log)
         process.send_signal(number)
         assert process.wait(PATIENCE) == 0, log.read_text()
         [reached] = [step for step in steps(checkpoints) if step > reached]

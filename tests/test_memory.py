@@ -113,7 +113,10 @@ def test_chunks_of_the_loss_need_less_memory_when_compiled():
 
 def test_bytes_are_those_of_one_device_and_count_donated_buffers_once():
     x = jax.ShapeDtypeStruct((8, 1024), jnp.float32, sharding=NamedSharding(make_mesh("8"), P("data")))
-    double = lambda x: x * 2  # noqa: E731
+
+    def double(x):
+        return x * 2
+
     assert program_bytes(jax.jit(double).lower(x)) == 2 * 4096
     assert program_bytes(jax.jit(double, donate_argnums=0).lower(x)) == 4096
 
