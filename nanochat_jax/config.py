@@ -284,6 +284,8 @@ class Config:
     """Devices: a number (data parallel), or axes such as data=2,fsdp=2,tensor=2."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the matrix products; auto: bfloat16 on GPU and TPU, float32 on CPU."""
+    fp8: bool = False
+    """Train the layers' products in 8-bit floats: NVIDIA from Ada and Hopper on; a CPU only emulates it."""
     attention: Literal["auto", "reference", "xla_blocked", "cudnn", "pallas"] = "auto"
     """Attention implementation; auto: cudnn on NVIDIA, xla_blocked elsewhere; pallas on a CPU is a slow test mode."""
     remat: bool = False
@@ -320,6 +322,8 @@ class GPTConfig:
     smear: bool = True
     backout: bool = True
     compute_dtype: str = "float32"
+    fp8: bool = False
+    """Train the products of layers whose dimensions allow it in 8-bit floats; nothing else computes in them."""
     attention: str = "xla_blocked"
     loss_chunk: int = 0
     """Positions of a row in one chunk of the loss over the vocabulary; 0: all at once."""

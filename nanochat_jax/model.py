@@ -18,6 +18,7 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 
 from kernels.attention import attention
+from nanochat_jax import fp8
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.sharding import PARAM_SPECS, automatic_axes, cut_axes, gathered, match, only, shard
 
@@ -62,15 +63,19 @@ def uniform(scale: float, low: float | None = None) -> nn.initializers.Initializ
 
 
 class Linear(nn.Module):
-    """x @ kernel without bias; the float32 master weight is cast to x's dtype at use."""
+    """x @ kernel without bias; the float32 master weight is cast to x's dtype at use; with `fp8` see fp8.py."""
 
     features: int
     initial: nn.initializers.Initializer
+    fp8: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param("kernel", self.initial, (x.shape[-1], self.features), jnp.float32)
-        return x @ gathered(kernel.astype(x.dtype), "/".join((*self.path, "kernel")))
+        path = "/".join((*self.path, "kernel"))
+        if self.fp8 and fp8.fits(*kernel.shape):
+            return fp8.matmul(x, kernel, path)
+        return x @ gathered(kernel.astype(x.dtype), path)
 
 
 class Embedding(nn.Module):
@@ -137,10 +142,10 @@ class Attention(nn.Module):
     ) -> tuple[jax.Array, Cache | None]:
         cfg = self.cfg
         batch, length, width = h_BTD.shape
-        init = uniform((3 / width) ** 0.5)
-        q_BTNH = Linear(cfg.n_head * cfg.head_dim, init, name="q")(h_BTD).reshape(batch, length, -1, cfg.head_dim)
-        k_BTKH = Linear(cfg.n_kv_head * cfg.head_dim, init, name="k")(h_BTD).reshape(batch, length, -1, cfg.head_dim)
-        v_BTKH = Linear(cfg.n_kv_head * cfg.head_dim, init, name="v")(h_BTD).reshape(batch, length, -1, cfg.head_dim)
+        linear = functools.partial(Linear, initial=uniform((3 / width) ** 0.5), fp8=cfg.fp8)
+        q_BTNH = linear(cfg.n_head * cfg.head_dim, name="q")(h_BTD).reshape(batch, length, -1, cfg.head_dim)
+        k_BTKH = linear(cfg.n_kv_head * cfg.head_dim, name="k")(h_BTD).reshape(batch, length, -1, cfg.head_dim)
+        v_BTKH = linear(cfg.n_kv_head * cfg.head_dim, name="v")(h_BTD).reshape(batch, length, -1, cfg.head_dim)
         if ve_BTE is not None:
             gate_BTK = 3 * jax.nn.sigmoid(
                 Linear(cfg.n_kv_head, uniform(0.02, 0.0), name="ve_gate")(h_BTD[..., :GATE_CHANNELS])
@@ -165,7 +170,7 @@ class Attention(nn.Module):
             y_BTNH = attend_cache(q_BTNH, cache["k"], cache["v"], positions_BT[:, 0], window)
         else:
             y_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, window, cfg.attention)
-        out = Linear(width, nn.initializers.zeros, name="proj")(y_BTNH.reshape(batch, length, -1))
+        out = Linear(width, nn.initializers.zeros, cfg.fp8, name="proj")(y_BTNH.reshape(batch, length, -1))
         return out, cache
 
 
@@ -202,11 +207,13 @@ def attend_cache(
 class MLP(nn.Module):
     """relu(h @ fc)^2 @ proj."""
 
+    fp8: bool = False
+
     @nn.compact
     def __call__(self, h_BTD: jax.Array) -> jax.Array:
         width = h_BTD.shape[-1]
-        h_BTF = Linear(4 * width, uniform(0.4 * (3 / width) ** 0.5), name="fc")(h_BTD)
-        return Linear(width, nn.initializers.zeros, name="proj")(jnp.square(jax.nn.relu(h_BTF)))
+        h_BTF = Linear(4 * width, uniform(0.4 * (3 / width) ** 0.5), self.fp8, name="fc")(h_BTD)
+        return Linear(width, nn.initializers.zeros, self.fp8, name="proj")(jnp.square(jax.nn.relu(h_BTF)))
 
 
 class Block(nn.Module):
@@ -221,7 +228,7 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, Cache | None]:
         y_BTD, cache = Attention(self.cfg, self.layer, name="attn")(rms(x_BTD), ve_BTE, positions_BT, cache)
         x_BTD = x_BTD + y_BTD
-        x_BTD = x_BTD + MLP(name="mlp")(rms(x_BTD))
+        x_BTD = x_BTD + MLP(self.cfg.fp8, name="mlp")(rms(x_BTD))
         return shard(x_BTD, BATCH_AXES, None, None), cache
 
 

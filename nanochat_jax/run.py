@@ -154,7 +154,7 @@ def gpt_config(config: Config, vocab_size: int, **overrides: Any) -> GPTConfig:
         impl = resolve(config.attention, device, dtype)
     except ValueError as error:
         raise UserError(str(error)) from None
-    resolved = {"compute_dtype": dtype, "attention": impl, "remat": config.remat}
+    resolved = {"compute_dtype": dtype, "attention": impl, "fp8": config.fp8, "remat": config.remat}
     return GPTConfig.from_depth(config.model, vocab_size, **resolved, **overrides)
 
 
@@ -241,7 +241,7 @@ def _fixed(fields: dict[str, Any], begun: set[str]) -> dict[str, Any]:
     if "tokenizer" in begun:
         fixed |= {f"tokenizer.{name}": value for name, value in fields["tokenizer"].items()}
     if model_begun:
-        fixed |= {"compute_dtype": fields["compute_dtype"]}
+        fixed |= {name: fields[name] for name in ("compute_dtype", "fp8")}
         fixed |= {f"model.{name}": value for name, value in fields["model"].items()}
         fixed |= {f"data.{name}": fields["data"].get(name) for name in FIXED_DATA}
     for stage in begun & set(MODEL_STAGES):
