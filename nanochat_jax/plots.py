@@ -4,64 +4,55 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from nanochat_jax.metrics import STEP_KINDS
+
 INK, COLORS = "#3a3732", ("#a34a1f", "#2f6f8f", "#5b7f3b", "#8a5a9e", "#b58a1b", "#555555")
+# Kind of record, its field, the title, the unit.
+CURVES = (
+    ("train", "loss", "training loss (faint: every step)", "nats per token"),
+    ("val", "bpb", "validation", "bits per byte"),
+    ("val", "loss", "validation", "nats per token"),
+    ("rl", "reward", "reward of the rollouts (faint: every step)", "mean reward"),
+)
 
 Series = list[tuple[float, float]]
 
 
-def training_plot(records: list[dict], stage: str, path: Path) -> bool:
-    """Training loss a step and, where there is one, the validation curve below it. False: there is nothing to draw."""
-    loss = series(records, "train", "loss")
-    validations = {name: series(records, "val", name) for name in ("bpb", "loss")}
-    validations = {name: points for name, points in validations.items() if points}
-    if not loss and not validations:
+def plot(records: list[dict], stage: str, path: Path) -> bool:
+    """Draws every curve the records of a stage hold, one below the other. False: there is nothing to draw."""
+    panels = []
+    for kind, name, title, unit in CURVES:
+        if points := series(records, kind, name):
+            panels.append((title, unit, {f"{points[-1][1]:.4f} at the end": points}, kind in STEP_KINDS))
+    held_out = [record | record["pass"] for record in records if record.get("kind") == "pass_at_k"]
+    if held_out:
+        lines = {f"pass@{k}": series(held_out, "pass_at_k", k) for k in held_out[-1]["pass"]}
+        panels.append(("held-out questions", "share solved", lines, False))
+    if not panels:
         return False
-    title = f"{stage}: training loss (faint: every step)"
-    if loss:
-        # A single measurement makes no curve.
-        single = [name for name, points in validations.items() if len(points) == 1]
-        title += "".join(f"; validation {name} {validations.pop(name)[0][1]:.4f}" for name in single)
-    figure, axes = _figure(1 + len(validations) if loss else len(validations))
-    if loss:
-        axis = axes.pop(0)
-        axis.plot(*zip(*loss, strict=True), color=COLORS[0], alpha=0.3, linewidth=0.8)
-        axis.plot(*zip(*smoothed(loss), strict=True), color=COLORS[0], linewidth=1.8)
-        _label(axis, title, "nats per token")
-    for axis, (name, points) in zip(axes, validations.items(), strict=True):
-        axis.plot(*zip(*points, strict=True), color=COLORS[1], marker="o", markersize=3)
-        unit = "bits per byte" if name == "bpb" else "nats per token"
-        _label(axis, f"{stage}: validation, {points[-1][1]:.4f} at the end", unit)
-    _save(figure, path)
-    return True
-
-
-def reward_plot(records: list[dict], stage: str, path: Path) -> bool:
-    """Mean reward of the rollouts a step, and pass@k on held-out questions. False: there is nothing to draw."""
-    rewards = series(records, "rl", "reward")
-    passes: dict[int, Series] = {}
-    for record in records:
-        if record.get("kind") == "pass_at_k" and isinstance(record.get("pass"), dict):
-            for k, value in record["pass"].items():
-                passes.setdefault(int(k), []).append((record["step"], value))
-    if not rewards and not passes:
-        return False
-    figure, axes = _figure(bool(rewards) + bool(passes))
-    if rewards:
-        axis = axes.pop(0)
-        axis.plot(*zip(*rewards, strict=True), color=COLORS[2], alpha=0.3, linewidth=0.8)
-        axis.plot(*zip(*smoothed(rewards), strict=True), color=COLORS[2], linewidth=1.8)
-        _label(axis, f"{stage}: reward of the rollouts (faint: every step)", "mean reward")
-    if passes:
-        for i, (k, points) in enumerate(sorted(passes.items())):
-            points = sorted(points)
-            axes[0].plot(*zip(*points, strict=True), color=COLORS[i % len(COLORS)], marker="o", label=f"pass@{k}")
-        axes[0].legend(frameon=False, ncols=4)
-        _label(axes[0], f"{stage}: held-out questions", "share solved")
-    _save(figure, path)
+    # Not pyplot, which keeps global state and looks for a display.
+    figure = Figure(figsize=(8, 2.7 * len(panels)), dpi=110, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0]
+    for axis, (title, unit, lines, every_step) in zip(axes, panels, strict=True):
+        for color, (label, points) in zip(COLORS, lines.items(), strict=False):
+            if every_step:
+                axis.plot(*zip(*points, strict=True), color=color, alpha=0.3, linewidth=0.8)
+                axis.plot(*zip(*smoothed(points), strict=True), color=color, linewidth=1.8)
+            else:
+                axis.plot(*zip(*points, strict=True), color=color, marker="o", markersize=3, label=label)
+                axis.legend(frameon=False, ncols=4)
+        axis.set_title(f"{stage}: {title}", loc="left", fontsize=10, color=INK)
+        axis.set_ylabel(unit, color=INK)
+        axis.set_xlabel("step", color=INK)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.label_outer()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
     return True
 
 
@@ -70,7 +61,7 @@ def series(records: list[dict], kind: str, name: str) -> Series:
     return [
         (record["step"], record[name])
         for record in records
-        if record.get("kind") == kind and isinstance(record.get(name), int | float) and "step" in record
+        if record.get("kind") == kind and isinstance(record.get(name), int | float)
     ]
 
 
@@ -82,25 +73,3 @@ def smoothed(points: Series) -> Series:
         average, weight = keep * average + (1 - keep) * value, keep * weight + (1 - keep)
         out.append((step, average / weight))
     return out
-
-
-def _figure(rows: int) -> tuple[Figure, list[Axes]]:
-    # Not pyplot, which keeps global state and looks for a display.
-    figure = Figure(figsize=(8, 2.7 * rows), dpi=110, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    return figure, list(figure.subplots(rows, 1, squeeze=False, sharex=True)[:, 0])
-
-
-def _label(axis: Axes, title: str, unit: str) -> None:
-    axis.set_title(title, loc="left", fontsize=10, color=INK)
-    axis.set_ylabel(unit, color=INK)
-    axis.set_xlabel("step", color=INK)
-    axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.margins(y=0.12)
-    axis.label_outer()
-
-
-def _save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)

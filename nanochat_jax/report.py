@@ -2,18 +2,52 @@
 
     python -m nanochat_jax report --workdir runs/tiny_cpu
 
-`report_records.py` reads, `report_content.py` says what the report holds, `report_render.py` and `plots.py` show it.
+Results by stage, what they cost, curves, samples, and all that is needed to do it again. What is missing or damaged is
+said, never fatal. `report_page.py` and `plots.py` show what is gathered here.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import platform
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from nanochat_jax.plots import reward_plot, training_plot
-from nanochat_jax.report_content import contents
-from nanochat_jax.report_records import read_run
-from nanochat_jax.report_render import Picture, to_html, to_markdown
+from nanochat_jax.config import MODEL_STAGES, GPTConfig
+from nanochat_jax.errors import UserError
+from nanochat_jax.metrics import MetricsLog, duration, gib, si
+from nanochat_jax.model import count_params, flops_per_token, scaling_params
+from nanochat_jax.plots import plot
+from nanochat_jax.report_page import bullets, code, plain, table, to_html
+from nanochat_jax.run import config_from_dict
+
+# Row of the results -> where its figure is in eval.json, and what karpathy/nanochat's $100 run of October 2025 reached
+# after base, mid, sft and rl.
+METRICS = {
+    "CORE": (("core", "core_metric"), "0.2219 - - -"),
+    "ARC-Challenge": (("tasks", "arc_challenge"), "- 0.2875 0.2807 -"),
+    "ARC-Easy": (("tasks", "arc_easy"), "- 0.3561 0.3876 -"),
+    "GSM8K": (("tasks", "gsm8k"), "- 0.0250 0.0455 0.0758"),
+    "HumanEval": (("tasks", "humaneval"), "- 0.0671 0.0854 -"),
+    "MMLU": (("tasks", "mmlu"), "- 0.3111 0.3151 -"),
+    "ChatCORE": (("chatcore",), "- 0.0730 0.0884 -"),
+}
+HEADER = ("metric", *map(str.upper, MODEL_STAGES))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one stage left behind; empty where a file is missing or damaged."""
+
+    name: str
+    done: dict
+    eval: dict
+    metrics: list[dict]
+    samples: str
 
 
 def write_report(workdir: Path) -> Path:
@@ -22,20 +56,224 @@ def write_report(workdir: Path) -> Path:
     Raises UserError where the folder holds nothing of a run.
     """
     workdir = Path(workdir)
-    run = read_run(workdir)
-    for stage in run.stages.values():
-        path = workdir / "plots" / f"{stage.name}.png"
-        draw = reward_plot if stage.name == "rl" else training_plot
-        if draw(stage.metrics, stage.name, path):
-            stage.picture = Picture(path, f"Curves of {stage.name}")
-    blocks = contents(run)
-    _replace(workdir / "report.html", to_html(blocks, f"nanochat-jax: {run.name}"))
-    return _replace(workdir / "report.md", to_markdown(blocks, workdir))
+    if not any((workdir / name).exists() for name in ("config.json", "tokenizer", *MODEL_STAGES)):
+        raise UserError(f"{workdir} is not the folder of a run: there is no config.json and no stage in it")
+    problems: list[str] = []
+
+    def read(name: str, empty: Any, parse: Callable[[Path], Any] = _json, needed: bool = True) -> Any:
+        """What is in a file; `empty` and a sentence in `problems` where it is damaged, or missing though `needed`."""
+        try:
+            value = parse(workdir / name)
+            if isinstance(value, type(empty)):
+                return value
+            problems.append(f"{name}: damaged, it holds a {type(value).__name__}")
+        except FileNotFoundError:
+            if needed:
+                problems.append(f"{name}: missing")
+        except (ValueError, OSError, UserError) as error:
+            problems.append(f"{name}: damaged or unreadable ({error})")
+        return empty
+
+    def read_stage(name: str) -> Stage:
+        done = read(f"{name}/done.json", {}, needed=False)
+        metrics = read(f"{name}/metrics.jsonl", [], MetricsLog.read, needed=bool(done))
+        if not done:
+            steps = [record["step"] for record in metrics if "step" in record]
+            problems.append(f"{name}: not finished, last logged step {max(steps)}" if steps else f"{name}: not started")
+        # sft continued is measured in rl's eval.json, beside what it is compared with.
+        measured = bool(done) and name in MODEL_STAGES
+        samples = read(f"{name}/samples.md", "", lambda path: path.read_text(encoding="utf-8"), needed=bool(done))
+        return Stage(name, done, read(f"{name}/eval.json", {}, needed=measured), metrics, samples)
+
+    record = read("config.json", {})
+    tokenizer = read("tokenizer/eval.json", {})
+    tokenizer_done = read("tokenizer/done.json", {}, needed=False)
+    stages = [read_stage(name) for name in MODEL_STAGES]
+    control = [read_stage("sft_continued")] if (workdir / "sft_continued").is_dir() else []
+    pictures = {stage.name: f"plots/{stage.name}.png" for stage in stages}
+    drawn = [
+        pictures[stage.name] for stage in stages if plot(stage.metrics, stage.name, workdir / pictures[stage.name])
+    ]
+
+    title = f"nanochat-jax: {workdir.resolve().name}"
+    tokenizer_stage = Stage("tokenizer", tokenizer_done, {}, [], "")
+    sections = {
+        "Missing or damaged": bullets(problems),
+        "Results": _results(stages),
+        "Reinforcement learning against more fine-tuning": _comparison(dig(stages[-1].eval, "comparison")),
+        "Stages": _costs([tokenizer_stage, *stages, *control], dig(record, "config", "device_hour_cost") or 0),
+        "Curves": "\n\n".join(f"![Curves]({name})" for name in drawn),
+        "Model": _model(record),
+        "Tokenizer": _tokenizer(tokenizer),
+        "CORE tasks": "\n\n".join(_core(stage) for stage in stages if "core" in stage.eval),
+        "Samples": "\n\n".join(f"### {stage.name}\n\n{code(stage.samples)}" for stage in stages if stage.samples),
+        "Hardware and software": _environment(record, stages),
+        "Configuration": code(json.dumps(record["config"], indent=1)) if "config" in record else "",
+    }
+    parts = [f"# {plain(title)}", plain(_summary(stages))]
+    parts += [f"## {heading}\n\n{text}" for heading, text in sections.items() if text]
+    markdown = "\n\n".join(parts) + "\n"
+    (workdir / "report.md").write_text(markdown, encoding="utf-8")
+    (workdir / "report.html").write_text(to_html(markdown, workdir, title), encoding="utf-8")
+    return workdir / "report.md"
 
 
-def _replace(path: Path, text: str) -> Path:
-    """Writes the file whole or not at all."""
-    fresh = path.with_name(path.name + ".new")
-    fresh.write_text(text, encoding="utf-8")
-    os.replace(fresh, path)
-    return path
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _summary(stages: list[Stage]) -> str:
+    done = [stage for stage in stages if stage.done]
+    if not done:
+        return "No training stage of this run is finished."
+    last = done[-1].done
+    return (
+        f"{show(last.get('params'), si)} parameters; {', '.join(stage.name for stage in done)} finished in "
+        f"{duration(sum(stage.done.get('seconds', 0) for stage in done))} of training on {last.get('devices', '?')} x "
+        f"{last.get('device', 'unknown device')}."
+    )
+
+
+def _results(stages: list[Stage]) -> str:
+    places = {label: keys for label, (keys, _) in METRICS.items()} | {"bits per byte": ("bpb", "val")}
+    tasks = {name: ("tasks", name) for stage in stages for name in stage.eval.get("tasks", {})}
+    places |= {name.replace("_", " "): keys for name, keys in tasks.items() if keys not in places.values()}
+    rows = []
+    for label, keys in places.items():
+        found = [dig(stage.eval, *keys) for stage in stages]
+        counts = dict.fromkeys(show(dig(value, "n"), "{:,}") for value in found if dig(value, "n"))
+        rows.append((label, *map(_figure, found), " / ".join(counts) or "-"))
+    return "\n\n".join(
+        [
+            table((*HEADER, "n"), rows),
+            "Accuracies with their 95% interval in brackets; n: examples. '-': not measured at that stage. CORE and "
+            "ChatCORE are mean centred accuracies: 0 is chance, 1 is perfect; fewer bits per byte are better.",
+            "### For scale: karpathy/nanochat's $100 run",
+            table(HEADER, [(label, *reference.split()) for label, (_, reference) in METRICS.items()]),
+            "8 x H100, 3h51m, October 2025. Its best since: CORE 0.2626 after 1.65 h on the same machine.",
+        ]
+    )
+
+
+def _comparison(found: dict | None) -> str:
+    """Did reinforcement learning pay? sft, rl, and sft continued for rl's compute, on the same questions."""
+    if not found:
+        return ""
+    rows = [
+        (
+            name.replace("_", " "),
+            show(found.get(name), "{:.4f}"),
+            _difference(found.get(f"{name}_minus_sft")),
+            _difference(found.get(f"{name}_minus_sft_continued")),
+            show(found.get(f"{name}_flops"), "{:.3g}"),
+            "-" if name == "sft" else show(dig(found, "seconds", name), duration),
+        )
+        for name in ("sft", "rl", "sft_continued")
+    ]
+    header = ("model", "accuracy", "minus sft", "minus sft continued", "FLOPs after sft", "time after sft")
+    return (
+        f"{show(found.get('n'), '{:,}')} questions of {plain(str(found.get('task')))} held out from training, the same "
+        f"for all, answered greedily; differences are paired, with 95% intervals.\n\n{table(header, rows)}"
+    )
+
+
+def _costs(stages: list[Stage], price: float) -> str:
+    """What each stage took, and all of them; `price`: dollars of a device for an hour."""
+    rows = []
+    for stage in stages:
+        steps, tokens, flops, seconds = (stage.done.get(name) for name in ("steps", "tokens", "flops", "seconds"))
+        speed, mfu = (_median(stage.metrics, name) for name in ("tok_per_sec", "mfu"))
+        cost = price * stage.done.get("devices", 1) * seconds / 3600 if price and seconds else None
+        memory = stage.done.get("peak_memory_bytes")
+        name = stage.name if stage.done else f"{stage.name} (unfinished)"
+        rows.append((name, steps, tokens, flops, seconds, speed, mfu, memory, cost))
+    _, _, tokens, flops, seconds, *_, cost = (
+        sum(value for value in column if isinstance(value, int | float)) for column in zip(*rows, strict=True)
+    )
+    rows.append(("total", None, tokens, flops, seconds, None, None, None, cost or None))
+    forms = ("{:,}", si, "{:.3g}", duration, si, "{:.1%}", gib, "${:,.2f}")
+    return table(
+        ("stage", "steps", "tokens", "FLOPs", "wall time", "tokens/s", "MFU", "peak memory", "cost"),
+        [(name, *map(show, values, forms)) for name, *values in rows],
+    )
+
+
+def _median(records: list[dict], name: str) -> float | None:
+    values = [record[name] for record in records if record.get(name) is not None]
+    return statistics.median(values) if values else None
+
+
+def _model(record: dict) -> str:
+    """Sizes that follow from the configuration; nothing where this version cannot read it."""
+    try:
+        config = config_from_dict(record["config"], "config.json")
+        cfg = GPTConfig.from_depth(config.model, config.tokenizer.vocab_size)
+    except (KeyError, UserError):
+        return ""
+    facts = [
+        f"{cfg.n_layer} layers of width {cfg.n_embd}",
+        f"{cfg.n_head} query heads and {cfg.n_kv_head} key/value heads of width {cfg.head_dim}",
+        f"context {cfg.sequence_len} tokens, windows {config.model.window_pattern}, vocabulary {cfg.vocab_size:,}",
+        f"{flops_per_token(cfg):,} training FLOPs per token, {scaling_params(cfg):,} scaling parameters",
+    ]
+    rows = [(name.replace("_", " "), f"{count:,}") for name, count in count_params(cfg).items()]
+    return f"{bullets(facts)}\n\n{table(('parameters', 'number'), rows)}"
+
+
+def _tokenizer(figures: dict) -> str:
+    """Bytes per token on several kinds of text, beside other tokenizers."""
+    sizes = figures.get("vocab_size")
+    if not sizes:
+        return ""
+    header = ("bytes per token", *(f"{name}, {size:,} tokens" for name, size in sizes.items()))
+    found = figures.get("bytes_per_token", {})
+    rows = [(kind, *(show(row.get(name), "{:.2f}") for name in sizes)) for kind, row in found.items()]
+    absent = figures.get("not_compared")
+    return table(header, rows) + (f"\n\nNot compared with {plain(absent)}." if absent else "")
+
+
+def _core(stage: Stage) -> str:
+    accuracy, centred = (dig(stage.eval, "core", key) or {} for key in ("results", "centered_results"))
+    rows = [(task, _figure(value), _figure(centred.get(task))) for task, value in accuracy.items()]
+    return table((f"{stage.name}: task", "accuracy", "centred"), rows)
+
+
+def _environment(record: dict, stages: list[Stage]) -> str:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    devices = dict.fromkeys(f"{s.done.get('devices')} x {s.done.get('device')}" for s in stages if s.done)
+    files = record.get("data") or {}
+    facts = {
+        "devices": ", ".join(devices),
+        "this machine": f"{platform.platform()}, {os.cpu_count()} CPU cores, {gib(memory)} memory",
+        "started": record.get("started"),
+        "git": record.get("git"),
+        "command": " ".join(record.get("command", [])),
+        "versions": ", ".join(f"{name} {version}" for name, version in record.get("versions", {}).items()),
+        "data": files and f"{len(files)} files, {gib(sum(files.values()))}, {min(files)} to {max(files)}",
+    }
+    return bullets(f"{name}: {fact}" for name, fact in facts.items() if fact)
+
+
+def _figure(value: Any) -> str:
+    """'0.3561 [0.337, 0.376]' of a task's figures, '0.3561' of a number, '-' where there is none."""
+    interval = dig(value, "interval")
+    text = show(value if interval is None else value["accuracy"], "{:.4f}")
+    return text + (" [{:.3f}, {:.3f}]".format(*interval) if interval else "")
+
+
+def _difference(triple: list[float] | None) -> str:
+    return "{:+.4f} [{:+.3f}, {:+.3f}]".format(*triple) if triple else "-"
+
+
+def show(value: Any, form: str | Callable[[float], str]) -> str:
+    """A number as text, '-' where there is none."""
+    if not isinstance(value, int | float):
+        return "-"
+    return form.format(value) if isinstance(form, str) else form(value)
+
+
+def dig(value: Any, *keys: str) -> Any:
+    """value[key][key]..., None where that leads nowhere."""
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value

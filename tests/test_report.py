@@ -12,7 +12,7 @@ from nanochat_jax.config import Config, ModelConfig, TokenizerConfig, to_dict
 from nanochat_jax.errors import UserError
 from nanochat_jax.plots import smoothed
 from nanochat_jax.report import write_report
-from nanochat_jax.report_render import Bullets, Code, Heading, Paragraph, Table, to_html, to_markdown
+from nanochat_jax.report_page import bullets, code, plain, table, to_html
 
 CONFIG = dataclasses.replace(
     Config(),
@@ -117,11 +117,11 @@ def test_whole_run(run):
     assert row(text.split("For scale")[0], "MMLU") == ["-"] * 5
     assert row(text.split("For scale")[0], "ChatCORE") == ["-", "0.0731", "0.0731", "0.0731", "-"]
     assert row(text, "letter count")[-1] == "1,000"
-    assert row(text, "bits per byte, val") == ["1.6543", "1.7000", "-", "-", "-"]
+    assert row(text, "bits per byte") == ["1.6543", "1.7000", "-", "-", "-"]
     base = next(r for r in md_rows(text) if r[0] == "base")
     assert base == ["base", "100", "2M", "4e+12", "30m00s", "1k", "-", "-", "$3.00"]
     total = next(r for r in md_rows(text) if r[0] == "total")
-    assert total[1:5] == ["-", "8M", "1.6e+13", "2h00m"] and total[-1] == "$12.03"
+    assert total[1:5] == ["-", "8M", "1.6e+13", "2h00m"] and total[-1] == "$12.04"
     assert next(r for r in md_rows(text) if r[0] == "sft_continued")[1] == "7"
     for wanted in (
         "0.2219",
@@ -132,12 +132,12 @@ def test_whole_run(run):
         "run.py --x",
         "news",
         "3.21",
-        "vocab size: ours 300",
+        "ours, 300 tokens",
         "context 64",
     ):
         assert wanted in text
-    assert "The interval" not in text and "+0.1200 [+0.090, +0.150]: the interval excludes 0, a gain" in text
-    assert "includes 0, no clear difference" in text and "rl minus sft continued" not in text
+    rl = next(r for r in md_rows(text.split("against more fine-tuning")[1]) if r[0] == "rl")
+    assert rl == ["rl", "0.6200", "+0.1200 [+0.090, +0.150]", "-", "2e+13", "1m30s"]
 
 
 def test_pictures_are_there_and_embedded(run):
@@ -173,7 +173,7 @@ def test_partial_run_says_what_is_missing(run):
     text = write_report(run).read_text()
     missing = text.split("## Missing or damaged")[1].split("##")[0]
     assert "- mid: not started" in missing and "- rl: not started" in missing
-    assert "- sft: not finished, last logged step 100" in missing and "- base/samples.md: No such file" in missing
+    assert "- sft: not finished, last logged step 100" in missing and "- base/samples.md: missing" in missing
     assert any(r[0] == "sft (unfinished)" for r in md_rows(text)) and (run / "plots" / "sft.png").exists()
     assert "Reinforcement learning against" not in text
 
@@ -184,7 +184,7 @@ def test_damaged_files_are_named_and_the_rest_is_shown(run):
     (run / "mid" / "done.json").write_text("\x00\x01")
     (run / "tokenizer" / "eval.json").unlink()
     (run / "sft" / "metrics.jsonl").write_text('{"kind": "train", "step": 0, "loss": 3}\nxx\n{"kind": "train"}\n')
-    write_json(run / "rl" / "eval.json", {"tasks": [1], "bpb": 3, "chatcore": "high", "comparison": {"n": None}})
+    write_json(run / "rl" / "eval.json", {"bpb": 3, "comparison": {"n": None}})
     text = write_report(run).read_text()
     missing = text.split("## Missing or damaged")[1].split("##")[0]
     for name in ("config.json", "base/eval.json", "mid/done.json", "sft/metrics.jsonl", "tokenizer/eval.json"):
@@ -198,20 +198,13 @@ def test_a_folder_without_a_run_is_an_error(tmp_path):
         write_report(tmp_path)
 
 
-def test_rendering():
-    blocks = [
-        Heading("A *b*", 1),
-        Paragraph("x_y _z_ <i> `c` | d"),
-        Bullets(["one", "two"]),
-        Table(("k", "v"), [("a|b", "1")], numeric=False),
-        Code("a\n```\nb"),
-        Code("c", "more"),
-    ]
-    text = to_markdown(blocks, None)
-    assert "# A \\*b\\*" in text and "x_y \\_z\\_ \\<i> \\`c\\` \\| d" in text and "- one\n- two" in text
-    assert "| --- | --- |\n| a\\|b | 1 |" in text and "````\na\n```\nb\n````" in text
-    html = to_html(blocks, "t<")
-    assert "<title>t&lt;</title>" in html and "&lt;i&gt;" in html and "<details><summary>more</summary>" in html
+def test_rendering(tmp_path):
+    assert plain("x_y _z_ <i> `c` |\nd *b*") == "x_y \\_z\\_ \\<i> \\`c\\` \\| d \\*b\\*"
+    assert bullets(["one", "*two*"]) == "- one\n- \\*two\\*"
+    assert table(("k", "v"), [("a|b", "1")]) == "| k | v |\n| --- | --: |\n| a\\|b | 1 |"
+    assert code("a\n```\nb") == "````\na\n```\nb\n````"
+    html = to_html(f"<script>\n\n{code('</code><i>')}", tmp_path, "t<")
+    assert "<title>t&lt;</title>" in html and "<script>" not in html and "&lt;i&gt;" in html
 
 
 def test_smoothing_has_no_bias_at_the_start():
