@@ -30,7 +30,7 @@ lint: $(DEV)
 	$(PY) -m ruff check .
 
 bench: $(RUNTIME)
-	$(PY) -m bench.train_step $(ARGS)
+	$(PY) -m nanochat_jax bench train $(ARGS)
 
 $(PY):
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=..." if sys.version_info < (3, 11) else 0)'

@@ -182,6 +182,26 @@ class ConvertOptions(Options):
             raise UsageError("--model options: the shape of the model is that of the checkpoint; leave them out")
 
 
+@dataclass(frozen=True)
+class BenchOptions(Options):
+    """Options of `bench`."""
+
+    what: tyro.conf.Positional[Literal["train", "attention", "loader", "tokenizer", "decode"]] = tyro.MISSING
+    """The part to measure."""
+    json: Flag = False
+    """End stdout with one line of JSON that holds every figure."""
+    repeat: int = 10
+    """Repetitions that count, after warm-up."""
+    rows: tuple[int, ...] = ()
+    """Rows at once, each measured; unset: 16 on a GPU and 2 on a CPU (attention), 1 and 16 (decode)."""
+    impls: tuple[str, ...] = ()
+    """Implementations of attention to measure; unset: all that run here."""
+
+    def check(self) -> None:
+        if min((self.repeat, *self.rows)) < 1:
+            raise UsageError(f"--repeat {self.repeat} --rows {' '.join(map(str, self.rows))}: at least 1 is needed")
+
+
 Command = Callable[[Any, Path], None]
 
 
@@ -245,7 +265,7 @@ def guarded(action: Callable[[], None]) -> int:
 def run_command(prog: str, kind: type[Options], command: Command, argv: Sequence[str]) -> None:
     """Parses `argv` into `kind` on top of the experiment or the run it names, and calls `command(options, workdir)`."""
     training = issubclass(kind, TrainOptions)
-    config, workdir, origin = _defaults(argv, starts_run=training or command in (download, convert))
+    config, workdir, origin = _defaults(argv, starts_run=training or command in (download, convert, bench))
     about = f"{command.__doc__}\n\nDefaults shown are those of {origin}."
     options = parse(kind, config, argv, prog, about)
     options.check()
@@ -407,6 +427,16 @@ def convert(options: ConvertOptions, workdir: Path) -> None:
     from_nanochat(options.config, workdir, checkpoint, log, options.step, tokenizer, options.stage)
 
 
+def bench(options: BenchOptions, workdir: Path) -> None:
+    """Measure one part on this machine; tables on stderr."""
+    from nanochat_jax.bench import Settings, measured
+
+    settings = Settings(options.repeat, options.rows, options.impls)
+    figures = measured(options.what, options.config, settings, log)
+    if options.json:
+        print(json.dumps(figures), flush=True)
+
+
 def _defaults(argv: Sequence[str], starts_run: bool) -> tuple[Config, Path, str]:
     """(configuration before the options, folder of the run, where the configuration is from)."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
@@ -498,4 +528,5 @@ COMMANDS: dict[str, tuple[type[Options], Command]] = {
     "serve": (ServeOptions, serve),
     "report": (Options, report),
     "convert": (ConvertOptions, convert),
+    "bench": (BenchOptions, bench),
 }

@@ -1,0 +1,34 @@
+"""Measurements of single parts on this machine: `python -m nanochat_jax bench train|attention|loader|tokenizer|decode`.
+
+Each part is a module with `figures(config, settings, log)`, a dict for JSON whose rates follow from the times beside
+them. What compares this program with another, or runs many measurements in a row, is in bench/ beside the package.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from nanochat_jax.bench.measure import environment, table
+from nanochat_jax.config import Config
+
+
+class Settings(NamedTuple):
+    """How to measure."""
+
+    repeat: int = 10
+    """Repetitions that count."""
+    rows: tuple[int, ...] = ()
+    """Rows at once, each measured; empty: as the part has it."""
+    impls: tuple[str, ...] = ()
+    """Implementations of attention; empty: all that run here."""
+
+
+def measured(what: str, config: Config, settings: Settings, log: Callable[[str], None]) -> dict[str, Any]:
+    """The figures of a part, and where and with what they were measured; shows them as tables on stderr."""
+    part = importlib.import_module(f"nanochat_jax.bench.{what}")
+    figures = {"bench": what, **part.figures(config, settings, log)}
+    print(table(figures), file=sys.stderr, flush=True)
+    return figures | {"environment": environment()}

@@ -1,0 +1,110 @@
+"""How a time is taken: warm-up, repetitions, median and spread; and what it was taken on."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+SAMPLE_SECONDS = 0.01
+"""Calls that take less are timed several at once, so that neither the clock nor the dispatch is what is measured."""
+
+
+class Timing(NamedTuple):
+    """Seconds of one call."""
+
+    median: float
+    p10: float
+    p90: float
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> Timing:
+        """The median of samples, and the samples that a tenth of them lie below and above."""
+        rising = sorted(samples)
+        last = len(rising) - 1
+        return cls(statistics.median(rising), rising[round(0.1 * last)], rising[round(0.9 * last)])
+
+    def ms(self) -> dict[str, float]:
+        """In milliseconds, for JSON."""
+        return {f"{name}_ms": 1000 * value for name, value in self._asdict().items()}
+
+
+def timed(action: Callable[[], Any], repeat: int, warmup: int = 2) -> Timing:
+    """Time of `action` until the arrays it returns are there, after `warmup` calls that do not count."""
+    for _ in range(warmup):
+        jax.block_until_ready(action())
+    calls = max(1, round(SAMPLE_SECONDS / seconds_of(action)))
+
+    def several() -> Any:
+        for _ in range(calls - 1):
+            action()
+        return action()
+
+    return Timing.of([seconds_of(several) / calls for _ in range(repeat)])
+
+
+def seconds_of(action: Callable[[], Any]) -> float:
+    """Seconds of one call, until the arrays it returns are there."""
+    start = time.perf_counter()
+    jax.block_until_ready(action())
+    return time.perf_counter() - start
+
+
+def environment() -> dict[str, Any]:
+    """Date, hardware and versions."""
+    devices = jax.devices()
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": devices[0].device_kind,
+        "devices": len(devices),
+        "runtime": devices[0].client.platform_version.splitlines()[0],
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "versions": {"python": platform.python_version()}
+        | {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")},
+    }
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.processor())
+
+
+def table(figures: dict[str, Any]) -> str:
+    """Figures as Markdown: a line for each value, a table for each list of records."""
+    lines, tables = [], []
+    for name, value in figures.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            tables.append(f"\n{name}:\n\n" + columns(value))
+        elif isinstance(value, dict):
+            lines.append(f"- {name}: " + ", ".join(f"{key} {shown(inner)}" for key, inner in value.items()))
+        else:
+            lines.append(f"- {name}: {shown(value)}")
+    return "\n".join(lines + tables)
+
+
+def columns(records: Sequence[dict[str, Any]]) -> str:
+    """Records as a Markdown table; what a record lacks stays empty."""
+    names = list(dict.fromkeys(name for record in records for name in record))
+    cells = [[shown(record.get(name, "")) for name in names] for record in records]
+    widths = [max(map(len, column)) for column in zip(names, *cells, strict=True)]
+    rows = [names, ["-" * width for width in widths], *cells]
+    return "\n".join(
+        "| " + " | ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    )
+
+
+def shown(value: Any) -> str:
+    """A value for people: four digits of a float, thousands of a whole number apart."""
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
