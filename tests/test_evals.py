@@ -104,7 +104,7 @@ def letters_task(n):
     rows = [
         multiple_choice("x" * (i % 7) + str(i), "ABC"[: 2 + i % 2], "pqr"[: 2 + i % 2], "AB"[i % 2]) for i in range(n)
     ]
-    return Task("letters", "categorical", rows, lambda row: row, is_letter, baseline=0.4)
+    return Task("letters", "categorical", rows, lambda row: row, is_letter)
 
 
 def sums_task(n):

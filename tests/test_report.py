@@ -63,7 +63,7 @@ def run(tmp_path):
     core = {"core_metric": 0.2219, "results": {"hellaswag": 0.4}, "centered_results": {"hellaswag": 0.2}, "n": 10}
     write_stage(root, "base", train + val, {"bpb": {"val": 1.6543}, "core": core, "tasks": {}, "chatcore": None})
     accuracy = {"accuracy": 0.3561, "n": 2376, "interval": [0.337, 0.376]}
-    chat = {"tasks": {"arc_easy": accuracy, "letter_count": accuracy | {"n": 1000}}, "chatcore": 0.0731}
+    chat = {"tasks": {"arc_easy": accuracy, "spelling_bee": accuracy | {"n": 1000}}, "chatcore": 0.0731}
     write_stage(root, "mid", train, {"bpb": {"val": 1.7}, **chat})
     write_stage(root, "sft", [*train, {"kind": "val", "step": 100, "loss": 1.0}], chat)
     write_json(root / "sft_continued" / "done.json", {"steps": 7, "seconds": 36.0})
@@ -116,7 +116,7 @@ def test_whole_run(run):
     assert row(text.split("For scale")[0], "ARC-Easy") == ["-", interval, interval, interval, "2,376"]
     assert row(text.split("For scale")[0], "MMLU") == ["-"] * 5
     assert row(text.split("For scale")[0], "ChatCORE") == ["-", "0.0731", "0.0731", "0.0731", "-"]
-    assert row(text, "letter count")[-1] == "1,000"
+    assert row(text, "spelling bee")[-1] == "1,000"
     assert row(text, "bits per byte") == ["1.6543", "1.7000", "-", "-", "-"]
     base = next(r for r in md_rows(text) if r[0] == "base")
     assert base == ["base", "100", "2M", "4e+12", "30m00s", "1k", "-", "-", "$3.00"]

@@ -12,9 +12,9 @@ import hashlib
 import os
 import tempfile
 import time
+import tomllib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
-from itertools import chain
 from pathlib import Path
 
 import tiktoken
@@ -25,7 +25,6 @@ from nanochat_jax.data.files import write_json
 from nanochat_jax.data.shards import read_texts
 from nanochat_jax.distributed import barrier, is_leader, leaders
 from nanochat_jax.run import finished
-from nanochat_jax.stages.sample_texts import SAMPLE_TEXTS
 from nanochat_jax.tokenizer import Tokenizer
 
 VALIDATION_CHARS = 1_000_000
@@ -111,7 +110,8 @@ def evaluate(tokenizer: Tokenizer, validation_file: Path, log: Callable[[str], N
         log(f"tokenizer: not compared with {figures['not_compared']}")
     validation = "\n".join(CutTexts(read_texts([validation_file]), VALIDATION_CHARS, VALIDATION_CHARS))
     table = {}
-    for kind, text in chain(SAMPLE_TEXTS.items(), [("validation shard", validation)]):
+    texts = tomllib.loads(Path(__file__).with_name("sample_texts.toml").read_text(encoding="utf-8"))
+    for kind, text in (texts | {"validation shard": validation}).items():
         table[kind] = {name: len(text.encode()) / len(encode(text)) for name, encode in encoders.items()}
         log(f"tokenizer: {kind}: " + ", ".join(f"{name} {value:.2f}" for name, value in table[kind].items()))
     return figures | {"bytes_per_token": table}

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from nanochat_jax.config import DataConfig
+from nanochat_jax.data.conversations import read_jsonl
 from nanochat_jax.errors import UserError
 from nanochat_jax.tasks import arc, arithmetic, choice, gsm8k, humaneval, identity, mmlu, multistep, smoltalk, spelling
 from nanochat_jax.tasks.task import Task
@@ -19,7 +20,6 @@ __all__ = ["LOADERS", "Mixture", "Task", "load"]
 LOADERS: dict[str, Callable[[str, DataConfig, int], Task]] = {
     "arithmetic": lambda split, data, seed: arithmetic.load(split, seed),
     "multistep": lambda split, data, seed: multistep.load(split, seed),
-    "letter_count": lambda split, data, seed: spelling.load("letter_count", split, seed),
     "simple_spelling": lambda split, data, seed: spelling.load("simple_spelling", split, seed),
     "spelling_bee": lambda split, data, seed: spelling.load("spelling_bee", split, seed),
     "choice": lambda split, data, seed: choice.load(split, seed),
@@ -58,7 +58,7 @@ class Mixture(Sequence[dict]):
         self.index: list[tuple[int, int]] = []
         for spec in specs:
             name, rows, epochs = parse(spec)
-            source = read_file(name) if name.endswith(".jsonl") else load(name, split, data, seed)
+            source = read_jsonl(Path(name)) if name.endswith(".jsonl") else load(name, split, data, seed)
             count = len(source) if rows is None else min(rows, len(source))
             self.index += [(len(self.sources), row) for row in range(count)] * epochs
             self.sources.append(source)
@@ -88,9 +88,3 @@ def parse(spec: str) -> tuple[str, int | None, int]:
         raise UserError(f"mixture entry {spec!r} is not NAME[:ROWS][*EPOCHS] or FILE.jsonl[:ROWS][*EPOCHS]")
     name, rows, epochs = match.groups()
     return name, None if rows is None else int(rows), 1 if epochs is None else int(epochs)
-
-
-def read_file(name: str) -> Sequence[dict]:
-    from nanochat_jax.data.conversations import read_jsonl
-
-    return read_jsonl(Path(name))

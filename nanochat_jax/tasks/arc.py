@@ -13,7 +13,7 @@ def load(name: str, config: str, split: str, data: DataConfig) -> Task:
     """config: ARC-Easy or ARC-Challenge."""
     one_of(name, split, SPLITS)
     rows = load_rows(data, "allenai/ai2_arc", config, "validation" if split == "val" else split, COLUMNS)
-    return Task(name, "categorical", rows, conversation, is_letter, baseline=0.25)
+    return Task(name, "categorical", rows, conversation, is_letter)
 
 
 def conversation(row: dict) -> dict:

@@ -27,7 +27,7 @@ def load(split: str, seed: int) -> Task:
     """Rows made when asked for."""
     one_of("choice", split, SPLITS)
     rows = range(TRAIN_ROWS if split == "train" else EVAL_ROWS)
-    return Task("choice", "categorical", rows, lambda row: conversation(split, seed, row), is_letter, baseline=0.25)
+    return Task("choice", "categorical", rows, lambda row: conversation(split, seed, row), is_letter)
 
 
 def conversation(split: str, seed: int, row: int) -> dict:

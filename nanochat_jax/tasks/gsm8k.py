@@ -6,8 +6,7 @@ import re
 
 from nanochat_jax.config import DataConfig
 from nanochat_jax.tasks.hub import load_rows
-from nanochat_jax.tasks.spelling import FINAL_ANSWER, is_final_answer
-from nanochat_jax.tasks.task import SPLITS, Task, dialogue, one_of
+from nanochat_jax.tasks.task import FINAL_ANSWER, SPLITS, Task, dialogue, is_final_answer, one_of
 
 HELD_OUT = 400
 """Rows at the end of the shuffled training split that only validation sees; a tenth of it where that is less."""

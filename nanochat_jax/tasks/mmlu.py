@@ -17,7 +17,7 @@ def load(split: str, data: DataConfig) -> Task:
     """The benchmark: splits val and test, nothing to train on."""
     one_of("mmlu", split, ("val", "test"))
     rows = load_rows(data, REPO, "all", "validation" if split == "val" else split, COLUMNS)
-    return Task("mmlu", "categorical", rows, conversation, is_letter, baseline=0.25)
+    return Task("mmlu", "categorical", rows, conversation, is_letter)
 
 
 def load_auxiliary(split: str, data: DataConfig) -> Task:
@@ -26,7 +26,7 @@ def load_auxiliary(split: str, data: DataConfig) -> Task:
     flat = not data.mirror or (Path(data.mirror).expanduser() / REPO / "all" / "auxiliary_train.parquet").is_file()
     config, name = ("all", "auxiliary_train") if flat else ("auxiliary_train", "train")
     rows = load_rows(data, REPO, config, name, COLUMNS)
-    return Task("mmlu_aux", "categorical", rows, conversation, is_letter, baseline=0.25)
+    return Task("mmlu_aux", "categorical", rows, conversation, is_letter)
 
 
 def conversation(row: dict) -> dict:

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import random
 
-from nanochat_jax.tasks.spelling import is_final_answer
-from nanochat_jax.tasks.task import SPLITS, Task, dialogue, one_of, row_rng, split_of
+from nanochat_jax.tasks.task import SPLITS, Task, dialogue, is_final_answer, one_of, row_rng, split_of
 
 ROWS = {"train": 100_000, "val": 1_000, "test": 1_000}
 STEPS = (2, 3, 4, 5)
@@ -30,13 +29,11 @@ DOUBLES = ("Then the number doubles.",)
 def load(split: str, seed: int) -> Task:
     """The stories of one split, made row by row from fixed seeds."""
     one_of("multistep", split, SPLITS)
-    return Task(
-        "multistep",
-        "generative",
-        range(ROWS[split]),
-        lambda row: conversation(split, row_rng("multistep", split, seed, row)),
-        is_final_answer,
-    )
+
+    def make(row: int) -> dict:
+        return conversation(split, row_rng("multistep", split, seed, row))
+
+    return Task("multistep", "generative", range(ROWS[split]), make, is_final_answer)
 
 
 def conversation(split: str, rng: random.Random) -> dict:

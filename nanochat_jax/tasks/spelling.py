@@ -1,18 +1,15 @@
 """Spelling words and counting their letters: what a model that sees tokens instead of letters has to learn.
 
-`simple_spelling` spells a word. `letter_count` spells it with a running count of one letter, short enough for a tiny
-model.
-`spelling_bee` counts by hand, letter by letter, and then checks itself with the tool. Row i is made when asked for; the
-words of train, val and test are disjoint.
+`simple_spelling` spells a word. `spelling_bee` counts by hand, letter by letter, and then checks itself with the tool.
+Row i is made when asked for; the words of train, val and test are disjoint.
 """
 
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Callable
 
-from nanochat_jax.tasks.task import SPLITS, Task, dialogue, is_number, one_of, row_rng
+from nanochat_jax.tasks.task import SPLITS, Task, dialogue, is_final_answer, one_of, row_rng
 from nanochat_jax.tasks.words import word_list
 
 TRAIN_ROWS = 200_000
@@ -45,13 +42,11 @@ COUNT_WORDINGS = (
     "Can you count the {letter} in {word}?",
     "Do you know how many {letter} are in {word}?",
 )
-SHORT_WORDINGS = COUNT_WORDINGS[:2]
 QUOTES = ("{}", "{}", "'{}'", '"{}"')
-FINAL_ANSWER = re.compile(r"#### (-?[0-9.,]+)")
 
 
 def load(name: str, split: str, seed: int) -> Task:
-    """One of the three spelling tasks."""
+    """One of the two spelling tasks."""
     one_of(name, split, SPLITS)
     words = list(word_list(split))
     row_rng(name, split, seed, "order").shuffle(words)
@@ -62,11 +57,6 @@ def load(name: str, split: str, seed: int) -> Task:
         return builder(words[row % len(words)], row_rng(name, split, seed, row))
 
     return Task(name, "generative", range(TRAIN_ROWS if split == "train" else EVAL_ROWS), make, grader)
-
-
-def pick_letter(word: str, rng: random.Random) -> str:
-    """A letter of the word, or now and then any letter, so that the answer can be 0."""
-    return rng.choice(word if rng.random() < 0.9 else "abcdefghijklmnopqrstuvwxyz")
 
 
 def simple_spelling(word: str, rng: random.Random) -> dict:
@@ -80,18 +70,10 @@ def is_spelling(conversation: dict, completion: str) -> bool:
     return completion.partition(":")[2].split() == reference.partition(":")[2].split()
 
 
-def letter_count(word: str, rng: random.Random) -> dict:
-    """`e` in `wheel` -> `w h e1 e2 l. The answer is 2.`"""
-    letter = pick_letter(word, rng)
-    spelled = " ".join(c if c != letter else f"{c}{word[: i + 1].count(c)}" for i, c in enumerate(word))
-    count = str(word.count(letter))
-    question = rng.choice(SHORT_WORDINGS).format(letter=letter, word=word)
-    return dialogue(question, f"{spelled}. The answer is {count}.", answer=count)
-
-
 def spelling_bee(word: str, rng: random.Random) -> dict:
     """Spell, count by hand, check with the tool, end with `#### n`."""
-    letter = pick_letter(word, rng)
+    # Now and then any letter, so that the answer can be 0.
+    letter = rng.choice(word if rng.random() < 0.9 else "abcdefghijklmnopqrstuvwxyz")
     question = rng.choice(COUNT_WORDINGS).format(
         letter=rng.choice(QUOTES).format(letter), word=rng.choice(QUOTES).format(word)
     )
@@ -114,14 +96,7 @@ def spelling_bee(word: str, rng: random.Random) -> dict:
     return dialogue(question, parts, answer=str(seen))
 
 
-def is_final_answer(conversation: dict, completion: str) -> bool:
-    """Grader of answers with `#### n` (GSM8K's rule): the first such number, commas removed, compared as a string."""
-    match = FINAL_ANSWER.search(completion)
-    return match is not None and match.group(1).replace(",", "") == conversation["answer"]
-
-
 TASKS: dict[str, tuple[Callable[[str, random.Random], dict], Callable[[dict, str], bool]]] = {
     "simple_spelling": (simple_spelling, is_spelling),
-    "letter_count": (letter_count, is_number),
     "spelling_bee": (spelling_bee, is_final_answer),
 }

@@ -20,6 +20,7 @@ EVAL_SEED = 42
 """Seed of the rows of val and test, whatever the run's seed, so that runs are compared on the same questions."""
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+FINAL_ANSWER = re.compile(r"#### (-?[0-9.,]+)")
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,8 @@ class Task:
     rows: Sequence[Any]
     make: Callable[[Any], dict]
     """Row -> {"messages": [...]}, with "letters" in categorical tasks and what the grader needs besides."""
-    grader: Callable[[dict, str], bool]
+    grade: Callable[[dict, str], bool]
     """Conversation and completion text (special tokens by name, without assistant_end) -> right or wrong."""
-    baseline: float = 0.0
-    """Accuracy of guessing, 0 to 1."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -43,13 +42,9 @@ class Task:
     def __getitem__(self, index: int) -> dict:
         return self.make(self.rows[index])
 
-    def grade(self, conversation: dict, completion: str) -> bool:
-        """Whether the completion is right."""
-        return self.grader(conversation, completion)
-
     def reward(self, conversation: dict, completion: str) -> float:
         """The reward of reinforcement learning: 1 if right, else 0."""
-        return float(self.grader(conversation, completion))
+        return float(self.grade(conversation, completion))
 
 
 def split_of(key: str) -> str:
@@ -90,16 +85,16 @@ def is_letter(conversation: dict, completion: str) -> bool:
     return completion.strip() == conversation["messages"][-1]["content"]
 
 
-def final_number(completion: str) -> str | None:
-    """The last number of a completion, after the last tool output where there is one; commas removed."""
-    numbers = NUMBER.findall(completion.rpartition("<|output_end|>")[2])
-    return numbers[-1].replace(",", "") if numbers else None
-
-
 def is_number(conversation: dict, completion: str) -> bool:
-    """Grader of tasks whose conversation holds the right number under "answer"."""
-    number = final_number(completion)
-    return number is not None and float(number) == float(conversation["answer"])
+    """Grader of numbers: the last one of a completion, after the last tool output where there is one, is "answer"."""
+    numbers = NUMBER.findall(completion.rpartition("<|output_end|>")[2])
+    return bool(numbers) and float(numbers[-1].replace(",", "")) == float(conversation["answer"])
+
+
+def is_final_answer(conversation: dict, completion: str) -> bool:
+    """Grader of answers with `#### n` (GSM8K's rule): the first such number, commas removed, compared as a string."""
+    match = FINAL_ANSWER.search(completion)
+    return match is not None and match.group(1).replace(",", "") == conversation["answer"]
 
 
 def ungraded(conversation: dict, completion: str) -> bool:
