@@ -95,7 +95,7 @@ def run(options: argparse.Namespace, train_arguments: list[str]) -> dict[str, An
     try:
         import numpy as np
         import torch
-        from nanochat import checkpoint_manager, dataset, gpt, loss_eval, optim
+        from nanochat import dataset, gpt, loss_eval, optim
     except ImportError as error:
         sys.exit(f"{sys.executable} lacks what nanochat needs ({error}); see the top of {Path(__file__).name}")
     for module, name in ((dataset, "DATA_DIR"), (gpt, "GPT"), (loss_eval, "evaluate_bpb"), (optim, "MuonAdamW")):
@@ -122,8 +122,7 @@ def run(options: argparse.Namespace, train_arguments: list[str]) -> dict[str, An
     def init_and_save(model: Any) -> None:
         torch.manual_seed(options.seed)
         init_weights(model)
-        meta = {"step": 0, "model_config": dataclasses.asdict(model.config)}
-        checkpoint_manager.save_checkpoint(str(folder), 0, model.state_dict(), None, meta)
+        save_initial(model, folder)
 
     def forward_and_note(model: Any, idx: Any, targets: Any = None, *args: Any, **kwargs: Any) -> Any:
         result = forward(model, idx, targets, *args, **kwargs)
@@ -167,6 +166,14 @@ def run(options: argparse.Namespace, train_arguments: list[str]) -> dict[str, An
     }
     (options.out / "reference.json").write_text(json.dumps(summary, indent=1))
     return {"bpb": bpb, "last_loss": summary["losses"][-1], "seconds": summary["seconds"]}
+
+
+def save_initial(model: Any, folder: Path | str) -> None:
+    """The weights of step 0 as a checkpoint of nanochat."""
+    from nanochat import checkpoint_manager
+
+    meta = {"step": 0, "model_config": dataclasses.asdict(model.config)}
+    checkpoint_manager.save_checkpoint(str(folder), 0, model.state_dict(), None, meta)
 
 
 def run_script(name: str, arguments: list[str]) -> dict[str, Any]:

@@ -1,0 +1,68 @@
+"""This project's side of compare_nanochat.py: its training step on the same weights and tokens, in turns."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import jax
+import numpy as np
+from turns import Turns
+
+from nanochat_jax import cli, convert
+from nanochat_jax.bench.measure import environment
+from nanochat_jax.bench.train import prepared
+from nanochat_jax.config import Config
+from nanochat_jax.metrics import peak_memory_bytes
+from nanochat_jax.sharding import put_batch
+from nanochat_jax.train import born_params, train_step, with_optimizer
+
+
+def main() -> None:
+    """Trains as the file named by the first argument says; what follows are options of the command line."""
+    spec, words = json.loads(Path(sys.argv[1]).read_text()), sys.argv[2:]
+    turns = Turns(peak_memory_bytes)
+    with turns.uncounted():
+        found = convert.open_checkpoint(Path(spec["checkpoint"]), 0)
+        config = configured(spec, convert.model_config(found), words)
+    cfg, mesh, schedule, microbatches, rows = prepared(config, cli.log)
+    params = born_params(cfg, mesh, config.seed)
+    with turns.uncounted():
+        params = convert.converted(found, cfg)
+    state = with_optimizer(cfg, mesh, params)
+    tokens = np.load(spec["batches"], mmap_mode="r")
+    turns.facts = {"architecture": asdict(cfg)} | environment()
+    step = 0
+    with jax.set_mesh(mesh):
+        while True:
+            batch = tokens[step % len(tokens)].reshape(microbatches, rows, -1)
+            batch = put_batch({"inputs": batch[..., :-1], "targets": batch[..., 1:]}, mesh, leading=1)
+            state, metrics = train_step(state, batch, schedule.hyper(step), cfg=cfg)
+            turns.step_done(float(metrics["loss"]))
+            step += 1
+
+
+def configured(spec: dict, model: object, words: list[str]) -> Config:
+    """The configuration of the reference's recipe with this model, batch and horizon, and the options."""
+    config = cli.load_experiment(cli.EXPERIMENTS / "nanochat_july.py")
+    batch = spec["batch"]
+    config = replace(
+        config,
+        model=model,
+        tokenizer=replace(config.tokenizer, vocab_size=spec["vocab_size"]),
+        base=replace(
+            config.base,
+            num_iterations=spec["steps"],
+            device_batch_size=batch,
+            total_batch_size=batch * model.sequence_len,
+            target_param_data_ratio=12.0,
+        ),
+        compute_dtype=spec["dtype"],
+    )
+    return cli.parse(cli.Options, config, words, "compare_nanochat.py --", "").config
+
+
+if __name__ == "__main__":
+    sys.exit(cli.guarded(main))

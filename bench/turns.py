@@ -1,0 +1,101 @@
+"""Two programs that train in turns: what a child says after its steps, and how a parent asks for more.
+
+A child does one step unasked and says {"seconds": [...], "losses": [...], "peak_bytes", "uncounted_seconds", "facts"} as
+a line of JSON; then, for each line with a number N that it reads, N more steps and the same of those; it stops at the end of
+its input. Between turns it waits, so that the other has the machine. Standard library only: the child of the reference
+has an environment of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+
+class Turns:
+    """The child's side. Whatever else it prints goes to stderr."""
+
+    def __init__(self, peak_bytes: Callable[[], int]) -> None:
+        self.facts: dict[str, Any] = {}
+        self._peak_bytes = peak_bytes
+        self._replies = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)
+        self._left, self._seconds, self._losses = 1, [], []
+        self._uncounted = 0.0
+        self._clock = time.perf_counter()
+
+    @contextlib.contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Around what only the comparison needs, before the first step."""
+        start = time.perf_counter()
+        yield
+        self._uncounted += time.perf_counter() - start
+
+    def step_done(self, loss: float) -> None:
+        """After each step; returns when the next one may begin. SystemExit where no more are wanted."""
+        self._seconds.append(time.perf_counter() - self._clock)
+        self._losses.append(loss)
+        self._left -= 1
+        if not self._left:
+            report = {
+                "seconds": self._seconds,
+                "losses": self._losses,
+                "peak_bytes": self._peak_bytes(),
+                "uncounted_seconds": self._uncounted,
+                "facts": self.facts,
+            }
+            print(json.dumps(report), file=self._replies, flush=True)
+            self._left, self._seconds, self._losses = int(sys.stdin.readline() or sys.exit()), [], []
+        self._clock = time.perf_counter()
+
+
+class Child:
+    """The parent's side of one child, started at once."""
+
+    def __init__(self, name: str, command: Sequence[str | Path], folder: Path, environment: dict[str, str]) -> None:
+        """`folder`: its working directory, where it writes `log`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.name, self._log = name, folder / "log"
+        self._started = time.perf_counter()
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                list(map(str, command)),
+                cwd=folder,
+                env=environment,
+                text=True,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+            )
+
+    def first(self) -> dict[str, Any]:
+        """Its first step, with "first_step_seconds" from the start of the process, what is not counted taken off."""
+        report = self._reply()
+        return report | {"first_step_seconds": time.perf_counter() - self._started - report["uncounted_seconds"]}
+
+    def steps(self, count: int) -> dict[str, Any]:
+        """`count` more steps."""
+        with contextlib.suppress(BrokenPipeError):
+            print(count, file=self._process.stdin, flush=True)
+        return self._reply()
+
+    def end(self) -> None:
+        """Lets it stop."""
+        self._process.kill()
+        self._process.communicate()
+
+    def _reply(self) -> dict[str, Any]:
+        """Exits with one line where there is none."""
+        line = self._process.stdout.readline()
+        if not line:
+            said = self._log.read_text(errors="replace").split("\n")
+            last = next((text for text in reversed(said) if text.strip()), "it said nothing")
+            sys.exit(f"error: {self.name} ended with status {self._process.wait()}: {last.strip()}")
+        return json.loads(line)
