@@ -1,4 +1,4 @@
-"""Runs a command in namespaces of its own: what bubblewrap does, with system calls, for machines that lack it.
+"""Runs a command in namespaces of its own: what bubblewrap does, with system calls.
 
 Started as a script by sandbox.py, `python -I -S sandbox_launcher.py TMP_BYTES PATHS -- COMMAND...`, never imported,
 so that the forking happens in a small process with one thread. Standard library only. The command sees PATHS (joined
