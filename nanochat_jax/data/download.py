@@ -8,40 +8,37 @@ network. Task sets are not fetched here: `datasets` keeps its own cache.
 
 from __future__ import annotations
 
-import email.utils
 import fcntl
 import hashlib
 import os
 import re
 import shutil
-import sys
-import threading
+import tempfile
 import time
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import requests
+from werkzeug.http import parse_date
 
 from nanochat_jax.config import Config, DataConfig
-from nanochat_jax.data.files import write_json
-from nanochat_jax.data.shards import MANIFEST, Shard, manifest, shard_files
+from nanochat_jax.data.shards import Shard, shard_files
 from nanochat_jax.distributed import leader_first
 from nanochat_jax.errors import UserError
-
-__all__ = ["download", "ensure_shards", "fetch", "fetch_eval_bundle", "prepare_shards", "shard_files"]
 
 Log = Callable[[str], None]
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 WORKERS = 8
+RETRIES = 5
 TIMEOUT = (10, 60)  # seconds to connect, and between two pieces of the body
 LONGEST_WAIT = 600  # seconds
 SHARD_BYTES = 110_000_000  # a rough upper estimate, to see a full disk before it is full
-BUNDLE_LIMIT = 4 * 2**30  # bytes unpacked; the real one has less than one
 
 
 @dataclass(frozen=True)
@@ -65,12 +62,7 @@ SETS = {
 }
 
 
-def to_stderr(line: str) -> None:
-    """The log for those who have none."""
-    print(line, file=sys.stderr, flush=True)
-
-
-def download(config: Config, log: Log = to_stderr) -> None:
+def download(config: Config, log: Log) -> None:
     """The `download` command: the shards, and the CORE bundle where the run measures CORE. UserError on failure."""
     train, validation = prepare_shards(config.data, log)
     log(f"{len(train)} training shards and {validation.name} for validation in {validation.parent}")
@@ -78,9 +70,7 @@ def download(config: Config, log: Log = to_stderr) -> None:
         log(f"CORE bundle in {fetch_eval_bundle(config.data, log)}")
 
 
-def prepare_shards(
-    config: DataConfig, log: Log = to_stderr, recorded: Sequence[str] | None = None
-) -> tuple[list[Path], Path]:
+def prepare_shards(config: DataConfig, log: Log, recorded: Sequence[str] | None = None) -> tuple[list[Path], Path]:
     """Training files and validation file of this run.
 
     Of a published set the first `num_shards` and its last. Of another folder those that the run `recorded` when it was
@@ -95,7 +85,7 @@ def prepare_shards(
     return shard_files(folder, recorded)
 
 
-def ensure_shards(config: DataConfig, log: Log = to_stderr) -> Path:
+def ensure_shards(config: DataConfig, log: Log) -> Path:
     """The folder of parquet files; downloads what is missing of a published set, validation shard first."""
     if config.dir is not None:
         return Path(config.dir).expanduser()
@@ -107,11 +97,7 @@ def ensure_shards(config: DataConfig, log: Log = to_stderr) -> Path:
             f"--data.num-shards {config.num_shards}: {config.source} has 1 to {shards.last} training shards"
         )
     folder = Path(config.cache).expanduser() / config.source
-    names = {shards.name(i) for i in range(config.num_shards)}
-    if not names <= set(manifest(folder)):
-        training = sorted(names.union(manifest(folder)[:-1]))
-        record = {"repository": shards.repository, "training": training, "validation": shards.name(shards.last)}
-        write_json(folder / MANIFEST, record)
+    folder.mkdir(parents=True, exist_ok=True)
     missing = [i for i in (shards.last, *range(config.num_shards)) if not (folder / shards.name(i)).exists()]
     if not missing:
         return folder
@@ -122,35 +108,20 @@ def ensure_shards(config: DataConfig, log: Log = to_stderr) -> Path:
             "make room, lower --data.num-shards or set --data.cache"
         )
     log(f"downloading {len(missing)} shards of {shards.repository} to {folder}")
-    _fetch_shards(shards, missing, folder, log)
-    return folder
-
-
-def _fetch_shards(shards: ShardSet, indices: list[int], folder: Path, log: Log) -> None:
-    stop = threading.Event()
 
     def fetch_one(index: int) -> Path:
         path = folder / shards.name(index)
-        fetch(shards.url(index), path, check=Shard, stop=stop, log=log)
+        fetch(shards.url(index), path, log, check=Shard)
         return path
 
-    def report(path: Path, done: int) -> None:
-        log(f"{path.name}  {path.stat().st_size / 1e6:.1f} MB  {done}/{len(indices)}")
-
-    report(fetch_one(indices[0]), 1)
+    fetch_one(missing[0])
     with ThreadPoolExecutor(WORKERS) as pool:
-        jobs = [pool.submit(fetch_one, index) for index in indices[1:]]
-        try:
-            for done, job in enumerate(as_completed(jobs), start=2):
-                report(job.result(), done)
-        except BaseException:
-            # The first failure, or Ctrl-C, must not wait for gigabytes under way; what is there stays as .part.
-            stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        for done, path in enumerate(pool.map(fetch_one, missing), start=1):
+            log(f"{path.name}  {path.stat().st_size / 1e6:.1f} MB  {done}/{len(missing)}")
+    return folder
 
 
-def fetch_eval_bundle(config: DataConfig, log: Log = to_stderr) -> Path:
+def fetch_eval_bundle(config: DataConfig, log: Log) -> Path:
     """The folder with `core.yaml`: the one configured, or the published bundle, downloaded and unpacked once."""
     return leader_first("bundle", lambda: _eval_bundle(config, log))
 
@@ -170,78 +141,40 @@ def _eval_bundle(config: DataConfig, log: Log) -> Path:
     url = os.environ.get("EVAL_BUNDLE_URL", BUNDLE_URL)
     log(f"downloading {url}")
     archive = cache / "eval_bundle.zip"
-    fetch(url, archive, log=log)
-    _check_zip(archive)
-    fresh = cache / f"eval_bundle.{os.getpid()}.part"
-    shutil.rmtree(fresh, ignore_errors=True)
-    with zipfile.ZipFile(archive) as bundle:
-        bundle.extractall(fresh)
-    found = next(fresh.glob("**/core.yaml"), None)
-    if found is None:
-        shutil.rmtree(fresh)
-        raise UserError(f"{archive} has no core.yaml; delete it and see what {url} gives")
-    os.replace(found.parent, folder)
-    shutil.rmtree(fresh, ignore_errors=True)
+    fetch(url, archive, log)
+    with tempfile.TemporaryDirectory(dir=cache) as fresh:
+        try:
+            with zipfile.ZipFile(archive) as bundle:
+                bundle.extractall(f"{fresh}/bundle")  # checks every file, and lets none lead out of the folder
+            os.replace(next(Path(fresh).glob("**/core.yaml")).parent, folder)
+        except (zipfile.BadZipFile, zlib.error, StopIteration):
+            archive.unlink()
+            raise UserError(
+                f"{archive} is damaged, or holds no core.yaml; it was deleted: see what {url} gives and run again, or "
+                "set --data.eval-bundle"
+            ) from None
     archive.unlink()
     return folder
 
 
-def _check_zip(path: Path) -> None:
-    """Deletes an archive that is damaged, would write outside its folder, or is far too large, and raises UserError."""
-    try:
-        with zipfile.ZipFile(path) as bundle:
-            members = bundle.infolist()
-            damaged = bundle.testzip()
-        fault = damaged and f"is damaged at {damaged}"
-    except zipfile.BadZipFile as error:
-        members, fault = [], f"is not a zip archive ({error})"
-    for member in members:
-        # The upper half of external_attr is the Unix mode; 0xA000 marks a symbolic link.
-        link = (member.external_attr >> 16) & 0xF000 == 0xA000
-        if link or member.filename.startswith(("/", "\\")) or ".." in Path(member.filename).parts:
-            fault = f"holds {member.filename!r}, which leads out of its folder"
-    if sum(member.file_size for member in members) > BUNDLE_LIMIT:
-        fault = f"would unpack to more than {BUNDLE_LIMIT / 2**30:.0f} GiB"
-    if fault:
-        path.unlink()
-        raise UserError(f"{path} {fault}; it was deleted: run again, or set --data.eval-bundle")
-
-
-class _Again(Exception):
-    """An attempt failed in a way that may pass. `wait` is what the server asked for, seconds."""
-
-    def __init__(self, reason: str, wait: float | None = None) -> None:
-        super().__init__(reason)
-        self.wait = wait
-
-
-class _Damaged(_Again):
+class _Damaged(requests.RequestException):
     """What is there so far is of no use."""
 
 
 def fetch(
-    url: str,
-    path: Path,
-    sha256: str | None = None,
-    retries: int = 5,
-    *,
-    backoff: float = 1.0,
-    check: Callable[[Path], object] | None = None,
-    stop: threading.Event | None = None,
-    log: Log = to_stderr,
+    url: str, path: Path, log: Log, *, backoff: float = 1.0, check: Callable[[Path], object] | None = None
 ) -> None:
     """Downloads `url` to `path` unless it is there, going on from an earlier break.
 
-    Network errors and the statuses 408, 429 and 5xx are tried again `retries` times, after `backoff` seconds doubled
-    each time or what Retry-After asks for. A damaged file (by its size, by `sha256` or the hash that Hugging Face
-    tells, or by `check` raising UserError) is thrown away and counts as a failed attempt. Raises UserError when it
-    gives up, for any other status, and when `stop` is set.
+    Network errors and the statuses 408, 429 and 5xx are tried again RETRIES times, after `backoff` seconds doubled
+    each time or what Retry-After asks for. A damaged file (by its size, by the hash that Hugging Face tells, or by
+    `check` raising UserError) is thrown away and counts as a failed attempt. Raises UserError when it gives up, and
+    for any other status.
     """
     if path.exists():
         return
     if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
         raise UserError(f"{path} is not there and HF_HUB_OFFLINE forbids to download it; unset it or copy the file")
-    stop = stop or threading.Event()
     part = path.with_name(f"{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -249,53 +182,52 @@ def fetch(
             fcntl.flock(file, fcntl.LOCK_EX)
             if path.exists():  # another process had the lock, and finished
                 return
-            for attempt in range(retries + 1):
+            for attempt in range(RETRIES + 1):
                 try:
-                    expected = _receive(url, file, stop)
-                    _inspect(part, sha256 or expected, check)
+                    sha256 = _receive(url, file)
+                    _inspect(part, sha256, check)
                     break
-                except (_Again, requests.RequestException) as error:
+                except requests.RequestException as error:
                     if isinstance(error, _Damaged):
                         file.truncate(0)
-                    if attempt == retries:
+                    if attempt == RETRIES:
                         raise UserError(
-                            f"could not download {url} in {retries + 1} attempts: {error}; run again to go on"
+                            f"could not download {url} in {RETRIES + 1} attempts: {error}; run again to go on"
                         ) from error
-                    wait = min(getattr(error, "wait", None) or backoff * 2**attempt, LONGEST_WAIT)
+                    wait = min(max(0.0, _retry_after(error.response) or backoff * 2**attempt), LONGEST_WAIT)
                     log(f"{path.name}: {error}; trying again in {wait:.0f} s")
-                    stop.wait(wait)
+                    time.sleep(wait)
             os.fsync(file.fileno())
             os.replace(part, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; make room or set --data.cache") from error
 
 
-def _receive(url: str, file: BinaryIO, stop: threading.Event) -> str | None:
+def _receive(url: str, file: BinaryIO) -> str | None:
     """Asks once for what `file`, open for appending, does not hold yet. Returns the whole file's sha256 where told.
 
-    Raises _Again, _Damaged, requests.RequestException or UserError.
+    Raises requests.RequestException or UserError.
     """
     have = os.fstat(file.fileno()).st_size
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
-        status, total = response.status_code, _total_size(response)
+        status = response.status_code
         if status in (408, 429) or status >= 500:
-            raise _Again(f"status {status} {response.reason}", _retry_after(response))
-        if status == 206 and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+            raise requests.RequestException(f"status {status} {response.reason}", response=response)
+        if status not in (200, 206) and not (status == 416 and have):
+            raise UserError(f"{url} answers {status} {response.reason}")
+        place, _, total = response.headers.get("Content-Range", "").partition("/")
+        if status == 206 and not place.startswith(f"bytes {have}-"):
             raise _Damaged("the server resumed at another place")
         if status == 200:
             file.truncate(0)  # the server does not resume
-        elif status != 206 and not (status == 416 and have):
-            raise UserError(f"{url} answers {status} {response.reason}")
         if status != 416:  # 416: nothing is left to send
             for chunk in response.iter_content(2**16):  # what a break loses at most
-                if stop.is_set():
-                    raise UserError(f"{url}: stopped")
                 file.write(chunk)
             file.flush()
         size = os.fstat(file.fileno()).st_size
-        if total is not None and size != total:
-            raise (_Damaged if size > total else _Again)(f"{size} of {total} bytes came")
+        if total.isdigit() and size != int(total):  # a body that is too short has raised already
+            raise _Damaged(f"{size} of {total} bytes are there")
         tags = [answer.headers.get("X-Linked-ETag", "").strip('"') for answer in [*response.history, response]]
     return next((tag for tag in tags if re.fullmatch(r"[0-9a-f]{64}", tag)), None)
 
@@ -313,20 +245,10 @@ def _inspect(part: Path, sha256: str | None, check: Callable[[Path], object] | N
             raise _Damaged(str(error)) from error
 
 
-def _total_size(response: requests.Response) -> int | None:
-    """Bytes of the whole file, where the server says."""
-    size = response.headers.get("Content-Range", "").rpartition("/")[2]
-    if not size and response.status_code == 200:
-        size = response.headers.get("Content-Length", "")
-    return int(size) if size.isdigit() else None
-
-
-def _retry_after(response: requests.Response) -> float | None:
-    """Seconds to wait: the header gives them as a number or as a date."""
-    value = response.headers.get("Retry-After", "")
+def _retry_after(response: requests.Response | None) -> float | None:
+    """Seconds to wait, where the server asks for it: the header gives them as a number or as a date."""
+    value = "" if response is None else response.headers.get("Retry-After", "")
     if value.isdigit():
         return float(value)
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
-        return None
+    date = parse_date(value)
+    return date and date.timestamp() - time.time()

@@ -1,12 +1,10 @@
 """Folders of parquet files with a `text` column: which files there are, and their documents.
 
-The last file by name is the validation shard. A folder that was downloaded also holds `shards.json`, the manifest that
-names its files, so that one that is not there yet is missed and one that does not belong is left alone.
+The last file by name is the validation shard.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -14,8 +12,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat_jax.errors import UserError
-
-MANIFEST = "shards.json"
 
 
 class Shard:
@@ -55,14 +51,14 @@ class Shard:
 def shard_files(folder: Path | str, names: Sequence[str] | None = None) -> tuple[list[Path], Path]:
     """The training files in order, and the validation file, which is the last.
 
-    Files are those of `names`; else those of the folder's manifest; else all that are there, by name. Raises UserError
-    for a missing folder or file, fewer than two files, and a file that is damaged or without `text`.
+    Files are those of `names`, else all that are there, by name. Raises UserError for a missing folder or file, fewer
+    than two files, and a file that is damaged or without `text`.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"no folder {folder}; --data.dir must name a folder of parquet files")
     if names is None:
-        names = manifest(folder) or sorted(path.name for path in folder.glob("*.parquet"))
+        names = sorted(path.name for path in folder.glob("*.parquet"))
     if len(names) < 2:
         raise UserError(
             f"{folder} holds {len(names)} parquet files; at least 2 are needed: the last by name is for validation"
@@ -76,20 +72,6 @@ def shard_files(folder: Path | str, names: Sequence[str] | None = None) -> tuple
     for path in files:
         Shard(path)
     return files[:-1], files[-1]
-
-
-def manifest(folder: Path) -> list[str]:
-    """Names of the files of a downloaded set, the validation file last; empty where the folder is no such set."""
-    path = folder / MANIFEST
-    if not path.exists():
-        return []
-    try:
-        written = json.loads(path.read_text(encoding="utf-8"))
-        if "training" not in written:
-            return []  # of an earlier version, which named the validation file alone
-        return [*written["training"], written["validation"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}): delete it and run the download command again") from None
 
 
 def read_texts(files: Sequence[Path]) -> Iterator[str]:
