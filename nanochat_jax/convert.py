@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,7 +30,7 @@ from nanochat_jax.errors import UserError
 from nanochat_jax.model import count_params, param_shapes
 from nanochat_jax.sharding import path_of
 from nanochat_jax.tokenizer import FILE_NAME, SPECIALS, Tokenizer
-from nanochat_jax.torch_file import Tensor, read_state_dict
+from nanochat_jax.torch_file import read_state_dict
 from nanochat_jax.unpickle import unpickle
 
 STAGE_OF = {
@@ -58,12 +58,12 @@ FIRST = {"rope_base": 10_000.0, "qk_scale": 1.0} | dict.fromkeys(("value_embeds"
 
 @dataclass(frozen=True)
 class NanochatCheckpoint:
-    """One checkpoint of nanochat, its tensors not yet read."""
+    """One checkpoint of nanochat."""
 
     path: Path
     step: int
     meta: dict[str, Any]
-    tensors: dict[str, Tensor]
+    tensors: dict[str, np.ndarray]
 
     @property
     def sizes(self) -> dict[str, Any]:
@@ -141,12 +141,9 @@ def open_checkpoint(folder: Path, step: int | None) -> NanochatCheckpoint:
             raise ValueError(f"{min(unknown)} in model_config is not known")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{meta_path} is no description of a nanochat model ({error})") from None
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in read_state_dict(steps[step]).items():
-        name = name.removeprefix("_orig_mod.")  # left by torch.compile
-        if name in tensors:
-            raise UserError(f"{steps[step]} has {name} twice, with and without the prefix _orig_mod.")
-        tensors[name] = tensor
+    tensors = read_state_dict(steps[step])
+    # torch.compile leaves a prefix.
+    tensors = {name.removeprefix("_orig_mod."): tensor for name, tensor in tensors.items()}
     return NanochatCheckpoint(steps[step], step, meta, tensors)
 
 
@@ -156,26 +153,22 @@ def model_config(found: NanochatCheckpoint) -> ModelConfig:
     newer = sorted(name for name in found.tensors if not re.fullmatch(FIRST_KEYS, name))
     first = not newer and not pattern.upper().strip("L")
     if not first and not any(name in found.tensors for name in SINCE_MARCH):
-        gates = [f"{n} of shape {found.tensors[n].shape}" for n in newer if n.endswith("ve_gate.weight")][:1]
-        shown = [*[n for n in newer if "ve_gate" not in n][:3], *gates] or [f"window_pattern {pattern}"]
         raise UserError(
             f"{found.path} is neither of nanochat's first release (October 2025) nor of March 2026 or later: it has "
-            f"{', '.join(shown)}, but no {SINCE_MARCH[0]}; versions between differ in windows, gates and scales "
-            "that the file does not show; only the nanochat that trained it runs it"
+            f"{_some(newer) if newer else f'window_pattern {pattern}'}, but no {SINCE_MARCH[0]}; versions between "
+            "differ in windows, gates and scales that the file does not show; only the nanochat that trained it runs it"
         )
     head_dim, left = divmod(sizes["n_embd"], sizes["n_head"])
-    user = found.meta.get("user_config")
-    # The aspect ratio is not stored in all versions; the width it gives is rounded up to whole heads.
-    ratios = (user.get("aspect_ratio") if isinstance(user, dict) else None, 64, sizes["n_embd"] // sizes["n_layer"])
-    fits = [r for r in ratios if type(r) is int and -(-sizes["n_layer"] * r // head_dim) == sizes["n_head"]]
-    if left or not fits:
+    # Not stored in all versions; any that gives this width, rounded up to whole heads, gives this model.
+    aspect_ratio = sizes["n_embd"] // sizes["n_layer"]
+    if left or -(-sizes["n_layer"] * aspect_ratio // head_dim) != sizes["n_head"]:
         raise UserError(
             f"{found.path}: width {sizes['n_embd']} in {sizes['n_head']} heads and {sizes['n_layer']} layers is not "
             "layers x an aspect ratio, rounded up to whole heads, as this program sizes its models"
         )
     return ModelConfig(
         depth=sizes["n_layer"],
-        aspect_ratio=fits[0],
+        aspect_ratio=aspect_ratio,
         head_dim=head_dim,
         n_kv_head=None if sizes["n_kv_head"] == sizes["n_head"] else sizes["n_kv_head"],
         sequence_len=sizes["sequence_len"],
@@ -198,19 +191,16 @@ def converted(found: NanochatCheckpoint, cfg: GPTConfig) -> dict[str, Any]:
 
     def one(key_path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
         path = path_of(key_path)
-        tensor = found.tensors[names[path]]
+        values = found.tensors.pop(names[path])  # so that no tensor is in memory twice
         shape = leaf.shape[::-1] if path.endswith("kernel") else leaf.shape
         vocabulary = path.endswith("embedding") or path.startswith("lm_head")
         # The first release did not pad the vocabulary.
-        if tensor.shape != shape and not (vocabulary and tensor.shape == (cfg.vocab_size, *shape[1:])):
-            raise UserError(f"{found.path}: {names[path]} has shape {tensor.shape}, the model of its meta file {shape}")
-        if tensor.dtype.kind != "f" and tensor.dtype != ml_dtypes.bfloat16:
-            raise UserError(f"{found.path}: {names[path]} is of type {tensor.dtype}, not floating point")
-        values = tensor.read()
+        if values.shape != shape and not (vocabulary and values.shape == (cfg.vocab_size, *shape[1:])):
+            raise UserError(f"{found.path}: {names[path]} has shape {values.shape}, the model of its meta file {shape}")
         if not (path.endswith("embedding") and values.dtype == ml_dtypes.bfloat16):
             values = values.astype(np.float32, copy=False)
-        if tensor.shape != shape:
-            values = np.pad(values, [(0, shape[0] - tensor.shape[0]), (0, 0)])
+        if values.shape != shape:
+            values = np.pad(values, [(0, shape[0] - values.shape[0]), (0, 0)])
         return np.ascontiguousarray(values.T) if path.endswith("kernel") else values
 
     return jax.tree_util.tree_map_with_path(one, shapes)
@@ -243,21 +233,14 @@ def read_tokenizer(path: Path) -> Tokenizer:
     if not isinstance(fields, dict):
         raise UserError(f"{path} does not hold the vocabulary of a tiktoken.Encoding")
     try:
-        ranks, specials = (_in_order(fields[name]) for name in ("mergeable_ranks", "special_tokens"))
-        if [rank for _, rank in ranks + specials] != list(range(len(ranks) + len(specials))):
+        ranks, specials = fields["mergeable_ranks"], fields["special_tokens"]
+        if sorted(ranks.values()) + sorted(specials.values()) != list(range(len(ranks) + len(specials))):
             raise ValueError("the ids are not the ranks from 0 on, then the special tokens, without a gap")
-        if absent := [name for name in SPECIALS if name not in dict(specials)]:
+        if absent := [name for name in SPECIALS if name not in specials]:
             raise ValueError(f"the special token {absent[0]} is missing")
-        tokens = [token for token, _ in ranks]
-        if any(type(token) is not bytes for token in tokens) or not {bytes([i]) for i in range(256)} <= set(tokens):
-            raise ValueError("the ranks are not byte strings, all 256 single bytes among them")
-        return Tokenizer(tokens, fields["pat_str"], [name for name, _ in specials])
+        return Tokenizer(sorted(ranks, key=ranks.get), fields["pat_str"], sorted(specials, key=specials.get))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} is not a tokenizer of nanochat ({error})") from None
-
-
-def _in_order(ids: Mapping[Any, int]) -> list[tuple[Any, int]]:
-    return sorted(ids.items(), key=lambda item: item[1])
 
 
 def _some(names: list[str]) -> str:

@@ -34,8 +34,6 @@ def unpickle(
             return known[wanted]
 
         def persistent_load(self, pid: Any) -> Any:
-            if persistent is None:
-                raise ValueError("it has a persistent id")
             return persistent(pid)
 
     try:
