@@ -40,10 +40,12 @@ def quantize(x: jax.Array, dtype: jnp.dtype) -> Scaled:
     return (x.astype(jnp.float32) * scale).astype(dtype), 1 / scale
 
 
-def product(a: Scaled, b: Scaled, contract: tuple[int, int], dtype: jnp.dtype) -> jax.Array:
+def product(
+    a: Scaled, b: Scaled, contract: tuple[int, int], dtype: jnp.dtype, precision: jax.lax.Precision | None = None
+) -> jax.Array:
     """The product of two matrices over dimension contract[0] of `a` and contract[1] of `b`, in `dtype`."""
     operands = (values.astype(dtype) * unscale.astype(dtype) for values, unscale in (a, b))
-    return jax.lax.dot_general(*operands, (((contract[0],), (contract[1],)), ((), ())))
+    return jax.lax.dot_general(*operands, (((contract[0],), (contract[1],)), ((), ())), precision)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -58,15 +60,16 @@ def matmul(x: jax.Array, kernel_KN: jax.Array, path: str) -> jax.Array:
 def _forward(x: jax.Array, kernel_KN: jax.Array, path: str) -> tuple[jax.Array, tuple[Scaled, Scaled]]:
     x_MK = quantize(x.reshape(-1, x.shape[-1]), E4M3)
     values_KN, unscale = quantize(kernel_KN, E4M3)
-    w_KN = gathered(values_KN, path), unscale  # one byte a weight goes over `fsdp`
+    w_KN = gathered(values_KN, path), unscale  # rounded before it goes over `fsdp`
     return product(x_MK, w_KN, (1, 0), x.dtype).reshape(*x.shape[:-1], -1), (x_MK, w_KN)
 
 
 def _backward(path: str, saved: tuple[Scaled, Scaled], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
     x_MK, w_KN = saved
     g_MN = quantize(grad.reshape(-1, grad.shape[-1]), E5M2)
-    dx = product(g_MN, w_KN, (1, 1), grad.dtype).reshape(*grad.shape[:-1], -1)
-    dw_KN = product(x_MK, g_MN, (0, 0), grad.dtype)
+    exact = jax.lax.Precision.HIGHEST  # cuBLAS else sums in less than float32, good enough for the forward pass only
+    dx = product(g_MN, w_KN, (1, 1), grad.dtype, exact).reshape(*grad.shape[:-1], -1)
+    dw_KN = product(x_MK, g_MN, (0, 0), grad.dtype, exact)
     return dx, shard(dw_KN.astype(jnp.float32), *match(path, PARAM_SPECS))
 
 

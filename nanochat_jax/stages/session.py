@@ -25,6 +25,7 @@ from nanochat_jax.data.files import write_json
 from nanochat_jax.data.pretrain import merge_states
 from nanochat_jax.distributed import barrier, gather_json, is_leader, leaders
 from nanochat_jax.errors import UserError
+from nanochat_jax.fp8 import precision
 from nanochat_jax.memory import train_rows, with_loss_chunk
 from nanochat_jax.metrics import MetricsLog, Pace, banner, peak_memory_bytes
 from nanochat_jax.model import count_params, flops_per_token
@@ -114,7 +115,7 @@ class Session:
             self.name,
             devices=f"{self.mesh.size} x {self.mesh.devices.flat[0].device_kind}",
             mesh=", ".join(f"{axis}={size}" for axis, size in self.mesh.shape.items()),
-            precision=self.cfg.compute_dtype,
+            precision=precision(self.cfg, self.mesh.devices.flat[0]),
             attention=self.cfg.attention,
             parameters=counts["total"],
             steps=schedule.steps,
@@ -241,6 +242,7 @@ def open_session(
     cfg = gpt_config(config, tokenizer.vocab_size)
     mesh = make_mesh(config.mesh)
     check_mesh(mesh, cfg)
+    precision(cfg, mesh.devices.flat[0])  # a device that cannot is an error before anything is compiled
     record_used(workdir, cfg, tokenizer, force)
     folder = workdir / name
     folder.mkdir(parents=True, exist_ok=True)
