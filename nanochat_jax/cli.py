@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from nanochat_jax import distributed, run
-from nanochat_jax.config import Config, check_ranges, to_dict
+from nanochat_jax.config import Config, check_ranges
 from nanochat_jax.errors import UserError
 from nanochat_jax.stopping import Interrupted, ending_at_once, said
 
@@ -82,7 +82,7 @@ class SharedOptions(Options):
             return
         log(f"process {member.index} of {member.count}: meeting at {member.host}:{member.port}")
         log(distributed.initialize(member, workdir))
-        made_of = json.dumps(to_dict(self.config), sort_keys=True)
+        made_of = json.dumps(dataclasses.asdict(self.config), sort_keys=True)
         if len(set(distributed.gather_json(made_of))) > 1:
             raise UserError("the processes were started with different options: give all of them the same")
 

@@ -6,7 +6,6 @@ fields (`--base.num-iterations 100`). Nothing here reads files, looks at devices
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -90,9 +89,9 @@ class StageConfig:
     """What all training stages share. Rates are those of width 768 and a batch of 2^19 tokens."""
 
     num_iterations: int | None = None
-    """Optimizer steps; unset: from the horizon (base), one epoch (mid, sft)."""
+    """Optimizer steps; unset: from the horizon (base), one epoch (mid, sft, rl)."""
     device_batch_size: int | Literal["auto"] = 32
-    """Rows per data shard in one microbatch; auto: as many as fit in the device's memory."""
+    """Rows (rl: samples) per data shard in one microbatch; auto: as many as fit in the device's memory."""
     warmup_steps: int = 40
     """Steps of linear learning-rate warm-up."""
     warmdown_ratio: float = 0.65
@@ -110,7 +109,7 @@ class StageConfig:
     scalar_lr: float = 0.5
     """AdamW rate of the x0 lambdas; residual lambdas take a hundredth of it."""
     weight_decay: float = 0.0
-    """Muon weight decay before scaling by batch and horizon."""
+    """Muon weight decay; that of base is of the reference batch and horizon, and scaled to this run's."""
     momentum_start: float = 0.85
     """Muon momentum at step 0."""
     momentum_peak: float = 0.95
@@ -120,7 +119,7 @@ class StageConfig:
     momentum_warmup: int = 300
     """Steps over which the Muon momentum rises from start to peak."""
     eval_every: int = 250
-    """Steps between validations; 0: only at the end."""
+    """Steps between validations (rl: pass@k); 0: only at the end."""
     save_every: int = 1000
     """Steps between checkpoints; 0: only at the end."""
     keep: int = 2
@@ -142,13 +141,9 @@ class BaseConfig(StageConfig):
     eval_tokens: int = 80 * 2**19
     """Tokens of validation text per validation, at most."""
     weight_decay: float = 0.28
-    """Muon weight decay at the reference batch and horizon, scaled to this run's."""
     momentum_peak: float = 0.97
-    """Muon momentum after its warm-up."""
     momentum_end: float = 0.90
-    """Muon momentum at the last step, reached linearly over the warm-down."""
     momentum_warmup: int = 400
-    """Steps over which the Muon momentum rises from start to peak."""
     target_param_data_ratio: float = 12.0
     """Training tokens per scaling parameter (block matrices and output head)."""
     target_flops: float | None = None
@@ -172,7 +167,6 @@ class FinetuneConfig(StageConfig):
     val_rows: int = 256
     """Conversations held out of the mixture for validation, at most a tenth of it."""
     warmup_steps: int = 0
-    """Steps of linear learning-rate warm-up."""
 
 
 @dataclass(frozen=True)
@@ -199,28 +193,16 @@ class RLConfig(StageConfig):
     """Samples per held-out question."""
     control: bool = False
     """Also continue sft for the compute that rl used, as a comparison in the report."""
-    num_iterations: int | None = None
-    """Optimizer steps; unset: one epoch of questions."""
     device_batch_size: int | Literal["auto"] = 8
-    """Samples per data shard in one microbatch; auto: as many as fit in the device's memory."""
     warmup_steps: int = 0
-    """Steps of linear learning-rate warm-up."""
     warmdown_ratio: float = 1.0
-    """Share of the steps over which the learning rate falls linearly, at the end."""
     init_lr_frac: float = 0.05
-    """Factor on all learning rates."""
     final_lr_frac: float = 0.0
-    """Factor on the learning rate at the last step."""
     embedding_lr: float = 0.2
-    """AdamW rate of the token embedding; value embeddings take half of it."""
     unembedding_lr: float = 0.004
-    """AdamW rate of the output head."""
     momentum_start: float = 0.95
-    """Muon momentum at step 0."""
     eval_every: int = 60
-    """Steps between pass@k evaluations; 0: only at the end."""
     save_every: int = 60
-    """Steps between checkpoints; 0: only at the end."""
 
 
 @dataclass(frozen=True)
@@ -407,8 +389,3 @@ def check_ranges(config: Config) -> None:
         raise UserError(f"--loss-chunk {config.loss_chunk}: auto, or at least 0 is needed")
     if config.device_memory_gb is not None and not config.device_memory_gb > 0:
         raise UserError(f"--device-memory-gb {config.device_memory_gb}: more than 0 is needed")
-
-
-def to_dict(config: object) -> dict:
-    """A plain nested dict of a config, for config.json."""
-    return dataclasses.asdict(config)

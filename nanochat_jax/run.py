@@ -20,7 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanochat_jax.config import MODEL_STAGES, STAGES, Config, DataConfig, GPTConfig, to_dict
+from nanochat_jax.config import MODEL_STAGES, STAGES, Config, DataConfig, GPTConfig
 from nanochat_jax.data.files import write_json
 from nanochat_jax.distributed import is_leader
 from nanochat_jax.errors import UserError
@@ -61,12 +61,12 @@ def open_run(config: Config, workdir: Path, *, force: bool = False, log: Callabl
     except OSError as error:
         raise UserError(f"--workdir {workdir}: cannot be made a folder ({error.strerror}); name another") from None
     environment = _environment()
-    record = {"config": to_dict(config), "data": None} | environment
+    record = {"config": dataclasses.asdict(config), "data": None} | environment
     if (workdir / "config.json").exists():
         old = _read_record(workdir)
         begun = {stage for stage in STAGES if _begun(workdir, stage)}
         # Fields that are newer than the run have had their default in it.
-        both = to_dict(read_config(workdir)), record["config"]
+        both = dataclasses.asdict(read_config(workdir)), record["config"]
         before, now = (_fixed(json.loads(json.dumps(fields)), begun) for fields in both)
         _refuse(workdir, before, now, force, log)
         record = old | {"config": record["config"], "later_starts": [*old.get("later_starts", []), environment]}
@@ -125,7 +125,7 @@ def read_config(workdir: Path) -> Config:
 
 
 def config_from_dict(fields: dict[str, Any], where: str) -> Config:
-    """The inverse of `to_dict`; absent fields keep their default. UserError names an unknown one and `where`."""
+    """The inverse of `asdict`; absent fields keep their default. UserError names an unknown one and `where`."""
 
     def build(kind: type, values: dict[str, Any], prefix: str) -> Any:
         defaults = {field.name: getattr(kind(), field.name) for field in dataclasses.fields(kind)}

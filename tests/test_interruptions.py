@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 
 import jax
@@ -24,7 +24,7 @@ from nanochat_jax.checkpoint import Checkpointer, steps
 from nanochat_jax.config import Config
 from nanochat_jax.errors import UserError
 from nanochat_jax.optim import Schedule
-from nanochat_jax.run import _fixed, load_model, to_dict
+from nanochat_jax.run import _fixed, load_model
 from nanochat_jax.stages import pretrain, rl
 from nanochat_jax.stages.session import Session
 
@@ -224,7 +224,7 @@ FREE |= {
 def test_every_value_is_either_fixed_or_free():
     """A new field is fixed once its stage has begun, unless it is named here: mesh, microbatch, paths, measuring."""
     config = Config()
-    fixed = _fixed(to_dict(config), {"tokenizer", "base", "mid", "sft", "rl"})
+    fixed = _fixed(asdict(config), {"tokenizer", "base", "mid", "sft", "rl"})
     for field in fields(config):
         value = getattr(config, field.name)
         inner = {f"{field.name}.{part.name}" for part in fields(value)} if is_dataclass(value) else {field.name}

@@ -1,7 +1,7 @@
 """Memory: what is kept for the backward pass, what a compiled step needs, and the microbatch that is chosen."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import jax
@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from nanochat_jax import memory, run
 from nanochat_jax.cli import TrainOptions, UsageError, parse
-from nanochat_jax.config import BaseConfig, Config, GPTConfig, ModelConfig, check_ranges, to_dict
+from nanochat_jax.config import BaseConfig, Config, GPTConfig, ModelConfig, check_ranges
 from nanochat_jax.errors import UserError
 from nanochat_jax.memory import device_limit, largest_that_fits, program_bytes, train_bytes, train_rows
 from nanochat_jax.model import GPT, empty_cache, init_params, token_losses
@@ -274,7 +274,7 @@ def test_options_reach_the_configuration_and_come_back():
     )
     assert (config.remat, config.loss_chunk, config.device_memory_gb) == (True, 128, 12.0)
     check_ranges(config)
-    assert run.config_from_dict(json.loads(json.dumps(to_dict(config))), "test") == config
+    assert run.config_from_dict(json.loads(json.dumps(asdict(config))), "test") == config
     assert run.gpt_config(config, 512).remat
     with pytest.raises(UsageError):
         parse(TrainOptions, Config(), ["--base.device-batch-size", "most"], "test", "")
@@ -295,4 +295,4 @@ def test_values_without_meaning_are_errors(change, words):
 
 def test_memory_may_change_when_a_run_goes_on():
     changed = auto(remat=True, loss_chunk=8, device_memory_gb=3.0)
-    assert run._fixed(to_dict(Config()), {"base", "rl"}) == run._fixed(to_dict(changed), {"base", "rl"})
+    assert run._fixed(asdict(Config()), {"base", "rl"}) == run._fixed(asdict(changed), {"base", "rl"})

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from nanochat_jax.config import Config, ModelConfig, TokenizerConfig, to_dict
+from nanochat_jax.config import Config, ModelConfig, TokenizerConfig
 from nanochat_jax.errors import UserError
 from nanochat_jax.plots import smoothed
 from nanochat_jax.report import write_report
@@ -52,7 +52,12 @@ def run(tmp_path):
     root = tmp_path / "tiny_run"
     write_json(
         root / "config.json",
-        {"config": to_dict(CONFIG), "versions": {"jax": "0.10.2"}, "git": "abc123", "command": ["run.py", "--x"]},
+        {
+            "config": dataclasses.asdict(CONFIG),
+            "versions": {"jax": "0.10.2"},
+            "git": "abc123",
+            "command": ["run.py", "--x"],
+        },
     )
     write_json(root / "tokenizer" / "done.json", {"seconds": 12.0})
     write_json(
