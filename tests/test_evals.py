@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanochat_jax.config import GPTConfig, ModelConfig
+from nanochat_jax.config import EvalConfig, GPTConfig, ModelConfig
 from nanochat_jax.errors import UserError
 from nanochat_jax.evals import core
 from nanochat_jax.evals.bpb import bits_per_byte
-from nanochat_jax.evals.chat import chatcore, evaluate_task, paired_interval
+from nanochat_jax.evals.chat import chatcore, evaluate_task
 from nanochat_jax.evals.core import evaluate_core
-from nanochat_jax.evals.intervals import wilson
+from nanochat_jax.evals.intervals import paired_interval, wilson
 from nanochat_jax.sharding import make_mesh
 from nanochat_jax.tasks.task import Task, dialogue, is_letter, is_number, multiple_choice
 from nanochat_jax.tokenizer import Tokenizer
@@ -116,7 +116,7 @@ def test_categorical_tasks_compare_letters_only():
     task = letters_task(10)
     engine = FakeEngine({task[i]["messages"][0]["content"]: "A" for i in range(10)})
     lines = []
-    result = evaluate_task(task, engine, BYTES, batch_size=4, log=lines.append)
+    result = evaluate_task(task, engine, BYTES, EvalConfig(batch_size=4), None, lines.append)
     assert result["correct"] == [1, 0] * 5 and result["accuracy"] == 0.5 and result["n"] == 10
     assert result["interval"] == list(wilson(5, 10)) and engine.batches == [4, 4, 2]
     assert len(lines) == 1 and "0.5000" in lines[0] and "n 10" in lines[0]
@@ -126,9 +126,9 @@ def test_generative_tasks_are_graded_in_row_order():
     task = sums_task(12)
     right = {0, 3, 11}
     answers = {task[i]["messages"][0]["content"]: f"it is {i + 1 if i in right else 'unknown'}" for i in range(12)}
-    result = evaluate_task(task, FakeEngine(answers), BYTES, batch_size=1, max_new_tokens=7, log=silent)
+    result = evaluate_task(task, FakeEngine(answers), BYTES, EvalConfig(batch_size=1, max_new_tokens=7), None, silent)
     assert [i for i, r in enumerate(result["correct"]) if r] == sorted(right) and result["accuracy"] == 0.25
-    cut = evaluate_task(task, FakeEngine(answers), BYTES, max_examples=4, max_new_tokens=7, log=silent)
+    cut = evaluate_task(task, FakeEngine(answers), BYTES, EvalConfig(max_new_tokens=7), 4, silent)
     assert cut["correct"] == [1, 0, 0, 1] and cut["n"] == 4
 
 
@@ -136,14 +136,16 @@ def test_prompts_that_do_not_fit_count_as_wrong():
     task = sums_task(5)
     answers = {task[i]["messages"][0]["content"]: str(i + 1) for i in range(5)}
     lines = []
-    result = evaluate_task(task, FakeEngine(answers, max_len=30), BYTES, max_new_tokens=7, log=lines.append)
+    result = evaluate_task(
+        task, FakeEngine(answers, max_len=30), BYTES, EvalConfig(max_new_tokens=7), None, lines.append
+    )
     assert result["correct"] == [0, 1, 1, 1, 1]
     assert "1 of 5 prompts are longer than 29 tokens" in lines[0]
 
 
 def test_no_examples_is_an_error():
     with pytest.raises(UserError, match="max-examples"):
-        evaluate_task(sums_task(3), FakeEngine({}), BYTES, max_examples=0, log=silent)
+        evaluate_task(sums_task(3), FakeEngine({}), BYTES, EvalConfig(), 0, silent)
 
 
 def test_chatcore_needs_its_five_tasks():
@@ -194,9 +196,21 @@ def bundle(folder, tasks):
     return folder
 
 
-def run_core(folder, **options):
-    options = {"log": silent, "forward": next_byte, "batch_size": 3, **options}
-    return evaluate_core(PARAMS, CFG, BYTES, folder, **options)
+@pytest.fixture(autouse=True)
+def model(monkeypatch):
+    """Puts a stand-in into the place of the model's forward pass."""
+
+    def put(forward):
+        monkeypatch.setattr(core, "forward", forward)
+        core.score_batch.clear_cache()
+
+    put(next_byte)
+    yield put
+    core.score_batch.clear_cache()
+
+
+def run_core(folder, max_examples=None):
+    return evaluate_core(PARAMS, CFG, BYTES, folder, make_mesh("1"), 3, max_examples, silent)
 
 
 def choices(n, gold):
@@ -280,22 +294,24 @@ def bigrams(params, cfg, tokens):
     return jnp.take(params["table"], tokens, axis=0)
 
 
-def test_scores_do_not_depend_on_batching_or_mesh():
+def test_scores_do_not_depend_on_batching_or_mesh(model):
+    model(bigrams)
     table = np.random.default_rng(0).normal(size=(BYTES.vocab_size, BYTES.vocab_size)).astype(np.float32)
     log_probs = np.asarray(jax.nn.log_softmax(table))
     rng = random.Random(0)
     words = ["".join(rng.choices("abcde ", k=rng.randrange(1, 150))) for _ in range(40)]
     sequences = [core.Candidate([BYTES.bos_id, *BYTES.encode(word)], 1, len(word) + 1) for word in words]
     expected = [-np.mean([log_probs[a, b] for a, b in itertools.pairwise(s.tokens)]) for s in sequences]
-    options = {"padding": BYTES.bos_id, "label": "t", "forward": bigrams}
-    core.score_batch.clear_cache()
-    losses, exact = core.score({"table": table}, CFG, sequences, batch_size=16, mesh=None, **options)
+    one, two = (
+        core.score({"table": table}, CFG, sequences, make_mesh(mesh), rows, BYTES.bos_id, "t")
+        for mesh, rows in (("1", 16), ("2", 8))
+    )
+    losses, exact = (np.array(column) for column in zip(*one, strict=True))
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     assert not exact[np.array([len(s.tokens) > 4 for s in sequences])].any()
     # Lengths from 2 to 150 make batches of 64, 128 and 256 tokens, whatever their number.
-    assert core.score_batch._cache_size() == 3
-    over_mesh, _ = core.score({"table": table}, CFG, sequences, batch_size=8, mesh=make_mesh("2"), **options)
-    np.testing.assert_allclose(over_mesh, losses, rtol=1e-5)
+    assert core.score_batch._cache_size() == 2 * 3
+    np.testing.assert_allclose([loss for loss, _ in two], losses, rtol=1e-5)
 
 
 def test_long_prompts_and_broken_bundles_are_one_line_each(tmp_path):

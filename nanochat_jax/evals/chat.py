@@ -13,13 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from tqdm import tqdm
 
+from nanochat_jax.config import EvalConfig
 from nanochat_jax.errors import UserError
-from nanochat_jax.evals.intervals import paired_interval, wilson
+from nanochat_jax.evals.intervals import wilson
 from nanochat_jax.inference.engine import Engine, SamplingParams
 from nanochat_jax.tasks.task import Task
 from nanochat_jax.tokenizer import Tokenizer
-
-__all__ = ["chatcore", "evaluate_task", "paired_interval"]
 
 Log = Callable[[str], None]
 
@@ -31,13 +30,12 @@ def evaluate_task(
     task: Task,
     engine: Engine,
     tokenizer: Tokenizer,
-    *,
-    max_examples: int | None = None,
-    batch_size: int = 64,
-    max_new_tokens: int = 512,
+    settings: EvalConfig,
+    max_examples: int | None,
     log: Log,
 ) -> dict:
-    """{"accuracy", "n", "interval": [lo, hi], "correct": 0 or 1 a row} over the first max_examples rows.
+    """{"accuracy", "n", "interval": [lo, hi], "correct": 0 or 1 a row} over the first max_examples rows
+    (None: all).
 
     A prompt that does not fit the engine counts as wrong; how many did not is logged.
     """
@@ -52,8 +50,8 @@ def evaluate_task(
     if len(order) < n:
         log(f"{task.name}: {n - len(order)} of {n} prompts are longer than {limit} tokens and count as wrong")
     # The engine refills its rows by itself while it has more prompts than rows.
-    step = batch_size if task.kind == "categorical" else 4 * batch_size
-    sampling = SamplingParams(temperature=0.0, max_tokens=max_new_tokens)
+    step = settings.batch_size * (1 if task.kind == "categorical" else 4)
+    sampling = SamplingParams(temperature=0.0, max_tokens=settings.max_new_tokens)
     correct = [0] * n
     with (
         ThreadPoolExecutor(os.cpu_count()) as graders,

@@ -6,10 +6,9 @@ whose lengths are powers of two, so that at most a dozen programs are compiled. 
 
 from __future__ import annotations
 
-import contextlib
 import csv
-import dataclasses
 import functools
+import itertools
 import json
 import math
 import random
@@ -24,16 +23,15 @@ import yaml
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from nanochat_jax import model
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.distributed import gather_json
 from nanochat_jax.errors import UserError
 from nanochat_jax.evals.intervals import Z, wilson
+from nanochat_jax.model import Params, forward
 from nanochat_jax.sharding import data_shards, put_batch
 from nanochat_jax.tokenizer import Tokenizer
 
 Log = Callable[[str], None]
-Forward = Callable[[model.Params, GPTConfig, jax.Array], jax.Array]
 
 SHUFFLE_SEED, SHOTS_SEED = 1337, 1234
 SHORTEST = 64
@@ -64,33 +62,34 @@ class Candidate:
 
 
 def evaluate_core(
-    params: model.Params,
-    gpt_config: GPTConfig,
+    params: Params,
+    cfg: GPTConfig,
     tokenizer: Tokenizer,
-    bundle_dir: Path | str,
-    *,
-    max_examples: int | None = None,
-    batch_size: int = 64,
+    bundle: Path | str,
+    mesh: Mesh,
+    batch_size: int,
+    max_examples: int | None,
     log: Log,
-    mesh: Mesh | None = None,
-    forward: Forward = model.forward,
 ) -> dict:
     """{"core_metric", "interval", "results", "centered_results", "intervals", "n"}, the last four by task label.
 
-    max_examples cuts what is scored, never the rows that shots are drawn from. batch_size: rows a device scores at
-    once, fewer where they are long. Of several processes each scores a share of the rows: `params` and `mesh` are its
-    own then. Raises UserError for an incomplete bundle or a prompt beyond the model's
-    positions.
+    max_examples (None: all) cuts what is scored, never the rows that shots are drawn from. batch_size: rows a device
+    scores at once, fewer where they are long. Of several processes each scores a share of the rows: `params` and `mesh`
+    are its own then. Raises UserError for an incomplete bundle or a prompt beyond the model's positions.
     """
-    run = functools.partial(score, params, gpt_config, batch_size=batch_size, mesh=mesh, forward=forward)
     results, centred, intervals, counts = {}, {}, {}, {}
     variance = 0.0
-    for task in read_bundle(Path(bundle_dir).expanduser()):
+    for task in read_bundle(Path(bundle).expanduser()):
         n = len(task.rows) if max_examples is None else min(max_examples, len(task.rows))
         mine = range(jax.process_index(), n, jax.process_count())
-        part = dataclasses.replace(task, rows=[task.rows[i] for i in mine])
         items = [candidates(task, i, tokenizer) for i in mine]
-        right = sum(gather_json(sum(judge(part, items, run, tokenizer.bos_id)), "core"))
+        sequences = [candidate for item in items for candidate in item]
+        scores = iter(score(params, cfg, sequences, mesh, batch_size, tokenizer.bos_id, task.label))
+        right = 0
+        for i, item in zip(mine, items, strict=True):
+            losses, exact = zip(*itertools.islice(scores, len(item)), strict=True)
+            right += exact[0] if task.kind == "language_modeling" else int(np.argmin(losses)) == task.rows[i]["gold"]
+        right = sum(gather_json(int(right), "core"))
         accuracy = right / n
         results[task.label] = accuracy
         centred[task.label] = (accuracy - task.baseline) / (1 - task.baseline)
@@ -179,50 +178,32 @@ def common(sequences: Sequence[Sequence[int]]) -> int:
     return next((i for i in range(shortest) if len({tokens[i] for tokens in sequences}) > 1), shortest)
 
 
-def judge(task: CoreTask, items: Sequence[Sequence[Candidate]], run: Callable, padding: int) -> list[bool]:
-    """Whether each item is right: the gold choice has the lowest mean loss, or all of a continuation is argmax."""
-    flat = [candidate for item in items for candidate in item]
-    losses, exact = run(flat, padding=padding, label=task.label)
-    right, first = [], 0
-    for row, item in zip(task.rows, items, strict=False):
-        if task.kind == "language_modeling":
-            right.append(bool(exact[first]))
-        else:
-            right.append(int(np.argmin(losses[first : first + len(item)])) == row["gold"])
-        first += len(item)
-    return right
-
-
 def score(
-    params: model.Params,
+    params: Params,
     cfg: GPTConfig,
     sequences: Sequence[Candidate],
-    *,
+    mesh: Mesh,
     batch_size: int,
     padding: int,
     label: str,
-    mesh: Mesh | None,
-    forward: Forward,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Mean loss (float32) and all-argmax (bool) of the scored part of each sequence."""
+) -> list[tuple[float, bool]]:
+    """Mean loss and all-argmax of the scored part of each sequence."""
     groups: dict[int, list[int]] = {}
     for i, sequence in enumerate(sequences):
         groups.setdefault(bucket(len(sequence.tokens), cfg, label), []).append(i)
-    losses, exact = np.empty(len(sequences), np.float32), np.empty(len(sequences), bool)
-    shards = 1 if mesh is None else data_shards(mesh)
+    scores: list = [None] * len(sequences)
     with tqdm(total=len(sequences), desc=label, unit="row", leave=False, disable=None) as bar:
         for length, members in sorted(groups.items()):
-            rows = max(1, min(batch_size, BATCH_TOKENS // length)) * shards
+            rows = max(1, min(batch_size, BATCH_TOKENS // length)) * data_shards(mesh)
             for first in range(0, len(members), rows):
                 chosen = members[first : first + rows]
-                batch = padded([sequences[i] for i in chosen], rows, length, padding)
-                with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-                    batch = batch if mesh is None else put_batch(batch, mesh)
-                    batch_losses, batch_exact = score_batch(params, batch, cfg=cfg, forward=forward)
-                losses[chosen] = np.asarray(batch_losses)[: len(chosen)]
-                exact[chosen] = np.asarray(batch_exact)[: len(chosen)]
+                batch = put_batch(padded([sequences[i] for i in chosen], rows, length, padding), mesh)
+                with jax.set_mesh(mesh):
+                    losses, exact = jax.device_get(score_batch(params, batch, cfg=cfg))
+                for i, loss, right in zip(chosen, losses, exact, strict=False):
+                    scores[i] = float(loss), bool(right)
                 bar.update(len(chosen))
-    return losses, exact
+    return scores
 
 
 def bucket(length: int, cfg: GPTConfig, label: str) -> int:
@@ -248,10 +229,8 @@ def padded(sequences: Sequence[Candidate], rows: int, length: int, padding: int)
     return batch
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "forward"))
-def score_batch(
-    params: model.Params, batch: dict[str, jax.Array], *, cfg: GPTConfig, forward: Forward
-) -> tuple[jax.Array, jax.Array]:
+@functools.partial(jax.jit, static_argnames="cfg")
+def score_batch(params: Params, batch: dict[str, jax.Array], *, cfg: GPTConfig) -> tuple[jax.Array, jax.Array]:
     """Mean loss [B] over tokens start to end of each row (infinite where none), and whether all are the argmax."""
     targets_BT = batch["tokens"][:, 1:]
     logits_BTV = forward(params, cfg, batch["tokens"])[:, :-1]

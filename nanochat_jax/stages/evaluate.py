@@ -6,6 +6,7 @@ python -m nanochat_jax eval --workdir runs/tiny_cpu --source sft --tasks arithme
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
@@ -18,9 +19,9 @@ from nanochat_jax.data.files import write_json
 from nanochat_jax.data.pretrain import validation_batches
 from nanochat_jax.distributed import is_leader, leaders
 from nanochat_jax.evals.bpb import bits_per_byte
-from nanochat_jax.evals.chat import chatcore, evaluate_task, paired_interval
+from nanochat_jax.evals.chat import chatcore, evaluate_task
 from nanochat_jax.evals.core import evaluate_core
-from nanochat_jax.inference.engine import Engine
+from nanochat_jax.evals.intervals import paired_interval
 from nanochat_jax.inference.shared import make_engine, own_copy
 from nanochat_jax.memory import validation_rows, with_loss_chunk
 from nanochat_jax.model import Params
@@ -64,16 +65,12 @@ def run(
         figures["core"] = core_metric(params, cfg, mesh, tokenizer, config, log, limit)
     correct = {}
     if loaded:
-        engine = chat_engine(params, cfg, tokenizer, mesh, config)
-        for name, task in loaded.items():
-            result = measure(task, engine, tokenizer, config, limit, log)
-            correct[name] = result.pop("correct")
-            figures["tasks"][name] = result
+        figures["tasks"] = measure((params, cfg, tokenizer), loaded.values(), config, mesh, limit, log)
+        correct = {name: result.pop("correct") for name, result in figures["tasks"].items()}
         figures["chatcore"] = chatcore(figures["tasks"])
     if source == "rl" and config.rl.task in correct and leaders(finished(workdir, "sft_continued")):
-        figures["comparison"] = compare(
-            config, workdir, mesh, loaded[config.rl.task], correct[config.rl.task], limit, log
-        )
+        task = loaded[config.rl.task]
+        figures["comparison"] = compare(config, workdir, mesh, task, correct[task.name], limit, log)
     if tasks is None and max_examples is None and step is None and is_leader():
         write_json(workdir / source / "eval.json", figures)
         # Row by row, so that stages can be compared in pairs without running them again.
@@ -123,34 +120,29 @@ def core_metric(
     max_examples: int | None = None,
 ) -> dict:
     """CORE (arXiv 2406.11794) of the model: {"core_metric", "results", "centered_results", "n"}."""
-    bundle = core_bundle(config, log)
     params, mesh = own_copy(params, mesh)
-    return evaluate_core(
-        params, cfg, tokenizer, bundle, max_examples=max_examples, batch_size=config.eval.batch_size, log=log, mesh=mesh
-    )
+    bundle = fetch_eval_bundle(config.data, log)
+    return evaluate_core(params, cfg, tokenizer, bundle, mesh, config.eval.batch_size, max_examples, log)
 
 
 def core_bundle(config: Config, log: Log) -> Path:
     """The folder of the CORE tasks, downloaded where none is named."""
-    return Path(config.data.eval_bundle) if config.data.eval_bundle else fetch_eval_bundle(config.data, log)
+    return fetch_eval_bundle(config.data, log)
 
 
-def chat_engine(params: Params, cfg: GPTConfig, tokenizer: Tokenizer, mesh: Mesh, config: Config) -> Engine:
-    """An engine as wide as the evaluation's batch."""
-    return make_engine(params, cfg, tokenizer, max_rows=config.eval.batch_size, max_len=cfg.sequence_len, mesh=mesh)
-
-
-def measure(task: Task, engine: Engine, tokenizer: Tokenizer, config: Config, limit: int | None, log: Log) -> dict:
-    """One task's {"accuracy", "n", "interval", "correct"}."""
-    return evaluate_task(
-        task,
-        engine,
-        tokenizer,
-        max_examples=limit,
-        batch_size=config.eval.batch_size,
-        max_new_tokens=config.eval.max_new_tokens,
-        log=log,
-    )
+def measure(
+    model: tuple[Params, GPTConfig, Tokenizer],
+    tasks: Iterable[Task],
+    config: Config,
+    mesh: Mesh,
+    limit: int | None,
+    log: Log,
+) -> dict[str, dict]:
+    """{"accuracy", "n", "interval", "correct"} by task."""
+    params, cfg, tokenizer = model
+    settings = config.eval
+    engine = make_engine(params, cfg, tokenizer, max_rows=settings.batch_size, max_len=cfg.sequence_len, mesh=mesh)
+    return {task.name: evaluate_task(task, engine, tokenizer, settings, limit, log) for task in tasks}
 
 
 def compare(config: Config, workdir: Path, mesh: Mesh, task: Task, rl: list[int], limit: int | None, log: Log) -> dict:
@@ -162,10 +154,9 @@ def compare(config: Config, workdir: Path, mesh: Mesh, task: Task, rl: list[int]
         if len(before) == len(rl):
             right[source] = before
             continue
-        params, cfg, tokenizer, _, _ = load_model(workdir, source, config, mesh)
         log(f"{source}: {task.name}, for the comparison with rl")
-        engine = chat_engine(params, cfg, tokenizer, mesh, config)
-        right[source] = measure(task, engine, tokenizer, config, limit, log)["correct"]
+        model = load_model(workdir, source, config, mesh)[:3]
+        right[source] = measure(model, [task], config, mesh, limit, log)[task.name]["correct"]
     done = {source: finished(workdir, source) or {} for source in right}
     return {
         "task": task.name,
