@@ -10,10 +10,10 @@ after the other, from the same weights; then, round by round, each does a few st
 round, so that a change in the machine's speed meets both. Of each round the ratio of median step times is taken.
 
 Printed (stderr; --json: one line on stdout): tokens a second of both and their ratio, the median of the rounds with the
-lowest and highest; peak memory (on a CPU the resident set, compilation included; on a GPU the largest allocation) and
-its ratio; the loss of both in every round, as the reference prints it: a running mean; the time from the start of the
-process to the end of the first step. Ratios above 1 are in favour of this project for speed, below 1 for memory and
-time. Exit status 1 where losses part by more than --tolerance.
+lowest and highest; the same over CPU time, which says more where other programs run; peak memory (on a CPU the resident
+set, compilation included; on a GPU the largest allocation); the loss of both after every round, as the reference prints
+it, a running mean; the time from the start of the process to the end of the first step. Ratios are ours over the
+reference's. A first round does not count. Exit status 1 where the losses part by more than --tolerance.
 
 The tokens are made up, half of each row predictable, with frequencies that fall like those of words: speed and loss
 can be compared with them on any vocabulary, and no download is needed.
@@ -38,8 +38,18 @@ from turns import Child
 HERE = Path(__file__).resolve().parent
 BATCHES = 64
 """Different batches; then they come again."""
-HORIZON = 2000
-"""Steps that both schedules are made for."""
+RECIPE = {
+    "num_iterations": 2000,
+    "target_param_data_ratio": 12.0,
+    "warmup_steps": 400,
+    "matrix_lr": 0.2,
+    "embedding_lr": 3.0,
+    "unembedding_lr": 0.08,
+    "scalar_lr": 5.0,
+}
+"""Of both. With the reference's own rates the losses of small models part at about step 18, whoever computes them
+(docs/NUMERICS.md).
+"""
 
 
 def main() -> None:
@@ -96,19 +106,21 @@ def children(options: argparse.Namespace, words: list[str], folder: Path) -> tup
         "window-pattern": options.window_pattern,
         "device-batch-size": options.batch,
         "total-batch-size": options.batch * options.seq_len,
-        "num-iterations": HORIZON,
     }
+    recipe = {name.replace("_", "-"): value for name, value in RECIPE.items()}
     off = ("eval-every", "core-metric-every", "sample-every")
     spec.write_text(
         json.dumps(
             {
                 "nanochat": str(options.nanochat),
-                "arguments": [f"--{name}={value}" for name, value in (arguments | dict.fromkeys(off, -1)).items()],
+                "arguments": [
+                    f"--{name}={value}" for name, value in (arguments | recipe | dict.fromkeys(off, -1)).items()
+                ],
                 "checkpoint": str(checkpoint),
                 "batches": str(batches),
                 "vocab_size": options.vocab_size,
                 "batch": options.batch,
-                "steps": HORIZON,
+                "recipe": RECIPE,
                 "device": options.device,
                 "dtype": options.dtype,
             }
@@ -149,10 +161,10 @@ def compare(rounds: int, steps: int, tokens: int, sides: Sequence[Sequence[Any]]
             firsts.append(running[-1].first())
             print(f"{side[0]}: first step after {firsts[-1]['first_step_seconds']:.1f} s", file=sys.stderr, flush=True)
         turns: list[list[dict]] = [[], []]
-        for number in range(rounds):
+        for number in range(rounds + 1):
             for i in (0, 1) if number % 2 == 0 else (1, 0):
                 turns[i].append(running[i].steps(steps))
-            print(f"round {number + 1} of {rounds}: ratio {ratio(turns[0][-1], turns[1][-1]):.3f}", file=sys.stderr)
+            print(f"round {number} of {rounds}: ratio {ratio(turns[0][-1], turns[1][-1]):.3f}", file=sys.stderr)
     finally:
         for child in running:
             child.end()
@@ -165,12 +177,14 @@ def ratio(reference: dict, ours: dict) -> float:
 
 
 def figures_of(firsts: Sequence[dict], turns: Sequence[Sequence[dict]], tokens: int) -> dict[str, Any]:
-    """What both sides said, the reference first, as figures."""
+    """What both sides said, the reference first, as figures; the first turn of each is warm-up."""
     names = ("reference", "ours")
-    ratios = sorted(map(ratio, *turns))
     printed = [loss for turn in (firsts[0], *turns[0]) for loss in turn["losses"]]
     means = running_mean([loss for turn in (firsts[1], *turns[1]) for loss in turn["losses"]])
     at = list(accumulate(len(turn["losses"]) for turn in turns[0]))
+    turns = [side[1:] for side in turns]
+    ratios = sorted(map(ratio, *turns))
+    cpu = [tokens * len(side) * len(side[0]["losses"]) / sum(turn["cpu_seconds"] for turn in side) for side in turns]
     speeds = [tokens / statistics.median(s for turn in side for s in turn["seconds"]) for side in turns]
     peaks = [side[-1]["peak_bytes"] for side in turns]
     starts = [first["first_step_seconds"] for first in firsts]
@@ -182,6 +196,7 @@ def figures_of(firsts: Sequence[dict], turns: Sequence[Sequence[dict]], tokens: 
         "facts": {name: first["facts"] for name, first in zip(names, firsts, strict=True)},
         "tok_per_sec": both(speeds)
         | {"ratio": statistics.median(ratios), "lowest_ratio": ratios[0], "highest_ratio": ratios[-1]},
+        "tok_per_cpu_sec": both(cpu),
         "peak_bytes": both(peaks),
         "first_step_seconds": both(starts),
         "losses": [{"step": i, "reference": printed[i], "ours": means[i]} for i in (0, *at)],
@@ -191,7 +206,8 @@ def figures_of(firsts: Sequence[dict], turns: Sequence[Sequence[dict]], tokens: 
 
 def summary(figures: dict[str, Any]) -> str:
     """The figures for people."""
-    speed, memory, start = (figures[name] for name in ("tok_per_sec", "peak_bytes", "first_step_seconds"))
+    names = ("tok_per_sec", "tok_per_cpu_sec", "peak_bytes", "first_step_seconds")
+    speed, cpu, memory, start = (figures[name] for name in names)
     fa3 = figures["facts"]["reference"].get("USE_FA3")
     lines = [
         f"losses at step {at['step']}: reference {at['reference']:.6f}, ours {at['ours']:.6f}"
@@ -202,6 +218,8 @@ def summary(figures: dict[str, Any]) -> str:
             *lines,
             f"tokens/s: reference {speed['reference']:,.0f}, ours {speed['ours']:,.0f}, ratio {speed['ratio']:.3f} "
             f"(rounds {speed['lowest_ratio']:.3f} to {speed['highest_ratio']:.3f})",
+            f"tokens/s of CPU time: reference {cpu['reference']:,.0f}, ours {cpu['ours']:,.0f}, "
+            f"ratio {cpu['ratio']:.3f}",
             f"peak MiB: reference {memory['reference'] / 2**20:,.0f}, ours {memory['ours'] / 2**20:,.0f}, "
             f"ratio {memory['ratio']:.3f}",
             f"seconds to first step: reference {start['reference']:.1f}, ours {start['ours']:.1f}, "

@@ -54,10 +54,9 @@ def configured(spec: dict, model: object, words: list[str]) -> Config:
         tokenizer=replace(config.tokenizer, vocab_size=spec["vocab_size"]),
         base=replace(
             config.base,
-            num_iterations=spec["steps"],
             device_batch_size=batch,
             total_batch_size=batch * model.sequence_len,
-            target_param_data_ratio=12.0,
+            **spec["recipe"],
         ),
         compute_dtype=spec["dtype"],
     )

@@ -1,9 +1,9 @@
 """Two programs that train in turns: what a child says after its steps, and how a parent asks for more.
 
-A child does one step unasked and says {"seconds": [...], "losses": [...], "peak_bytes", "uncounted_seconds", "facts"} as
-a line of JSON; then, for each line with a number N that it reads, N more steps and the same of those; it stops at the end of
-its input. Between turns it waits, so that the other has the machine. Standard library only: the child of the reference
-has an environment of its own.
+A child does one step unasked and says, as a line of JSON, {"seconds": [...], "cpu_seconds", "losses": [...],
+"peak_bytes", "uncounted_seconds", "facts"}; then, for each line with a number N that it reads, N more steps and the
+same of those. It stops at the end of its input. Between turns it waits, so that the other has the machine. Standard
+library only: the child of the reference has an environment of its own.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Turns:
         os.dup2(2, 1)
         self._left, self._seconds, self._losses = 1, [], []
         self._uncounted = 0.0
-        self._clock = time.perf_counter()
+        self._clock, self._turn = time.perf_counter(), time.process_time()
 
     @contextlib.contextmanager
     def uncounted(self) -> Iterator[None]:
@@ -46,6 +46,7 @@ class Turns:
         if not self._left:
             report = {
                 "seconds": self._seconds,
+                "cpu_seconds": time.process_time() - self._turn,
                 "losses": self._losses,
                 "peak_bytes": self._peak_bytes(),
                 "uncounted_seconds": self._uncounted,
@@ -53,6 +54,7 @@ class Turns:
             }
             print(json.dumps(report), file=self._replies, flush=True)
             self._left, self._seconds, self._losses = int(sys.stdin.readline() or sys.exit()), [], []
+            self._turn = time.process_time()
         self._clock = time.perf_counter()
 
 
