@@ -114,6 +114,13 @@ def test_whole_answer_as_openai_gives_it():
     assert (sampling.max_tokens, sampling.seed) == (7, 3) and engine.open == 0
 
 
+def test_content_in_parts_as_openai_takes_it():
+    engine = ScriptedEngine(*SCRIPT)
+    parts = [{"type": "text", "text": "What is "}, {"type": "text", "text": "12 + 7?"}]
+    assert ask(client_of(engine), messages=[turn("user", parts)]).status_code == 200
+    assert engine.calls[0][0] == ["<bos>", "user", "What", "is", "12", "+", "7?"]
+
+
 def test_streamed_answer_with_a_tool_call():
     response = ask(client_of(ScriptedEngine(*SCRIPT)), stream=True)
     assert response.mimetype == "text/event-stream"
@@ -240,21 +247,16 @@ def turn(role, content="hi"):
     [
         ({"messages": None}, "messages must be a list"),
         ({"messages": []}, "at least one"),
-        ({"messages": ["hi"]}, "needs a role"),
-        ({"messages": [turn("robot")]}, "messages[0] needs a role"),
-        ({"messages": [turn("user", 5)]}, "messages[0]: content"),
-        ({"messages": [turn("user", "")]}, "messages[0] is empty"),
-        ({"messages": [turn("user", [{"type": "image_url"}])]}, "messages[0]: a part"),
-        ({"messages": [turn("user"), turn("user")]}, "messages[1] has role 'user' where 'assistant' is due"),
-        ({"messages": [turn("assistant"), turn("user")]}, "messages[0] has role 'assistant'"),
+        ({"messages": ["hi"]}, "messages, message 1: not an object"),
+        ({"messages": [turn("robot")]}, "message 1: role 'robot'"),
+        ({"messages": [turn("user", 5)]}, "message 1: content of the user must be text, not int"),
+        ({"messages": [turn("user", "")]}, "not empty"),
+        ({"messages": [turn("user", [{"type": "image_url"}])]}, "message 1: content of the user must be text"),
+        ({"messages": [turn("user"), turn("assistant", ["x"]), turn("user")]}, "message 2, part 1: must be"),
+        ({"messages": [turn("user"), turn("user")]}, "message 2: role 'user' where \"assistant\" is due"),
+        ({"messages": [turn("assistant"), turn("user")]}, "message 1: role 'assistant'"),
         ({"messages": [turn("system")]}, "must be the user's"),
         ({"messages": [turn("user"), turn("assistant")]}, "must be the user's"),
-        ({"messages": [turn("user", "x" * 32_001)]}, "32001 characters; at most 32000"),
-        ({"messages": [turn("user")] * 201}, "201 messages; at most 200"),
-        (
-            {"messages": [turn("user", "x" * 30_000), turn("assistant", "x" * 30_000)] * 4 + [turn("user")]},
-            "at most 200000",
-        ),
         ({"temperature": -1}, "temperature must be a number from 0 to 5, not -1"),
         ({"temperature": "hot"}, "temperature must be a number"),
         ({"temperature": True}, "temperature must be a number"),
@@ -291,7 +293,7 @@ def test_other_errors_are_json_too():
         client.post("/v1/chat/completions", json=[1]),
         client.get("/v1/chat/completions"),
         client.get("/nowhere"),
-        client.post("/v1/chat/completions", json={"junk": "x" * 2**21}),
+        client.post("/v1/chat/completions", json={"junk": "x" * 2**18}),
     ):
         assert response.status_code in (400, 404, 405, 413) and response.get_json()["error"]["message"]
 

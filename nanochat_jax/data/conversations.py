@@ -20,6 +20,7 @@ import numpy as np
 
 from nanochat_jax.data.packing import BestFitBuffer
 from nanochat_jax.data.position import check_origin, digest
+from nanochat_jax.data.turns import check_turns
 from nanochat_jax.errors import UserError
 from nanochat_jax.tokenizer import Tokenizer
 
@@ -28,42 +29,23 @@ Batch = dict[str, np.ndarray]
 Packing = Literal["bestfit", "pad"]
 LossOn = Literal["all", "assistant"]
 
-PART_TYPES = ("text", "python", "python_output")
+BUFFER = 100  # conversations to choose from
+PREFETCH = 2  # batches made ahead
 RENDER_AHEAD = 64  # conversations tokenized together
 
 
 def validate(conversation: object, where: str) -> None:
-    """Raises UserError, beginning with `where`, unless this is {"messages": [{"role", "content"}, ...]}.
-
-    An optional system message, then user and assistant in turn, at least one answer. Content is text; the assistant's
-    may also be a list of {"type": "text" | "python" | "python_output", "text"}. Other keys are left alone.
+    """Raises UserError, beginning with `where`, unless this is {"messages": [...]} with turns (`check_turns`), a
+    question and an answer at least.
     """
     messages = conversation.get("messages") if isinstance(conversation, dict) else None
     if not isinstance(messages, list):
         raise UserError(f'{where}: not an object with a list "messages"')
-    first = 1 if messages and isinstance(messages[0], dict) and messages[0].get("role") == "system" else 0
-    if len(messages) < first + 2:
+    check_turns(messages, where)
+    if not any(message["role"] == "assistant" for message in messages):
         raise UserError(
             f"{where}: {len(messages)} messages; it takes one of the user and one of the assistant at least"
         )
-    for i, message in enumerate(messages):
-        at = f"{where}, message {i + 1}"
-        if not isinstance(message, dict):
-            raise UserError(f"{at}: not an object")
-        expected = "system" if i < first else ("assistant" if (i - first) % 2 else "user")
-        if message.get("role") != expected:
-            raise UserError(f'{at}: role {message.get("role")!r} where "{expected}" is due')
-        content = message.get("content")
-        if isinstance(content, list) and expected == "assistant":
-            _validate_parts(content, at)
-        elif not isinstance(content, str):
-            raise UserError(f"{at}: content of the {expected} must be text, not {type(content).__name__}")
-
-
-def _validate_parts(parts: list, at: str) -> None:
-    for i, part in enumerate(parts):
-        if not isinstance(part, dict) or part.get("type") not in PART_TYPES or not isinstance(part.get("text"), str):
-            raise UserError(f'{at}, part {i + 1}: must be {{"type": {" | ".join(PART_TYPES)}, "text": text}}')
 
 
 def read_jsonl(path: Path) -> list[dict]:
@@ -100,57 +82,29 @@ def conversation_batches(
     packing: Packing,
     loss_on: LossOn,
     seed: int,
-    buffer: int = 100,
-    prefetch: int = 2,
-    threads: int | None = None,
 ) -> grain.DatasetIterator[Batch]:
-    """Batches of [rows, sequence_len] without end; every row has at least one target.
+    """Batches of [rows, sequence_len] without end, made by a background thread; every row has at least one target.
 
     `loss_on` "assistant": targets are what the assistant writes; "all": every token but the padding. `get_state` and
     `set_state` save and restore the position exactly, as in pretraining; the state also counts the conversations
     `truncated` and `dropped` so far. Raises UserError where no conversation has a target.
     """
-    packer = RowPacker(
-        conversations,
-        tokenizer,
-        sequence_len=sequence_len,
-        packing=packing,
-        loss_on=loss_on,
-        seed=seed,
-        buffer=buffer,
-        threads=threads,
-    )
-    return grain.experimental.ThreadPrefetchDatasetIterator(ConversationBatches(packer, rows), prefetch)
+    packed = PackedConversations(conversations, tokenizer, rows, sequence_len, packing, loss_on, seed)
+    return grain.experimental.ThreadPrefetchDatasetIterator(packed, PREFETCH)
 
 
 def epoch_rows(
-    conversations: Sequence[dict],
-    tokenizer: Tokenizer,
-    *,
-    sequence_len: int,
-    packing: Packing,
-    loss_on: LossOn,
-    seed: int,
-    buffer: int = 100,
-    threads: int | None = None,
-    log: Callable[[str], None] | None = None,
+    conversations: Sequence[dict], tokenizer: Tokenizer, *, log: Callable[[str], None] | None = None, **options: Any
 ) -> int:
-    """Rows of the first epoch; tokenizes all of it, and tells `log` how many conversations were cut or dropped."""
-    packer = RowPacker(
-        conversations,
-        tokenizer,
-        sequence_len=sequence_len,
-        packing=packing,
-        loss_on=loss_on,
-        seed=seed,
-        buffer=buffer,
-        threads=threads,
-    )
-    count = sum(1 for _ in iter(packer.next_row, None))
+    """Rows of the first epoch, with the options of `conversation_batches`; tokenizes all of it, and tells `log` how many
+    conversations were cut or dropped.
+    """
+    packed = PackedConversations(conversations, tokenizer, rows=1, **options)
+    count = sum(1 for _ in iter(packed.next_row, None))
     if log is not None:
         log(
-            f"{len(conversations):,} conversations in {count:,} rows of {sequence_len} tokens; "
-            f"{packer.truncated:,} longer ones cut, {packer.dropped:,} without a target dropped"
+            f"{len(conversations):,} conversations in {count:,} rows of {options['sequence_len']} tokens; "
+            f"{packed.truncated:,} longer ones cut, {packed.dropped:,} without a target dropped"
         )
     return count
 
@@ -168,61 +122,70 @@ class Rendered:
     cut: bool
 
 
-class RowPacker:
-    """Conversations in rows of at most T+1 tokens, epoch after epoch."""
+class PackedConversations(grain.DatasetIterator[Batch]):
+    """Conversations in rows of at most T+1 tokens, epoch after epoch; see `conversation_batches`."""
 
     def __init__(
         self,
         conversations: Sequence[dict],
         tokenizer: Tokenizer,
-        *,
+        rows: int,
         sequence_len: int,
         packing: Packing,
         loss_on: LossOn,
         seed: int,
-        buffer: int,
-        threads: int | None,
     ) -> None:
-        if buffer < 1:
-            raise UserError(f"the packing buffer of {buffer} conversations must hold at least 1")
-        self.sequence_len = sequence_len
-        self.bos_id = tokenizer.bos_id
+        super().__init__()
         self.truncated = self.dropped = 0
-        self._conversations = conversations
-        self._tokenizer = tokenizer
+        self._conversations, self._tokenizer = conversations, tokenizer
+        self._rows, self._sequence_len = rows, sequence_len
         self._packing, self._loss_on, self._seed = packing, loss_on, seed
-        self._buffer_size, self._threads = buffer, threads
         self._origin = {
             "packing": packing,
             "loss_on": loss_on,
             "sequence_len": sequence_len,
             "seed": seed,
-            "buffer": buffer,
             "number of conversations": len(conversations),
             "some of their text": digest(conversations),
             "tokenizer": tokenizer.fingerprint()[:16],
         }
         self._go_to(epoch=1, cursor=0)
 
+    def __next__(self) -> Batch:
+        shape = (self._rows, self._sequence_len + 1)
+        tokens, learned = np.full(shape, self._tokenizer.bos_id, np.int32), np.zeros(shape, bool)
+        for i in range(self._rows):
+            row = self.next_row()
+            if row is None:
+                self._go_to(self._epoch + 1, cursor=0)
+                row = self.next_row()
+            if row is None:
+                raise UserError(
+                    f"none of the conversations has a target within {self._sequence_len} tokens; "
+                    "raise --model.sequence-len or give others"
+                )
+            at = 0
+            for item in row:
+                end = at + len(item.tokens)
+                tokens[i, at:end], learned[i, at:end] = item.tokens, item.learned
+                at = end
+        return {"inputs": tokens[:, :-1].copy(), "targets": np.where(learned[:, 1:], tokens[:, 1:], -1)}
+
     def next_row(self) -> list[Rendered] | None:
-        """The conversations of a row, at least one; None where the epoch is over, until `next_epoch`."""
+        """The conversations of a row, at least one; None where the epoch is over."""
         if self._packing == "pad":
             only = self._read()
             return only and [only]
         row: list[Rendered] = []
-        room = self.sequence_len + 1
+        room = self._sequence_len + 1
         while True:
-            while len(self._buffer) < self._buffer_size and (read := self._read()):
+            while len(self._buffer) < BUFFER and (read := self._read()):
                 self._buffer.add(len(read.tokens), read)
             best = self._buffer.take(room)
             if best is None:
                 return row or None
             row.append(best)
             room -= len(best.tokens)
-
-    def next_epoch(self) -> None:
-        """Begins anew, in another order."""
-        self._go_to(self._epoch + 1, cursor=0)
 
     def get_state(self) -> dict[str, Any]:
         return {
@@ -266,49 +229,9 @@ class RowPacker:
     def _render(self, numbers: Sequence[int]) -> list[Rendered]:
         conversations = [self._conversations[int(self._order[number])] for number in numbers]
         rendered = []
-        pairs = self._tokenizer.render_batch(conversations, num_threads=self._threads)
+        pairs = self._tokenizer.render_batch(conversations)
         for number, (ids, mask) in zip(numbers, pairs, strict=True):
-            tokens = np.array(ids[: self.sequence_len], np.int32)
-            learned = np.array(mask[: self.sequence_len], bool) | (self._loss_on == "all")
-            rendered.append(Rendered(tokens, learned, number, cut=len(ids) > self.sequence_len))
+            tokens = np.array(ids[: self._sequence_len], np.int32)
+            learned = np.array(mask[: self._sequence_len], bool) | (self._loss_on == "all")
+            rendered.append(Rendered(tokens, learned, number, cut=len(ids) > self._sequence_len))
         return rendered
-
-
-class ConversationBatches(grain.DatasetIterator[Batch]):
-    """Batches of packed rows; `conversation_batches` puts a prefetching thread in front."""
-
-    def __init__(self, packer: RowPacker, rows: int) -> None:
-        super().__init__()
-        self._packer = packer
-        self._rows = rows
-
-    def __next__(self) -> Batch:
-        size = self._packer.sequence_len + 1
-        tokens = np.full((self._rows, size), self._packer.bos_id, np.int32)
-        learned = np.zeros((self._rows, size), bool)
-        for i in range(self._rows):
-            at = 0
-            for item in self._row():
-                end = at + len(item.tokens)
-                tokens[i, at:end] = item.tokens
-                learned[i, at:end] = item.learned
-                at = end
-        return {"inputs": tokens[:, :-1].copy(), "targets": np.where(learned[:, 1:], tokens[:, 1:], -1)}
-
-    def get_state(self) -> dict[str, Any]:
-        return self._packer.get_state()
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        self._packer.set_state(state)
-
-    def _row(self) -> list[Rendered]:
-        row = self._packer.next_row()
-        if row is None:
-            self._packer.next_epoch()
-            row = self._packer.next_row()
-        if row is None:
-            raise UserError(
-                f"none of the conversations has a target within {self._packer.sequence_len} tokens; "
-                "raise --model.sequence-len or give others"
-            )
-        return row

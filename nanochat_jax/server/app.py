@@ -31,6 +31,9 @@ from nanochat_jax.tokenizer import Tokenizer
 # The page loads nothing from elsewhere and runs no inline script, so even a hole in its Markdown could do little.
 PAGE_POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:"
 
+MAX_BYTES = 2**18
+"""Of a request. Most of it is left out to fit the context; the tokenizer breaks down at a million spaces."""
+
 
 def create_app(
     engine: Engine, tokenizer: Tokenizer, *, model_name: str, token: str | None = None, max_requests: int = 32
@@ -41,8 +44,7 @@ def create_app(
     the next one is told to come back (503).
     """
     app = Flask(__name__)
-    app.config["MAX_CONTENT_LENGTH"] = 2**20
-    app.config.update(TOKEN=token, ENGINE=engine)
+    app.config.update(TOKEN=token, ENGINE=engine, MAX_CONTENT_LENGTH=MAX_BYTES)
     app.json.sort_keys = False
     started = int(time.time())
     places = threading.BoundedSemaphore(max_requests)

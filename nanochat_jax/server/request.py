@@ -10,15 +10,13 @@ import secrets
 from dataclasses import dataclass
 from typing import Any
 
+from nanochat_jax.data.turns import check_turns, is_part
+from nanochat_jax.errors import UserError
 from nanochat_jax.inference.engine import SamplingParams
 
-MAX_MESSAGES = 200
-MAX_MESSAGE_CHARS = 32_000
-MAX_TOTAL_CHARS = 200_000
 MAX_STOPS = 4
 MAX_STOP_CHARS = 100
 UNSUPPORTED = ("tools", "functions", "logprobs", "logit_bias", "response_format")
-PART_TYPES = ("text", "python", "python_output")
 
 
 class ApiError(Exception):
@@ -87,48 +85,19 @@ def _messages(messages: Any) -> list[dict]:
     """An optional system message, then user and assistant in turn, the user first and last."""
     if not isinstance(messages, list) or not messages:
         raise ApiError("messages must be a list with at least one message", "messages")
-    if len(messages) > MAX_MESSAGES:
-        raise ApiError(f"{len(messages)} messages; at most {MAX_MESSAGES} are taken", "messages")
-    checked = [_message(message, i) for i, message in enumerate(messages)]
-    total = sum(len(part["text"]) for message in checked for part in _parts(message["content"]))
-    if total > MAX_TOTAL_CHARS:
-        raise ApiError(f"the messages hold {total} characters; at most {MAX_TOTAL_CHARS} are taken", "messages")
-    first = 1 if checked[0]["role"] == "system" else 0
-    for i, message in enumerate(checked[first:]):
-        expected = ("user", "assistant")[i % 2]
-        if message["role"] != expected:
-            raise ApiError(
-                f"messages[{i + first}] has role {message['role']!r} where {expected!r} is due: "
-                "after a system message, if any, user and assistant alternate",
-                "messages",
-            )
-    if checked[-1]["role"] != "user":
-        raise ApiError("the last message must be the user's", "messages")
-    return checked
+    messages = [_plain(message) for message in messages]
+    try:
+        check_turns(messages, "messages")
+    except UserError as error:
+        raise ApiError(str(error), "messages") from None
+    if messages[-1]["role"] != "user" or not messages[-1]["content"]:
+        raise ApiError("the last message must be the user's, and not empty", "messages")
+    return messages
 
 
-def _message(message: Any, i: int) -> dict:
-    role = message.get("role") if isinstance(message, dict) else None
-    if role not in ("system", "user", "assistant"):
-        raise ApiError(f"messages[{i}] needs a role: system, user or assistant", "messages")
-    content = message.get("content")
-    if isinstance(content, list):
-        types = PART_TYPES if role == "assistant" else PART_TYPES[:1]
-        for part in content:
-            if not isinstance(part, dict) or part.get("type") not in types or not isinstance(part.get("text"), str):
-                raise ApiError(f"messages[{i}]: a part needs a type ({', '.join(types)}) and a text", "messages")
-        content = [{"type": part["type"], "text": part["text"]} for part in content]
-        if role != "assistant":
-            content = "".join(part["text"] for part in content)
-    elif not isinstance(content, str):
-        raise ApiError(f"messages[{i}]: content must be a text or a list of parts", "messages")
-    length = sum(len(part["text"]) for part in _parts(content))
-    if length > MAX_MESSAGE_CHARS:
-        raise ApiError(f"messages[{i}] has {length} characters; at most {MAX_MESSAGE_CHARS} are taken", "messages")
-    if not length and role == "user":
-        raise ApiError(f"messages[{i}] is empty", "messages")
-    return {"role": role, "content": content}
-
-
-def _parts(content: str | list[dict]) -> list[dict]:
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+def _plain(message: Any) -> Any:
+    """A message with its parts joined where all are text, as OpenAI's clients may send any message."""
+    parts = message.get("content") if isinstance(message, dict) else None
+    if not isinstance(parts, list) or not all(is_part(part) and part["type"] == "text" for part in parts):
+        return message
+    return message | {"content": "".join(part["text"] for part in parts)}
