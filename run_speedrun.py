@@ -42,7 +42,7 @@ def speedrun(options: SpeedrunOptions, workdir: Path) -> None:
         if distributed.leaders(run.finished(workdir, stage)):
             cli.log(f"{stage}: finished already, skipped")
         else:
-            cli.TRAINING[stage](options, workdir)
+            cli.train(stage, options, workdir)
             if not distributed.leaders(run.finished(workdir, stage)):
                 return  # stopped, as the stage has said
         if stage in MODEL_STAGES and not distributed.leaders((workdir / stage / "eval.json").exists()):
@@ -54,4 +54,5 @@ def speedrun(options: SpeedrunOptions, workdir: Path) -> None:
 if __name__ == "__main__":
     cli.set_up_process()
     command = Path(sys.argv[0]).name
-    sys.exit(cli.guarded(lambda: cli.run_command(f"python {command}", SpeedrunOptions, speedrun, sys.argv[1:])))
+    words = f"python {command}", SpeedrunOptions, speedrun, speedrun.__doc__, sys.argv[1:]
+    sys.exit(cli.guarded(lambda: cli.run_command(*words)))

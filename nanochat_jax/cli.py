@@ -13,16 +13,17 @@ import argparse
 import contextlib
 import dataclasses
 import errno
-import importlib.util
 import io
 import json
 import logging
 import os
 import re
+import runpy
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -98,13 +99,19 @@ class TrainOptions(SharedOptions):
 
 
 @dataclass(frozen=True)
-class EvalOptions(SharedOptions):
-    """Options of `eval`."""
+class ModelOptions(Options):
+    """Options of the commands that use a trained model."""
 
     source: Source | None = None
-    """Stage whose model is evaluated; unset: the last one that has a checkpoint."""
+    """Stage whose model it is; unset: the last one that has a checkpoint."""
     step: int | Literal["best"] | None = None
     """Checkpoint of the stage: a step, or `best`, that of the best validation; unset: the newest."""
+
+
+@dataclass(frozen=True)
+class EvalOptions(ModelOptions, SharedOptions):
+    """Options of `eval`."""
+
     tasks: str | None = None
     """Evaluations, separated by commas: bpb, core, arc_easy, ...; unset: those of the configuration."""
     max_examples: int | None = None
@@ -112,13 +119,9 @@ class EvalOptions(SharedOptions):
 
 
 @dataclass(frozen=True)
-class ChatOptions(Options):
+class ChatOptions(ModelOptions):
     """Options of `chat`. `--seed` is the seed of the sampling here."""
 
-    source: Source | None = None
-    """Stage whose model answers; unset: the last one that has a checkpoint."""
-    step: int | Literal["best"] | None = None
-    """Checkpoint of the stage: a step, or `best`, that of the best validation; unset: the newest."""
     prompt: Annotated[str | None, tyro.conf.arg(aliases=["-p"])] = None
     """Answer this and stop; unset: talk until /quit."""
     raw: Flag = False
@@ -142,17 +145,13 @@ class ChatOptions(Options):
 
 
 @dataclass(frozen=True)
-class ServeOptions(Options):
+class ServeOptions(ModelOptions):
     """Options of `serve`."""
 
     host: str = "127.0.0.1"
     """Address to listen on; anything but this machine needs a token."""
     port: int = 8000
     """TCP port; 0: any free one."""
-    source: Source | None = None
-    """Stage whose model answers; unset: the last one that has a checkpoint."""
-    step: int | Literal["best"] | None = None
-    """Checkpoint of the stage: a step, or `best`, that of the best validation; unset: the newest."""
     token: str | None = None
     """Bearer token that requests to the API must carry."""
     rows: int = 8
@@ -165,11 +164,11 @@ class ConvertOptions(Options):
 
     what: tyro.conf.Positional[Literal["from-nanochat"]] = tyro.MISSING
     """from-nanochat: a checkpoint of karpathy/nanochat becomes a run here."""
-    checkpoint: str = tyro.MISSING
+    checkpoint: Path = tyro.MISSING
     """Folder with model_NNNNNN.pt and meta_NNNNNN.json, such as base_checkpoints/d12."""
     step: int | None = None
     """Which checkpoint of the folder; unset: the newest."""
-    tokenizer: str | None = None
+    tokenizer: Path | None = None
     """Folder with tokenizer.pkl; unset: tokenizer/ beside base_checkpoints/."""
     stage: Source | None = None
     """What the model is here; unset: as the folder's name says (chatsft_checkpoints: sft), else base."""
@@ -207,13 +206,16 @@ Command = Callable[[Any, Path], None]
 
 def main(argv: Sequence[str]) -> int:
     """Runs `argv`, the words after the program's name; returns the exit status."""
-    if not argv or argv[0] in ("-h", "--help"):
-        return guarded(lambda: print(_overview()))
-    name, *rest = argv
-    if name not in COMMANDS:
-        return guarded(lambda: _unknown_command(name))
-    kind, command = COMMANDS[name]
-    return guarded(lambda: run_command(f"{PROGRAM} {name}", kind, command, rest))
+
+    def action() -> None:
+        if not argv or argv[0] in ("-h", "--help"):
+            print(_overview())
+        elif argv[0] not in COMMANDS:
+            raise UsageError(f"unknown command {argv[0]!r}; commands: {' '.join(COMMANDS)}")
+        else:
+            run_command(f"{PROGRAM} {argv[0]}", *COMMANDS[argv[0]], argv[1:])
+
+    return guarded(action)
 
 
 def program() -> None:
@@ -262,12 +264,11 @@ def guarded(action: Callable[[], None]) -> int:
     return status
 
 
-def run_command(prog: str, kind: type[Options], command: Command, argv: Sequence[str]) -> None:
+def run_command(prog: str, kind: type[Options], command: Command, about: str, argv: Sequence[str]) -> None:
     """Parses `argv` into `kind` on top of the experiment or the run it names, and calls `command(options, workdir)`."""
     training = issubclass(kind, TrainOptions)
     config, workdir, origin = _defaults(argv, starts_run=training or command in (download, convert, bench))
-    about = f"{command.__doc__}\n\nDefaults shown are those of {origin}."
-    options = parse(kind, config, argv, prog, about)
+    options = parse(kind, config, argv, prog, f"{about}\n\nDefaults shown are those of {origin}.")
     options.check()
     check_ranges(options.config)
     log(f"run {workdir}, configuration from {origin}")
@@ -304,17 +305,13 @@ def load_experiment(path: Path) -> Config:
     """`config` of an experiment file. UserError where the file is missing, fails or defines none."""
     if not path.is_file():
         raise UserError(f"--experiment {path}: there is no such file")
-    spec = importlib.util.spec_from_file_location(f"experiment_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"--experiment {path}: not a Python file")
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        config = runpy.run_path(str(path)).get("config")
     except Exception as error:
         raise UserError(f"--experiment {path}: {type(error).__name__}: {error}") from None
-    if not isinstance(getattr(module, "config", None), Config):
+    if not isinstance(config, Config):
         raise UserError(f"--experiment {path}: it must define `config`, a nanochat_jax.config.Config")
-    return module.config
+    return config
 
 
 def log(text: str) -> None:
@@ -323,50 +320,30 @@ def log(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
+# What each command does stands in COMMANDS.
+
+
 def download(options: Options, workdir: Path) -> None:
-    """Fetch the pretraining shards, the validation shard first."""
     from nanochat_jax.data.download import download
 
     download(options.config, log)
 
 
-def tokenizer(options: TrainOptions, workdir: Path) -> None:
-    """Train the tokenizer on the training shards."""
-    from nanochat_jax.stages import tokenizer
+def train(stage: str, options: TrainOptions, workdir: Path) -> None:
+    """Trains one stage."""
+    from nanochat_jax.stages import finetune, pretrain, rl, tokenizer
 
-    tokenizer.run(options.config, workdir, log)
-
-
-def pretrain(options: TrainOptions, workdir: Path) -> None:
-    """Train the base model on raw text."""
-    from nanochat_jax.stages import pretrain
-
-    pretrain.run(options.config, workdir, log, options.force)
-
-
-def mid(options: TrainOptions, workdir: Path) -> None:
-    """Teach the base model conversations, tools and multiple choice."""
-    from nanochat_jax.stages import finetune
-
-    finetune.run(options.config, workdir, "mid", log, options.force)
-
-
-def sft(options: TrainOptions, workdir: Path) -> None:
-    """Fine-tune on the assistant's side of conversations."""
-    from nanochat_jax.stages import finetune
-
-    finetune.run(options.config, workdir, "sft", log, options.force)
-
-
-def rl(options: TrainOptions, workdir: Path) -> None:
-    """Reinforce right answers on a task with a reward."""
-    from nanochat_jax.stages import rl
-
-    rl.run(options.config, workdir, log, options.force)
+    if stage == "tokenizer":
+        tokenizer.run(options.config, workdir, log)
+    elif stage == "base":
+        pretrain.run(options.config, workdir, log, options.force)
+    elif stage == "rl":
+        rl.run(options.config, workdir, log, options.force)
+    else:
+        finetune.run(options.config, workdir, stage, log, options.force)
 
 
 def evaluate(options: EvalOptions, workdir: Path) -> None:
-    """Measure a model; the last line of stdout is JSON with every figure."""
     from nanochat_jax.stages import evaluate
 
     tasks = None if options.tasks is None else tuple(name.strip() for name in options.tasks.split(","))
@@ -377,7 +354,6 @@ def evaluate(options: EvalOptions, workdir: Path) -> None:
 
 
 def chat(options: ChatOptions, workdir: Path) -> None:
-    """Talk to a model in the terminal, or answer one prompt."""
     from nanochat_jax.chat import answer_once, talk
     from nanochat_jax.inference.engine import SamplingParams
 
@@ -402,7 +378,6 @@ def chat(options: ChatOptions, workdir: Path) -> None:
 
 
 def serve(options: ServeOptions, workdir: Path) -> None:
-    """Serve the chat page and the OpenAI-compatible API."""
     from nanochat_jax.server.app import create_app, serve
 
     if options.rows < 1:
@@ -412,23 +387,18 @@ def serve(options: ServeOptions, workdir: Path) -> None:
 
 
 def report(options: Options, workdir: Path) -> None:
-    """Write report.md and report.html of a run."""
     from nanochat_jax.report import write_report
 
     print(write_report(workdir))
 
 
 def convert(options: ConvertOptions, workdir: Path) -> None:
-    """Take over a model that karpathy/nanochat has trained."""
     from nanochat_jax.convert import from_nanochat
 
-    tokenizer = None if options.tokenizer is None else Path(options.tokenizer).expanduser()
-    checkpoint = Path(options.checkpoint).expanduser()
-    from_nanochat(options.config, workdir, checkpoint, log, options.step, tokenizer, options.stage)
+    from_nanochat(options.config, workdir, options.checkpoint, log, options.step, options.tokenizer, options.stage)
 
 
 def bench(options: BenchOptions, workdir: Path) -> None:
-    """Measure one part on this machine; tables on stderr."""
     from nanochat_jax.bench import Settings, measured
 
     settings = Settings(options.repeat, options.rows, options.impls)
@@ -503,30 +473,21 @@ def _one_line(box: str) -> str:
 
 
 def _overview() -> str:
-    width = max(map(len, COMMANDS))
-    about = [f"  {name:<{width}}  {(command.__doc__ or '').splitlines()[0]}" for name, (_, command) in COMMANDS.items()]
-    return "\n".join(
-        [f"usage: {PROGRAM} COMMAND [OPTIONS]", "", *about, "", f"{PROGRAM} COMMAND --help lists its options."]
-    )
+    commands = "\n".join(f"  {name:<10} {about}" for name, (_, _, about) in COMMANDS.items())
+    return f"usage: {PROGRAM} COMMAND [OPTIONS]\n\n{commands}\n\n{PROGRAM} COMMAND --help lists its options."
 
 
-def _unknown_command(name: str) -> None:
-    raise UsageError(f"unknown command {name!r}; commands: {' '.join(COMMANDS)}")
-
-
-TRAINING: dict[str, Command] = {"tokenizer": tokenizer, "base": pretrain, "mid": mid, "sft": sft, "rl": rl}
-
-COMMANDS: dict[str, tuple[type[Options], Command]] = {
-    "download": (Options, download),
-    "tokenizer": (TrainOptions, tokenizer),
-    "pretrain": (TrainOptions, pretrain),
-    "mid": (TrainOptions, mid),
-    "sft": (TrainOptions, sft),
-    "rl": (TrainOptions, rl),
-    "eval": (EvalOptions, evaluate),
-    "chat": (ChatOptions, chat),
-    "serve": (ServeOptions, serve),
-    "report": (Options, report),
-    "convert": (ConvertOptions, convert),
-    "bench": (BenchOptions, bench),
+COMMANDS: dict[str, tuple[type[Options], Command, str]] = {
+    "download": (Options, download, "Fetch the pretraining shards, the validation shard first."),
+    "tokenizer": (TrainOptions, partial(train, "tokenizer"), "Train the tokenizer on the training shards."),
+    "pretrain": (TrainOptions, partial(train, "base"), "Train the base model on raw text."),
+    "mid": (TrainOptions, partial(train, "mid"), "Teach the base model conversations, tools and multiple choice."),
+    "sft": (TrainOptions, partial(train, "sft"), "Fine-tune on the assistant's side of conversations."),
+    "rl": (TrainOptions, partial(train, "rl"), "Reinforce right answers on a task with a reward."),
+    "eval": (EvalOptions, evaluate, "Measure a model; the last line of stdout is JSON with every figure."),
+    "chat": (ChatOptions, chat, "Talk to a model in the terminal, or answer one prompt."),
+    "serve": (ServeOptions, serve, "Serve the chat page and the OpenAI-compatible API."),
+    "report": (Options, report, "Write report.md and report.html of a run."),
+    "convert": (ConvertOptions, convert, "Take over a model that karpathy/nanochat has trained."),
+    "bench": (BenchOptions, bench, "Measure one part on this machine; tables on stderr."),
 }
