@@ -131,10 +131,9 @@ def test_every_bestfit_row_begins_with_bos(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize("packing", ["bestfit", "stream"])
-@pytest.mark.parametrize("prefetch", [0, 3])
-def test_resume_gives_the_batches_that_would_have_come(tmp_path, tokenizer, packing, prefetch):
+def test_resume_gives_the_batches_that_would_have_come(tmp_path, tokenizer, packing):
     files = write_shards(tmp_path, 7, [[200, 90], [150, 1, 140]])
-    options = dict(sequence_len=37, packing=packing, streams=2, buffer_docs=60, prefetch=prefetch)
+    options = dict(sequence_len=37, packing=packing, streams=2, buffer_docs=60)
     whole = pretrain_batches(files, tokenizer, rows=3, **options)
     expected, states = [], [whole.get_state()]
     for _ in range(80):
@@ -160,7 +159,7 @@ def test_resume_gives_the_batches_that_would_have_come(tmp_path, tokenizer, pack
 @pytest.mark.parametrize("packing", ["bestfit", "stream"])
 def test_the_rows_of_a_step_do_not_depend_on_the_number_of_processes(tmp_path, tokenizer, packing):
     files = write_shards(tmp_path, 7, [[60, 90, 50, 70, 40], [80, 30, 140, 20]])
-    options = dict(rows=8, sequence_len=37, packing=packing, streams=4, buffer_docs=20, prefetch=1)
+    options = dict(rows=8, sequence_len=37, packing=packing, streams=4, buffer_docs=20)
 
     def processes(count, state=None):
         parts = [
@@ -190,7 +189,7 @@ def test_the_rows_of_a_step_do_not_depend_on_the_number_of_processes(tmp_path, t
 
 def test_what_cannot_be_dealt_to_processes_is_said(tmp_path, tokenizer):
     files = write_shards(tmp_path, 7, [[60, 90, 50, 70]])
-    options = dict(sequence_len=16, packing="stream", prefetch=0)
+    options = dict(sequence_len=16, packing="stream")
     with pytest.raises(UserError, match=r"--data.streams 3 cannot be dealt to 2 processes .* a multiple of 2"):
         pretrain_batches(files, tokenizer, rows=6, streams=3, process_count=2, **options)
     with pytest.raises(UserError, match=r"6 rows of a step are no multiple of --data.streams 4"):
@@ -213,7 +212,7 @@ def test_a_position_of_other_data_is_refused(tmp_path, tokenizer):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     files, others = write_shards(tmp_path / "a", 1, [[50], [50]]), write_shards(tmp_path / "b", 2, [[50], [60]])
-    options = dict(rows=1, sequence_len=16, packing="stream", prefetch=0)
+    options = dict(rows=1, sequence_len=16, packing="stream")
     state = pretrain_batches(files, tokenizer, **options).get_state()
     pretrain_batches(files, tokenizer, **options).set_state(state)
     with pytest.raises(UserError, match="training files was"):
@@ -227,7 +226,7 @@ def test_a_position_of_other_data_is_refused(tmp_path, tokenizer):
 
 def test_a_stream_without_row_groups_is_an_error(tmp_path, tokenizer):
     files = write_shards(tmp_path, 1, [[5, 5], [5, 5, 5]])
-    options = dict(rows=1, sequence_len=16, packing="stream", prefetch=0)
+    options = dict(rows=1, sequence_len=16, packing="stream")
     next(pretrain_batches(files, tokenizer, streams=3, **options))
     with pytest.raises(UserError, match=r"--data.streams 4: stream 3 has no row group"):
         pretrain_batches(files, tokenizer, streams=4, **options)
@@ -283,7 +282,7 @@ def test_bestfit_validation_packs_as_training_and_ends_with_a_small_file(tmp_pat
     (path,) = write_shards(tmp_path, 6, [[15] * 8], longest=30)
     options = dict(sequence_len=32, packing="bestfit", streams=2, buffer_docs=10)
     batches = list(validation_batches(path, tokenizer, rows=1, eval_tokens=10**7, **options))
-    training = pretrain_batches([path], tokenizer, rows=1, prefetch=0, **options)
+    training = pretrain_batches([path], tokenizer, rows=1, **options)
     assert rows_of(iter(batches), None) == rows_of(training, len(batches))
     tokens = sum(len(text) + 1 for text in pq.read_table(path).column("text").to_pylist())
     assert tokens - 32 < len(batches) * 32 <= tokens
@@ -315,5 +314,5 @@ def test_buffer_takes_what_a_scan_would_take():
 def test_special_tokens_are_not_made_from_text(tmp_path, tokenizer):
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": [SPECIALS[0] * 3]}), path)
-    batch = next(pretrain_batches([path], tokenizer, rows=1, sequence_len=20, packing="stream", prefetch=0))
+    batch = next(pretrain_batches([path], tokenizer, rows=1, sequence_len=20, packing="stream"))
     assert (batch["inputs"] == tokenizer.bos_id).sum() == 1

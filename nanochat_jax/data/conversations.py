@@ -96,8 +96,9 @@ def conversation_batches(
 def epoch_rows(
     conversations: Sequence[dict], tokenizer: Tokenizer, *, log: Callable[[str], None] | None = None, **options: Any
 ) -> int:
-    """Rows of the first epoch, with the options of `conversation_batches`; tokenizes all of it, and tells `log` how many
-    conversations were cut or dropped.
+    """Rows of the first epoch, with the options of `conversation_batches`; tokenizes all of it.
+
+    Tells `log` how many conversations were cut or dropped.
     """
     packed = PackedConversations(conversations, tokenizer, rows=1, **options)
     count = sum(1 for _ in iter(packed.next_row, None))

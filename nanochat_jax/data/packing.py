@@ -1,13 +1,11 @@
 """The buffer behind best-fit packing: it finds the longest item that fits without looking at all of them.
 
-Items are kept in queues by length, so that a placement costs a binary search over the lengths present. Among items of
-one length the one that came first leaves first.
+Among items of one length the one that came first leaves first.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right, insort
-from collections import deque
+from bisect import bisect_left, insort
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
@@ -18,8 +16,7 @@ class BestFitBuffer(Generic[Item]):
 
     def __init__(self) -> None:
         self._items: dict[int, Item] = {}  # by number of arrival, and so in order of arrival
-        self._queues: dict[int, deque[int]] = {}  # length -> numbers of arrival
-        self._lengths: list[int] = []  # the keys of _queues, sorted
+        self._sorted: list[tuple[int, int]] = []  # (length, number of arrival)
         self._arrivals = 0
 
     def __len__(self) -> int:
@@ -27,17 +24,14 @@ class BestFitBuffer(Generic[Item]):
 
     def add(self, length: int, item: Item) -> None:
         """Puts an item in, behind the others of its length."""
-        if length not in self._queues:
-            self._queues[length] = deque()
-            insort(self._lengths, length)
-        self._queues[length].append(self._arrivals)
+        insort(self._sorted, (length, self._arrivals))
         self._items[self._arrivals] = item
         self._arrivals += 1
 
     def take(self, room: int) -> Item | None:
         """Takes out the longest item of at most `room`, the earliest among equals; None where none fits."""
-        at = bisect_right(self._lengths, room)
-        return self._pop(at - 1) if at else None
+        end = bisect_left(self._sorted, (room + 1,))
+        return self._pop(bisect_left(self._sorted, self._sorted[end - 1][:1])) if end else None
 
     def take_shortest(self) -> Item:
         """Takes out the shortest item, the earliest among equals. The buffer must not be empty."""
@@ -48,9 +42,4 @@ class BestFitBuffer(Generic[Item]):
         return list(self._items.values())
 
     def _pop(self, at: int) -> Item:
-        length = self._lengths[at]
-        queue = self._queues[length]
-        number = queue.popleft()
-        if not queue:
-            del self._queues[length], self._lengths[at]
-        return self._items.pop(number)
+        return self._items.pop(self._sorted.pop(at)[1])

@@ -14,6 +14,7 @@ restore. Left out: shuffling (the published sets are shuffled) and tokens cached
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import Any, Literal
 import grain
 import numpy as np
 
-from nanochat_jax.data.documents import Document, DocumentReader, Place
+from nanochat_jax.data.documents import Document, DocumentReader, Place, open_readers
 from nanochat_jax.data.packing import BestFitBuffer
 from nanochat_jax.data.position import check_origin
 from nanochat_jax.errors import UserError
@@ -31,6 +32,7 @@ from nanochat_jax.tokenizer import Tokenizer
 Batch = dict[str, np.ndarray]
 """inputs, targets: int32 [rows, T]; a target of -1 is not counted."""
 Packing = Literal["bestfit", "stream"]
+PREFETCH = 2  # batches made ahead
 
 
 def pretrain_batches(
@@ -42,33 +44,45 @@ def pretrain_batches(
     packing: Packing,
     streams: int = 1,
     buffer_docs: int = 1000,
-    prefetch: int = 2,
-    threads: int | None = None,
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.DatasetIterator[Batch]:
-    """Batches of [rows, sequence_len] without end, made by a background thread `prefetch` batches ahead.
+    """Batches of [rows, sequence_len] without end, made by a background thread.
 
     With several processes `rows` are those of all, of which this one gives [rows / process_count, sequence_len].
     `get_state` gives the position after the last batch that was handed out, as a small dict for JSON; after `set_state`
     with it, or with what `merge_states` makes of all processes' states, an iterator over the same files with the same
     packing gives the batches that would have come. `rows` and the number of processes may change between the two.
-    `threads` tokenize; unset: one for each core, at most 16. Raises UserError where a stream has nothing to read, where
-    rows and streams cannot be dealt to the processes, and for a state that does not belong.
+    Raises UserError where a stream has nothing to read, where rows and streams cannot be dealt to the processes, and
+    for a state that does not belong.
     """
-    packed = PackedBatches(
-        files,
-        tokenizer,
-        rows=rows,
-        sequence_len=sequence_len,
-        packing=packing,
-        streams=streams,
-        buffer_docs=buffer_docs,
-        threads=threads,
-        process_index=process_index,
-        process_count=process_count,
-    )
-    return grain.experimental.ThreadPrefetchDatasetIterator(packed, prefetch)
+    if min(rows, streams, buffer_docs) < 1:
+        raise UserError(f"rows {rows}, streams {streams}, buffer-docs {buffer_docs}: each must be at least 1")
+    if streams % process_count:
+        raise UserError(
+            f"--data.streams {streams} cannot be dealt to {process_count} processes that read data: use a multiple "
+            f"of {process_count}, from the start of the run on"
+        )
+    if process_count > 1 and rows % streams:
+        raise UserError(
+            f"the {rows} rows of a step are no multiple of --data.streams {streams}, which several processes need: "
+            "change one of them"
+        )
+    share = streams // process_count
+    mine = range(process_index * share, (process_index + 1) * share)
+    readers = open_readers(files, tokenizer, streams, mine)
+    dealt = [BestFitStream(reader, buffer_docs) if packing == "bestfit" else ConcatStream(reader) for reader in readers]
+    # What must be the same for a saved position to mean the same.
+    names = "\n".join(f"{file.name} {file.stat().st_size}" for file in files)
+    origin = {
+        "packing": packing,
+        "streams": streams,
+        "buffer_docs": buffer_docs,
+        "tokenizer": tokenizer.fingerprint()[:16],
+        "training files": hashlib.sha256(names.encode()).hexdigest()[:16],
+    }
+    packed = PackedBatches(dealt, mine, rows // process_count, sequence_len + 1, origin)
+    return grain.experimental.ThreadPrefetchDatasetIterator(packed, PREFETCH)
 
 
 def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -93,7 +107,6 @@ def validation_batches(
     eval_tokens: int,
     streams: int = 1,
     buffer_docs: int = 1000,
-    threads: int | None = None,
 ) -> Iterator[Batch]:
     """The same batches of the validation file at each call, with `eval_tokens` targets at most.
 
@@ -101,40 +114,25 @@ def validation_batches(
     another. The last batch is filled up with rows that have no target. Raises UserError where there is no row to give.
     """
     if packing == "bestfit":
-        source = _bestfit_rows(file, tokenizer, sequence_len, eval_tokens, streams, buffer_docs, threads)
+        source = _bestfit_rows(file, tokenizer, sequence_len, eval_tokens, streams, buffer_docs)
     else:
-        source = _document_rows(file, tokenizer, sequence_len, eval_tokens, threads)
+        source = _document_rows(file, tokenizer, sequence_len, eval_tokens)
     empty = (np.full(sequence_len, tokenizer.bos_id, np.int32), np.full(sequence_len, -1, np.int32))
-    batch: list[tuple[np.ndarray, np.ndarray]] = []
     found = False
-    for row in source:
+    while batch := list(itertools.islice(source, rows)):
         found = True
-        batch.append(row)
-        if len(batch) == rows:
-            yield _stack(batch)
-            batch = []
-    if batch:
-        yield _stack(batch + [empty] * (rows - len(batch)))
+        inputs, targets = zip(*batch, *[empty] * (rows - len(batch)), strict=True)
+        yield {"inputs": np.stack(inputs), "targets": np.stack(targets)}
     if not found:
         raise UserError(
             f"{file} gives no row of {sequence_len} tokens within eval-tokens {eval_tokens}; raise it or add text"
         )
 
 
-def _stack(rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> Batch:
-    return {"inputs": np.stack([inputs for inputs, _ in rows]), "targets": np.stack([targets for _, targets in rows])}
-
-
 def _bestfit_rows(
-    file: Path,
-    tokenizer: Tokenizer,
-    sequence_len: int,
-    eval_tokens: int,
-    streams: int,
-    buffer_docs: int,
-    threads: int | None,
+    file: Path, tokenizer: Tokenizer, sequence_len: int, eval_tokens: int, streams: int, buffer_docs: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    readers = [DocumentReader([file], s, streams, tokenizer, threads) for s in range(streams)]
+    readers = open_readers([file], tokenizer, streams, range(streams))
     sources = [BestFitStream(reader, buffer_docs) for reader in readers]
     limit, given = eval_tokens, 0
     while (given + 1) * sequence_len <= limit:
@@ -146,9 +144,9 @@ def _bestfit_rows(
 
 
 def _document_rows(
-    file: Path, tokenizer: Tokenizer, sequence_len: int, eval_tokens: int, threads: int | None
+    file: Path, tokenizer: Tokenizer, sequence_len: int, eval_tokens: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    reader = DocumentReader([file], 0, 1, tokenizer, threads)
+    [reader] = open_readers([file], tokenizer, 1, [0])
     given = 0
     while reader.epoch == 1:
         for document in reader.read_slice():
@@ -171,7 +169,6 @@ class BestFitStream:
         self.reader = reader
         self._buffer_docs = buffer_docs
         self._buffer: BestFitBuffer[Document] = BestFitBuffer()
-        self._dropped = 0
 
     def next_row(self, size: int) -> np.ndarray:
         """int32 [size]: whole documents, then one cropped to fill the row."""
@@ -181,21 +178,17 @@ class BestFitStream:
             while len(self._buffer) < self._buffer_docs:
                 self._add(self.reader.read_slice())
             room = size - filled
-            document = self._buffer.take(room)
-            if document is None:
-                document = self._buffer.take_shortest()
-                self._dropped += len(document.tokens) - room
+            document = self._buffer.take(room) or self._buffer.take_shortest()
             used = document.tokens[:room]
             row[filled : filled + len(used)] = used
             filled += len(used)
         return row
 
     def get_state(self) -> dict[str, Any]:
-        return self.reader.get_state() | {"waiting": _places(self._buffer.items()), "dropped_tokens": self._dropped}
+        return self.reader.get_state() | {"waiting": _places(self._buffer.items())}
 
     def set_state(self, state: dict[str, Any]) -> None:
         self.reader.set_state(state)
-        self._dropped = state["dropped_tokens"]
         self._buffer = BestFitBuffer()
         self._add(self.reader.read_again(_parse_places(state["waiting"])))
 
@@ -250,53 +243,20 @@ def _parse_places(text: str) -> list[Place]:
 class PackedBatches(grain.DatasetIterator[Batch]):
     """Batches of rows dealt from the streams in turn; `pretrain_batches` puts a prefetching thread in front.
 
-    Of several processes each holds the streams of its share alone.
+    `streams` are those with the numbers `mine`, of origin["streams"] in all processes.
     """
 
     def __init__(
         self,
-        files: Sequence[Path],
-        tokenizer: Tokenizer,
-        *,
+        streams: Sequence[BestFitStream | ConcatStream],
+        mine: range,
         rows: int,
-        sequence_len: int,
-        packing: Packing,
-        streams: int,
-        buffer_docs: int,
-        threads: int | None,
-        process_index: int = 0,
-        process_count: int = 1,
+        size: int,
+        origin: dict[str, Any],
     ) -> None:
         super().__init__()
-        if min(rows, streams, buffer_docs) < 1:
-            raise UserError(f"rows {rows}, streams {streams}, buffer-docs {buffer_docs}: each must be at least 1")
-        if streams % process_count:
-            raise UserError(
-                f"--data.streams {streams} cannot be dealt to {process_count} processes that read data: use a multiple "
-                f"of {process_count}, from the start of the run on"
-            )
-        if process_count > 1 and rows % streams:
-            raise UserError(
-                f"the {rows} rows of a step are no multiple of --data.streams {streams}, which several processes need: "
-                "change one of them"
-            )
-        self._rows, self._size = rows // process_count, sequence_len + 1
-        share = streams // process_count
-        self._mine = range(process_index * share, (process_index + 1) * share)
-        readers = [DocumentReader(files, s, streams, tokenizer, threads) for s in self._mine]
-        self._streams = [
-            BestFitStream(reader, buffer_docs) if packing == "bestfit" else ConcatStream(reader) for reader in readers
-        ]
+        self._streams, self._mine, self._rows, self._size, self._origin = streams, mine, rows, size, origin
         self._turn = 0
-        # What must be the same for a saved position to mean the same.
-        names = "\n".join(f"{file.name} {file.stat().st_size}" for file in files)
-        self._origin = {
-            "packing": packing,
-            "streams": streams,
-            "buffer_docs": buffer_docs,
-            "tokenizer": tokenizer.fingerprint()[:16],
-            "training files": hashlib.sha256(names.encode()).hexdigest()[:16],
-        }
 
     def __next__(self) -> Batch:
         table = np.empty((self._rows, self._size), np.int32)

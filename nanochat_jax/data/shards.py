@@ -33,15 +33,15 @@ class Shard:
         self.rows = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
         """Documents in each row group."""
 
-    def texts(self, row_group: int, rows: Sequence[int] | None = None) -> list[str]:
-        """The documents of a row group, or those at `rows` in it."""
+    def texts(self, row_group: int) -> list[str]:
+        """The documents of a row group."""
         try:
             column = self._file.read_row_group(row_group, columns=["text"]).column("text")
         except (pa.ArrowException, OSError) as error:
             raise self._damaged(error, f", row group {row_group}") from error
         if column.null_count:
             raise UserError(f"{self.path}, row group {row_group}: {column.null_count} rows have no text; remove them")
-        return (column if rows is None else column.take(pa.array(rows, pa.int64()))).to_pylist()
+        return column.to_pylist()
 
     def _damaged(self, error: Exception, where: str = "") -> UserError:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
