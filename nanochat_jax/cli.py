@@ -195,6 +195,8 @@ class BenchOptions(Options):
     """Rows at once, each measured; unset: 16 on a GPU and 2 on a CPU (attention), 1 and 16 (decode)."""
     impls: tuple[str, ...] = ()
     """Implementations of attention to measure; unset: all that run here."""
+    step_only: Flag = False
+    """Leave out the parts of a training step, each of which is compiled on its own."""
 
     def check(self) -> None:
         if min((self.repeat, *self.rows)) < 1:
@@ -401,7 +403,7 @@ def convert(options: ConvertOptions, workdir: Path) -> None:
 def bench(options: BenchOptions, workdir: Path) -> None:
     from nanochat_jax.bench import Settings, measured
 
-    settings = Settings(options.repeat, options.rows, options.impls)
+    settings = Settings(options.repeat, options.rows, options.impls, options.step_only)
     figures = measured(options.what, options.config, settings, log)
     if options.json:
         print(json.dumps(figures), flush=True)

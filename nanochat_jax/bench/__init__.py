@@ -24,6 +24,8 @@ class Settings(NamedTuple):
     """Rows at once, each measured; empty: as the part has it."""
     impls: tuple[str, ...] = ()
     """Implementations of attention; empty: all that run here."""
+    step_only: bool = False
+    """Of a training step only the whole, not its parts."""
 
 
 def measured(what: str, config: Config, settings: Settings, log: Callable[[str], None]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from nanochat_jax.bench import Settings
 from nanochat_jax.bench.measure import timed
 from nanochat_jax.config import Config, GPTConfig
 from nanochat_jax.errors import UserError
+from nanochat_jax.fp8 import check_compiled, fp8_products, precision
 from nanochat_jax.memory import train_rows, with_loss_chunk
 from nanochat_jax.metrics import mfu, peak_memory_bytes
 from nanochat_jax.model import Params, attend, count_params, flops_per_token, hidden, token_losses
@@ -50,6 +51,7 @@ def prepared(config: Config, log: Log) -> Setup:
     cfg = gpt_config(config, config.tokenizer.vocab_size)
     mesh = make_mesh(config.mesh)
     check_mesh(mesh, cfg)
+    log(f"precision: {precision(cfg, mesh.devices.flat[0])}")
     schedule, horizon = base_schedule(config, cfg)
     shards, step_rows = data_shards(mesh), horizon.batch_tokens // cfg.sequence_len
     rows = train_rows(config, config.base, "base", cfg, mesh, step_rows // shards, log)
@@ -78,7 +80,10 @@ def figures(config: Config, settings: Settings, log: Log) -> dict[str, Any]:
             traced = time.perf_counter()
             program = lowered.compile()
             compiled = time.perf_counter()
+        text = program.as_text()
+        check_compiled(cfg, mesh.devices.flat[0], text)
         analysis = account(program) | {
+            "fp8_products": fp8_products(text),
             "trace_seconds": traced - start,
             "compile_seconds": compiled - traced,
             "compiled_before": bool(hits),
@@ -91,7 +96,7 @@ def figures(config: Config, settings: Settings, log: Log) -> dict[str, Any]:
 
         timing = timed(step, settings.repeat)
         loss, peak = float(step()), peak_memory_bytes()
-        parts = profile(setup, state, batch, timing.median, settings.repeat, log)
+        parts = [] if settings.step_only else profile(setup, state, batch, timing.median, settings.repeat, log)
     rate = tokens.size / timing.median
     flops = flops_per_token(cfg)
     return {
