@@ -4,7 +4,7 @@ A folder of checkpoints holds one folder a step:
 
     step_00000123/state/         the orbax checkpoint of a tree of arrays
     step_00000123/meta.json      what is not an array: data position, stage, shapes of the run
-    step_00000123/manifest.json  format version, size and sha256 of every file above
+    step_00000123/manifest.json  format version and sha256 of every file above
     best.json                    the step whose validation was best, and its value; it is kept besides the newest
 
 `save` copies the arrays to the host and returns; a thread writes them beside their final place, syncs, and renames in
@@ -23,6 +23,7 @@ import math
 import os
 import shutil
 import sys
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -59,10 +60,6 @@ class Checkpointer:
         self._in_flight: Future[None] | None = None
         if is_leader():
             self.directory.mkdir(parents=True, exist_ok=True)
-            for leftover in self.directory.glob("old-step_*"):
-                final = self.directory / leftover.name.removeprefix("old-")
-                if not final.exists():
-                    leftover.rename(final)
             self._clear()
 
     def save(self, step: int, tree: PyTree, meta: dict[str, Any]) -> None:
@@ -134,24 +131,21 @@ class Checkpointer:
 
     def _write(self, step: int, writer: ocp.AsyncCheckpointer, meta: str) -> None:
         """In the background: from files that orbax is writing to a checkpoint."""
-        name = f"step_{step:08d}"
-        final, partial, old = (self.directory / f"{prefix}{name}" for prefix in ("", "tmp-", "old-"))
+        final, partial = self.directory / f"step_{step:08d}", self.directory / f"tmp-step_{step:08d}"
         try:
             writer.close()  # waits until every process has written its part
             if not is_leader():
                 return
             (partial / "meta.json").write_text(meta)
             names = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
-            with ThreadPoolExecutor() as pool:
-                entries = pool.map(lambda file: _fingerprint(partial / file), names)
-            manifest = {"format": FORMAT, "files": dict(zip(names, entries, strict=True))}
+            manifest = {"format": FORMAT, "files": _fingerprints(partial, names)}
             manifest["sha256"] = _digest(manifest)
             (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
             _sync(partial)
         except Exception as error:
             raise self._failed(step, error) from error
-        if final.exists():
-            final.rename(old)
+        if final.exists():  # damaged, or this step would have been gone on from
+            shutil.rmtree(final)
         partial.rename(final)
         _sync_entry(self.directory)
         self._prune(step)
@@ -180,9 +174,8 @@ class Checkpointer:
         self._clear()
 
     def _clear(self) -> None:
-        for prefix in ("tmp-", "old-"):
-            for leftover in self.directory.glob(f"{prefix}step_*"):
-                shutil.rmtree(leftover)
+        for leftover in self.directory.glob("tmp-step_*"):
+            shutil.rmtree(leftover)
 
 
 def restore_params(
@@ -276,16 +269,13 @@ def _verify(path: Path) -> str | None:
         raise UserError(
             f"{path} has checkpoint format {version}, this program reads {FORMAT}: use the version that wrote it"
         )
-    for name, expected in files.items():
-        size = (path / name).stat().st_size if (path / name).is_file() else None
-        if size is None:
+    for name in files:
+        if not (path / name).is_file():
             return f"{path / name} is missing"
-        if size != expected["bytes"]:
-            return f"{path / name} has {size} bytes instead of {expected['bytes']}"
-    with ThreadPoolExecutor() as pool:
-        for name, found in zip(files, pool.map(lambda file: _fingerprint(path / file), files), strict=True):
-            if found != files[name]:
-                return f"{path / name} has other contents than were written"
+    found = _fingerprints(path, files)
+    for name, expected in files.items():
+        if found[name]["sha256"] != expected["sha256"]:
+            return f"{path / name} has other contents than were written"
     return None
 
 
@@ -320,9 +310,15 @@ def _digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps([manifest["format"], manifest["files"]], sort_keys=True).encode()).hexdigest()
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
-    with open(path, "rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+def _fingerprints(folder: Path, names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """{"sha256"} of each of these files."""
+
+    def one(name: str) -> dict[str, str]:
+        with open(folder / name, "rb") as file:
+            return {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(names, pool.map(one, names), strict=True))
 
 
 def _sync(folder: Path) -> None:
