@@ -34,11 +34,6 @@ RESERVE = 0.1
 """Share of what is free that a step leaves alone: fragmentation, communication buffers, the host program on a CPU."""
 VALIDATION_ROWS = 64
 """Rows per data shard in one batch of an evaluation, at most."""
-CGROUPS = (
-    ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
-    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-)
-"""Versions 2 and 1: folder, its files with the limit and what is in use, and the part of that given back on demand."""
 
 
 def with_loss_chunk(config: Config, cfg: GPTConfig, rows: int, mesh: Mesh) -> GPTConfig:
@@ -185,18 +180,12 @@ def device_limit(config: Config, mesh: Mesh) -> int:
 
 
 def free_host_memory() -> int:
-    """Bytes that programs can still get on this machine, or in its container where that has a limit."""
+    """Bytes that programs can still get on this machine; a container's own limit is to be said."""
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():  # not Linux: what is built in
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
-    free = int(fields["MemAvailable"].split()[0]) * 1024
-    for folder, limit, used, cache in CGROUPS:
-        most = Path(folder) / limit
-        if most.exists() and most.read_text().strip() != "max":
-            stat = dict(line.split() for line in (Path(folder) / "memory.stat").read_text().splitlines())
-            free = min(free, int(most.read_text()) - int((Path(folder) / used).read_text()) + int(stat[cache]))
-    return free
+    return int(fields["MemAvailable"].split()[0]) * 1024
 
 
 def _batch(mesh: Mesh, shape: tuple[int, ...], leading: int) -> dict[str, jax.ShapeDtypeStruct]:

@@ -245,16 +245,6 @@ def test_the_limit_of_a_gpu_is_what_others_have_left():
         device_limit(auto(), gpus(None))
 
 
-def test_a_container_has_its_own_limit(monkeypatch, tmp_path):
-    monkeypatch.setattr(memory, "CGROUPS", [(str(tmp_path), "most", "used", "cache")])
-    (tmp_path / "memory.stat").write_text("other 1\ncache 30\n")
-    (tmp_path / "used").write_text("80\n")
-    (tmp_path / "most").write_text("100\n")
-    assert memory.free_host_memory() == 50
-    (tmp_path / "most").write_text("max\n")
-    assert memory.free_host_memory() > 2**20
-
-
 def test_options_reach_the_configuration_and_come_back():
     words = [
         "--base.device-batch-size",
