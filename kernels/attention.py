@@ -7,6 +7,8 @@
 | cudnn              | NVIDIA, bf16/fp16 | cuDNN flash attention with a left window                             |
 | pallas             | NVIDIA            | our flash attention through Triton, visible tiles only in forward    |
 |                    |                   | and backward; float32 products are TF32                              |
+| mosaic             | Hopper, bf16/fp16 | the same for compute capability 9.x through Mosaic GPU, H 64 or 128; |
+|                    |                   | not yet run on a GPU, which is why `auto` never picks it             |
 | pallas_interpreted | everywhere        | the same kernels run by XLA, slowly, for tests; `pallas` on a CPU    |
 
 `auto` is resolved once, at start, by `resolve`; an implementation that cannot run here is an error, never a fallback.
@@ -18,11 +20,19 @@ import jax
 from kernels.blocked import blocked_attention
 from kernels.reference import reference_attention
 
-IMPLEMENTATIONS = ("reference", "xla_blocked", "cudnn", "pallas", "pallas_interpreted")
+IMPLEMENTATIONS = ("reference", "xla_blocked", "cudnn", "pallas", "pallas_interpreted", "mosaic")
 
 
-def resolve(impl: str, platform: str, dtype: str) -> str:
-    """The implementation `impl` means on `platform` ("cpu", "gpu", "tpu") in `dtype`; ValueError if it cannot run."""
+def compute_capability() -> str:
+    """Of the first device here, such as "9.0" for an H100; empty where it is no GPU."""
+    return getattr(jax.local_devices()[0], "compute_capability", "")
+
+
+def resolve(impl: str, platform: str, dtype: str, capability: str = "", width: int = 128) -> str:
+    """The implementation `impl` means on `platform` ("cpu", "gpu", "tpu") in `dtype`; ValueError if it cannot run.
+
+    `capability`: what `compute_capability` says there; `width`: of a head. Both matter to `mosaic` only.
+    """
     if impl == "auto":
         return "cudnn" if platform == "gpu" and dtype in ("bfloat16", "float16") else "xla_blocked"
     if impl not in IMPLEMENTATIONS:
@@ -35,6 +45,12 @@ def resolve(impl: str, platform: str, dtype: str) -> str:
         return "pallas_interpreted"
     if impl == "pallas" and platform != "gpu":
         raise ValueError(f"attention pallas needs an NVIDIA GPU, here: {platform}; use --attention auto")
+    hopper = platform == "gpu" and capability.startswith("9.")
+    if impl == "mosaic" and not (hopper and dtype != "float32" and width in (64, 128)):
+        raise ValueError(
+            "attention mosaic needs an NVIDIA GPU of compute capability 9.x (H100, H200), 16-bit precision and heads "
+            f"of width 64 or 128, here: {f'{platform} {capability}'.strip()}, {dtype}, {width}; use --attention auto"
+        )
     return impl
 
 
@@ -65,6 +81,10 @@ def attention(
         raise ValueError(f"attention {impl} knows no document starts; use reference or pallas")
     if impl == "xla_blocked":
         return blocked_attention(q_BTNH, k_BSKH, v_BSKH, window=window)
+    if impl == "mosaic":
+        from kernels.hopper_attention import hopper_attention
+
+        return hopper_attention(q_BTNH, k_BSKH, v_BSKH, window=window)
     if impl == "cudnn":
         # is_causal as well as the window: a (w, 0) window alone lets queries see the future.
         return jax.nn.dot_product_attention(

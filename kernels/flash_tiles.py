@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 Carry = tuple[jax.Array, ...]
+Ends = tuple[jax.Array, jax.Array]
 
 
 class Span(NamedTuple):
@@ -76,22 +77,26 @@ def last_rows(keys: jax.Array, window: int, length: int) -> jax.Array:
 
 def key_tiles(rows: jax.Array, first: jax.Array, tile: int) -> Span:
     """Tiles of `tile` keys that a tile of consecutive `rows` sees, given the first key of each."""
-    return _span(
-        begin=jnp.min(first) // tile,
-        inner=_ceil(jnp.max(first), tile),
-        outer=(jnp.min(rows) + 1) // tile,
-        end=jnp.max(rows) // tile + 1,
-    )
+    return key_span(_ends(rows), _ends(first), tile)
+
+
+def key_span(rows: Ends, first: Ends, tile: int) -> Span:
+    """As `key_tiles`, given the least and the greatest of the rows and of their first keys."""
+    return _span(first[0] // tile, _ceil(first[1], tile), (rows[0] + 1) // tile, rows[1] // tile + 1)
 
 
 def row_tiles(keys: jax.Array, last: jax.Array, tile: int) -> Span:
     """Tiles of `tile` rows that see a tile of consecutive `keys`, given the last row of each."""
-    return _span(
-        begin=jnp.min(keys) // tile,
-        inner=_ceil(jnp.max(keys), tile),
-        outer=(jnp.min(last) + 1) // tile,
-        end=jnp.max(last) // tile + 1,
-    )
+    return row_span(_ends(keys), _ends(last), tile)
+
+
+def row_span(keys: Ends, last: Ends, tile: int) -> Span:
+    """As `row_tiles`, given the least and the greatest of the keys and of their last rows."""
+    return _span(keys[0] // tile, _ceil(keys[1], tile), (last[0] + 1) // tile, last[1] // tile + 1)
+
+
+def _ends(x: jax.Array) -> Ends:
+    return jnp.min(x), jnp.max(x)
 
 
 def _ceil(size: jax.Array, tile: int) -> jax.Array:
@@ -123,3 +128,9 @@ def visited_tiles(length: int, window: int, rows: int, keys: int) -> tuple[int, 
         span = row_tiles(tile, last_rows(tile, window, length), rows)
         by_keys += int(span.end - span.begin)
     return by_rows, by_keys
+
+
+def visited_flops(length: int, window: int, width: int, tile: int = 128) -> tuple[int, int]:
+    """FLOPs of one head and row of the batch, (forward, backward): 2 and 5 products over the tiles that are visited."""
+    product = visited_tiles(length, window, tile, tile)[0] * 2 * tile**2 * width
+    return 2 * product, 5 * product

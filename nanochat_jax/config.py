@@ -268,8 +268,9 @@ class Config:
     """Precision of the matrix products; auto: bfloat16 on GPU and TPU, float32 on CPU."""
     fp8: bool = False
     """Train the layers' products in 8-bit floats: NVIDIA from Ada and Hopper on; a CPU only emulates it."""
-    attention: Literal["auto", "reference", "xla_blocked", "cudnn", "pallas"] = "auto"
-    """Attention implementation; auto: cudnn on NVIDIA, xla_blocked elsewhere; pallas on a CPU is a slow test mode."""
+    attention: Literal["auto", "reference", "xla_blocked", "cudnn", "pallas", "mosaic"] = "auto"
+    """Attention implementation; auto: cudnn on NVIDIA, xla_blocked elsewhere; pallas on a CPU is a slow test mode;
+    mosaic: H100 and H200."""
     remat: bool = False
     """Keep only each layer's input for the backward pass and compute the rest again: less memory, a third more work."""
     loss_chunk: int | Literal["auto"] = "auto"

@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from kernels.attention import resolve
-from nanochat_jax.config import Config, DataConfig, FinetuneConfig, GPTConfig, RLConfig
-from nanochat_jax.errors import UserError
-from nanochat_jax.memory import RESERVE, device_limit, loss_chunk
+from nanochat_jax.config import Config, FinetuneConfig, GPTConfig
+from nanochat_jax.data.conversations import read_jsonl
+from nanochat_jax.memory import loss_chunk
 from nanochat_jax.metrics import duration, gib, peak_flops, si
 from nanochat_jax.model import count_params, flops_per_token, scaling_params
 from nanochat_jax.optim import horizon
-from nanochat_jax.sharding import make_mesh, parse_mesh
+from nanochat_jax.run import gpt_config
+from nanochat_jax.sharding import parse_mesh
 from nanochat_jax.tasks import load, parse
 
 ASSUMED_MFU = 0.4
@@ -36,21 +37,24 @@ SCORE_BYTES = {"float32": 11, "bfloat16": 9}
 """The same per head and visible key, where attention keeps its scores."""
 LOGIT_BYTES = {"float32": 15, "bfloat16": 11}
 """The same per logit that is there at once."""
-FLASH = ("cudnn", "pallas", "pallas_interpreted")
-"""Attention that keeps no scores."""
+KEEPS_SCORES = ("reference", "xla_blocked")
 REMAT_VALUES = 3.5
 """Values per token, layer and unit of width that rematerialisation leaves kept."""
-H100_BYTES = 80e9
 SHARD_BYTES = 100e6
-# Training rows of the public sets (GSM8K without the 400 held out), and tokens a conversation; other sets are made by
-# code and counted, at the default length.
-PUBLIC_ROWS = {"smoltalk": 460_341, "mmlu_aux": 99_842, "gsm8k": 7_073, "arc_easy": 2_251, "arc_challenge": 1_119}
-CONVERSATION_TOKENS = {"smoltalk": 800, "mmlu_aux": 200, "gsm8k": 220, "arc_easy": 90, "arc_challenge": 100}
-DEFAULT_CONVERSATION_TOKENS = 60
+# Training rows (of GSM8K without the 400 held out) and tokens a conversation; other sets are counted.
+PUBLIC_SETS = {
+    "smoltalk": (460_341, 800),
+    "mmlu_aux": (99_842, 200),
+    "gsm8k": (7_073, 220),
+    "arc_easy": (2_251, 90),
+    "arc_challenge": (1_119, 100),
+}
+MADE_TOKENS = 60
+"""Tokens of a conversation made by code."""
 
 
 def plan(config: Config) -> dict[str, Any]:
-    """{"model", "stages", "total", "memory", "disk", "assumptions"}: counts, bytes, FLOPs, hours and dollars.
+    """{"model", "stages", "total", "rows", "memory", "disk", "assumptions"}: counts, bytes, FLOPs, hours and dollars.
 
     Hours and dollars are per kind of hardware: what JAX sees here, and H100s where that is no accelerator (alone where
     the mesh has several devices). Raises UserError where the configuration cannot be.
@@ -58,26 +62,28 @@ def plan(config: Config) -> dict[str, Any]:
     devices = math.prod(parse_mesh(config.mesh).values())
     rates = _rates(devices)
     platform = jax.default_backend()
-    if platform == "cpu" and not next(iter(rates)).endswith("CPU cores"):
+    if platform == "cpu" and devices > 1:
         platform = "gpu"  # of another machine
-    cfg = _architecture(config, platform)
+    cfg = gpt_config(config, config.tokenizer.vocab_size, platform)
+    attention, cfg = cfg.attention, replace(cfg, attention="reference")  # which can be traced everywhere
     counts, per_token = count_params(cfg), flops_per_token(cfg)
     base = horizon(config, cfg)
-    stages = [_stage("base", _stopped(base.steps, config.base.stop_after), base.batch_tokens, per_token)]
+    stages = [_stage("base", base.steps, config.base.stop_after, base.batch_tokens, per_token)]
     stages += [_finetune(name, getattr(config, name), config, cfg, per_token) for name in ("mid", "sft")]
-    rows, memory = _memory(config, cfg, counts, {stage["stage"]: stage["batch_tokens"] for stage in stages}, platform)
-    stages.append(_rl(config.rl, config, cfg, per_token))
+    rows = {stage["stage"]: _rows(config, stage) for stage in stages}
+    memory = step_memory(config, cfg, max(rows.values()), platform, attention)
+    stages.append(_rl(config, cfg, per_token))
     if config.rl.control:
         # sft continued for the compute that rl used.
-        stages.append(dict.fromkeys(("steps", "tokens"), 0) | {"stage": "sft_continued", "flops": stages[-1]["flops"]})
+        stages.append({"stage": "sft_continued", "steps": 0, "tokens": 0, "flops": stages[-1]["flops"]})
     for stage in stages:
         rollouts = stage.get("rollout_flops", 0)
         work = (stage["flops"] - rollouts) * (4 / 3 if config.remat else 1) + rollouts / ROLLOUT_EFFICIENCY
         stage["hours"] = {name: work / rate / 3600 for name, rate in rates.items()}
+    total = {"stage": "total", "steps": 0} | {key: sum(stage[key] for stage in stages) for key in ("tokens", "flops")}
+    total["hours"] = {name: sum(stage["hours"][name] for stage in stages) for name in rates}
+    for stage in (*stages, total):
         stage["dollars"] = {name: hours * devices * config.device_hour_cost for name, hours in stage["hours"].items()}
-    total = {key: sum(stage[key] for stage in stages) for key in ("tokens", "flops")}
-    for key in ("hours", "dollars"):
-        total[key] = {name: sum(stage[key][name] for stage in stages) for name in rates}
     return {
         "model": counts | {"scaling": scaling_params(cfg), "flops_per_token": per_token, "devices": devices},
         "stages": stages,
@@ -85,40 +91,31 @@ def plan(config: Config) -> dict[str, Any]:
         "rows": rows,
         "memory": memory,
         "disk": _disk(config, cfg, counts),
-        "assumptions": _assumptions(rates, cfg, _attention(config, cfg, platform)),
+        "assumptions": _assumptions(rates, cfg, attention),
     }
 
 
 def format_plan(figures: dict[str, Any]) -> str:
     """The plan as text."""
-    model, total = figures["model"], figures["total"]
-    lines = ["Model"]
-    groups = ("wte", "value_embeds", "lm_head", "blocks", "scalars", "total", "scaling")
-    lines += _aligned([(f"{name.replace('_', ' ')} parameters", f"{model[name]:,}") for name in groups])
-    lines += _aligned(
-        [("training FLOPs per token", f"{model['flops_per_token']:,}"), ("devices", str(model["devices"]))]
-    )
-    hardware = list(total["hours"])
-    header = ["stage", "steps", "tokens", "FLOPs", *(f"time on {name}" for name in hardware)]
-    priced = any(total["dollars"].values())
-    header += [f"dollars on {name}" for name in hardware if priced]
-    rows = [header]
-    for stage in [*figures["stages"], {"stage": "total", "steps": 0} | total]:
-        row = [
-            stage["stage"],
-            f"{stage['steps']:,}" if stage["steps"] else "-",
-            si(stage["tokens"]) if stage["tokens"] else "-",
-        ]
-        row += [f"{stage['flops']:.3g}", *(_hours(stage["hours"][name]) for name in hardware)]
-        rows.append(row + [f"{stage['dollars'][name]:,.2f}" for name in hardware if priced])
-    lines += ["", "Stages", *_aligned(rows)]
+    model = [(name.replace("_", " "), f"{count:,}") for name, count in figures["model"].items()]
+    hardware = list(figures["total"]["hours"])
+    priced = [name for name in hardware if figures["total"]["dollars"][name]]
+    stages = [["stage", "steps", "tokens", "FLOPs"]]
+    stages[0] += [f"time on {name}" for name in hardware] + [f"dollars on {name}" for name in priced]
+    for stage in (*figures["stages"], figures["total"]):
+        row = [stage["stage"], f"{stage['steps']:,}", si(stage["tokens"]), f"{stage['flops']:.3g}"]
+        row += [_hours(stage["hours"][name]) for name in hardware]
+        stages.append(row + [f"{stage['dollars'][name]:,.2f}" for name in priced])
     rows = ", ".join(f"{stage} {count}" for stage, count in figures["rows"].items())
-    for title, key in (
-        (f"Memory per device (estimate; rows a microbatch: {rows})", "memory"),
-        ("Disk (estimate)", "disk"),
-    ):
-        lines += ["", title, *_aligned([(name.replace("_", " "), gib(size)) for name, size in figures[key].items()])]
-    return "\n".join([*lines, "", "Assumptions", *(f"  - {text}" for text in figures["assumptions"])])
+    memory, disk = ([(name, gib(size)) for name, size in figures[key].items()] for key in ("memory", "disk"))
+    parts = {
+        "Model (parameters by group, training FLOPs)": _aligned(model),
+        "Stages": _aligned(stages),
+        f"Memory per device (estimate; rows a microbatch: {rows})": _aligned(memory),
+        "Disk (estimate)": _aligned(disk),
+        "Assumptions": [f"  - {text}" for text in figures["assumptions"]],
+    }
+    return "\n\n".join("\n".join([title, *lines]) for title, lines in parts.items())
 
 
 def _hours(hours: float) -> str:
@@ -141,11 +138,8 @@ def _rates(devices: int) -> dict[str, float]:
     return here | {f"{devices} x H100": devices * ASSUMED_MFU * 989e12}
 
 
-def _stopped(steps: int, stop_after: int | None) -> int:
-    return steps if stop_after is None else min(steps, stop_after)
-
-
-def _stage(name: str, steps: int, batch_tokens: int, per_token: int) -> dict[str, Any]:
+def _stage(name: str, steps: int, stop_after: int | None, batch_tokens: int, per_token: int) -> dict[str, Any]:
+    steps = steps if stop_after is None else min(steps, stop_after)
     tokens = steps * batch_tokens
     flops = float(tokens * per_token)
     return {"stage": name, "steps": steps, "batch_tokens": batch_tokens, "tokens": tokens, "flops": flops}
@@ -155,91 +149,53 @@ def _finetune(name: str, stage: FinetuneConfig, config: Config, cfg: GPTConfig, 
     batch_tokens = stage.total_batch_size or 32 * cfg.sequence_len
     steps = stage.num_iterations
     if steps is None:
-        sizes = [_mixture_entry(spec, config.data, config.seed, cfg.sequence_len) for spec in stage.mixture]
-        conversations, tokens = (sum(column) for column in zip(*sizes, strict=True)) if sizes else (0, 0)
+        sizes = [_mixture_entry(spec, config) for spec in stage.mixture]
+        conversations = sum(count for count, _ in sizes)
+        tokens = sum(count * min(length, cfg.sequence_len) for count, length in sizes)
         rows = conversations if stage.packing == "pad" else tokens / cfg.sequence_len
         held_out = min(stage.val_rows, conversations // 10) / max(conversations, 1)
         steps = max(1, int(rows * (1 - held_out) * cfg.sequence_len // batch_tokens)) if conversations else 0
-    return _stage(name, _stopped(steps, stage.stop_after), batch_tokens, per_token)
+    return _stage(name, steps, stage.stop_after, batch_tokens, per_token)
 
 
-def _mixture_entry(spec: str, data: DataConfig, seed: int, sequence_len: int) -> tuple[int, int]:
-    """(conversations, tokens) of one entry of a mixture, without loading a public set."""
+def _mixture_entry(spec: str, config: Config) -> tuple[int, int]:
+    """(conversations, tokens of one) of an entry of a mixture, without loading a public set."""
     name, rows, epochs = parse(spec)
-    length = CONVERSATION_TOKENS.get(name, DEFAULT_CONVERSATION_TOKENS)
-    if name.endswith(".jsonl"):
-        path = Path(name).expanduser()
-        if not path.is_file():
-            raise UserError(f"mixture entry {spec!r}: there is no file {path}")
-        with path.open("rb") as file:
-            there = sum(1 for line in file if line.strip())
-        length = max(1, path.stat().st_size // 4 // max(there, 1))
+    if name in PUBLIC_SETS:
+        there, length = PUBLIC_SETS[name]
+    elif name.endswith(".jsonl"):
+        there = len(read_jsonl(Path(name)))
+        length = Path(name).stat().st_size // 4 // there
     else:
-        there = PUBLIC_ROWS[name] if name in PUBLIC_ROWS else len(load(name, "train", data, seed))
-    count = (there if rows is None else min(rows, there)) * epochs
-    return count, count * min(length, sequence_len)
+        there, length = len(load(name, "train", config.data, config.seed)), MADE_TOKENS
+    return (there if rows is None else min(rows, there)) * epochs, length
 
 
-def _rl(rl: RLConfig, config: Config, cfg: GPTConfig, per_token: int) -> dict[str, Any]:
+def _rl(config: Config, cfg: GPTConfig, per_token: int) -> dict[str, Any]:
     """Every answer as long as allowed, so an upper bound: answers are sampled, then trained on with their questions."""
-    steps = rl.num_iterations
-    if steps is None:
-        steps = _mixture_entry(rl.task, config.data, config.seed, cfg.sequence_len)[0] // rl.questions_per_step
-    question = CONVERSATION_TOKENS.get(rl.task, DEFAULT_CONVERSATION_TOKENS)
+    rl = config.rl
+    questions, length = _mixture_entry(rl.task, config)
+    steps = questions // rl.questions_per_step if rl.num_iterations is None else rl.num_iterations
     samples = rl.questions_per_step * rl.samples_per_question
-    stage = _stage("rl", _stopped(steps, rl.stop_after), samples * (question + rl.max_new_tokens), per_token)
+    stage = _stage("rl", steps, rl.stop_after, samples * (length + rl.max_new_tokens), per_token)
     # A forward pass is a third of the training FLOPs.
-    rollouts = stage["steps"] * samples * (rl.max_new_tokens + question / rl.samples_per_question) * per_token / 3
+    rollouts = stage["steps"] * samples * (rl.max_new_tokens + length / rl.samples_per_question) * per_token / 3
     return stage | {"flops": stage["flops"] + rollouts, "rollout_flops": rollouts}
 
 
-def _architecture(config: Config, platform: str) -> GPTConfig:
-    """The model in the precision of `platform`, with the attention that can be traced everywhere."""
-    automatic = "float32" if platform == "cpu" else "bfloat16"
-    dtype = automatic if config.compute_dtype == "auto" else config.compute_dtype
-    resolved = {"compute_dtype": dtype, "remat": config.remat}
-    return GPTConfig.from_depth(config.model, config.tokenizer.vocab_size, **resolved)
-
-
-def _attention(config: Config, cfg: GPTConfig, platform: str) -> str:
-    """The implementation that is used on `platform`. UserError where it cannot run."""
-    try:
-        return resolve(config.attention, platform, cfg.compute_dtype)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-
-
-def _memory(
-    config: Config, cfg: GPTConfig, counts: dict[str, int], batch_tokens: dict[str, int], platform: str
-) -> tuple[dict[str, int], dict[str, float]]:
-    """Rows of a microbatch of each supervised stage, and the bytes on one device in the one that takes most."""
+def _rows(config: Config, stage: dict[str, Any]) -> int:
+    """Rows of a microbatch of a supervised stage on a device; 1 for `auto`."""
     axes = parse_mesh(config.mesh)
-    limit, sizes, rows = None, {}, {}
-    for name, tokens in batch_tokens.items():
-        here = max(1, tokens // cfg.sequence_len // (axes["data"] * axes["fsdp"]))
-        wanted = getattr(config, name).device_batch_size
-        if wanted == "auto":
-            limit = limit or _limit(config, platform)
-            fits = [n for n in range(1, here + 1) if here % n == 0]
-            fits = [n for n in fits if step_memory(config, cfg, counts, n, platform)["total"] <= limit]
-            wanted = max(fits, default=1)
-        rows[name] = min(wanted, here)
-        sizes[name] = step_memory(config, cfg, counts, rows[name], platform)
-    return rows, max(sizes.values(), key=lambda memory: memory["total"])
+    wanted = getattr(config, stage["stage"]).device_batch_size
+    here = stage["batch_tokens"] // config.model.sequence_len // (axes["data"] * axes["fsdp"])
+    return 1 if wanted == "auto" else max(1, min(wanted, here))
 
 
-def _limit(config: Config, platform: str) -> float:
-    """Bytes that `auto` can plan with: as stated, else what is free here, or on H100s where those are planned with."""
-    if config.device_memory_gb is None and platform != jax.default_backend():
-        return (1 - RESERVE) * H100_BYTES
-    return device_limit(config, make_mesh(config.mesh if platform == jax.default_backend() else "1"))
-
-
-def step_memory(config: Config, cfg: GPTConfig, counts: dict[str, int], rows: int, platform: str) -> dict[str, float]:
+def step_memory(config: Config, cfg: GPTConfig, rows: int, platform: str, attention: str) -> dict[str, float]:
     """Bytes that a step with microbatches of `rows` rows takes on a device, by what they are for; an estimate."""
     axes = parse_mesh(config.mesh)
     parameter_parts, all_parts = axes["fsdp"] * axes["tensor"], math.prod(axes.values())
-    dtype = cfg.compute_dtype
+    counts, dtype = count_params(cfg), cfg.compute_dtype
     low = jnp.dtype(dtype).itemsize
     embedding = (counts["wte"] + counts["value_embeds"]) * low
     blocks, rest = 4 * counts["blocks"], 4 * (counts["lm_head"] + counts["scalars"])
@@ -247,13 +203,10 @@ def step_memory(config: Config, cfg: GPTConfig, counts: dict[str, int], rows: in
     chunk = loss_chunk(config, rows, platform)
     head_tokens = rows * min(chunk or cfg.sequence_len, cfg.sequence_len) / axes["tensor"]
     logits = LOGIT_BYTES[dtype] * head_tokens * cfg.padded_vocab_size
-    layers = [tokens * ACTIVATION_BYTES[dtype] * cfg.n_embd] * cfg.n_layer
-    if _attention(config, cfg, platform) not in FLASH:
-        # A window's mean number of visible keys, and half a block of queries.
-        keys = [window - window**2 / 2 / cfg.sequence_len + 64 for window in cfg.windows]
-        layers = [
-            size + tokens * SCORE_BYTES[dtype] * cfg.n_head * seen for size, seen in zip(layers, keys, strict=True)
-        ]
+    # A window's mean number of visible keys, and half a block of queries.
+    keys = [window - window**2 / 2 / cfg.sequence_len + 64 for window in cfg.windows]
+    scores = SCORE_BYTES[dtype] * cfg.n_head * (attention in KEEPS_SCORES)
+    layers = [tokens * (ACTIVATION_BYTES[dtype] * cfg.n_embd + scores * seen) for seen in keys]
     activations = sum(layers)
     if cfg.remat:
         # One layer's activations are there again when the logits are not any more.
@@ -273,8 +226,7 @@ def step_memory(config: Config, cfg: GPTConfig, counts: dict[str, int], rows: in
 def _disk(config: Config, cfg: GPTConfig, counts: dict[str, int]) -> dict[str, float]:
     """Bytes of shards to download and of the checkpoints of all stages."""
     downloads = config.data.dir is None and config.data.source != "embedded"
-    low = jnp.dtype(cfg.compute_dtype).itemsize
-    embedding = (counts["wte"] + counts["value_embeds"]) * low
+    embedding = (counts["wte"] + counts["value_embeds"]) * jnp.dtype(cfg.compute_dtype).itemsize
     checkpoint = 3 * embedding + 2 * 4 * counts["blocks"] + 3 * 4 * counts["lm_head"]
     kept = sum(stage.keep + 1 for stage in (config.base, config.mid, config.sft, config.rl))
     disk = {"shards": (config.data.num_shards + 1) * SHARD_BYTES * downloads, "checkpoints": float(kept * checkpoint)}
@@ -283,15 +235,15 @@ def _disk(config: Config, cfg: GPTConfig, counts: dict[str, int]) -> dict[str, f
 
 def _assumptions(rates: dict[str, float], cfg: GPTConfig, attention: str) -> list[str]:
     speeds = ", ".join(f"{name}: {rate / 1e9:,.0f} GFLOP/s" for name, rate in rates.items())
-    lengths = ", ".join(f"{name} {length}" for name, length in CONVERSATION_TOKENS.items())
+    lengths = ", ".join(f"{name} {length}" for name, (_, length) in PUBLIC_SETS.items())
     return [
         f"training speed: {speeds}",
         f"from {ASSUMED_MFU:.0%} MFU on accelerators and {CPU_CORE_FLOPS / 1e9:.0f} GFLOP/s a CPU core",
-        f"tokens a conversation: {lengths}, others {DEFAULT_CONVERSATION_TOKENS}; a file's bytes / 4",
+        f"tokens a conversation: {lengths}, others {MADE_TOKENS}; a file's bytes / 4",
         f"rl: answers as long as allowed; sampling runs at {ROLLOUT_EFFICIENCY:.0%} of the speed of training",
         f"activations, as XLA keeps them on a CPU: {ACTIVATION_BYTES[cfg.compute_dtype]} bytes a token, layer and unit "
         f"of width, with remat {REMAT_VALUES * jnp.dtype(cfg.compute_dtype).itemsize:.0f} and a third more work",
-        f"attention {attention} {'keeps no scores' if attention in FLASH else 'keeps its scores'}",
-        f"a shard has {SHARD_BYTES / 1e6:.0f} MB",
+        f"attention {attention} {'keeps' if attention in KEEPS_SCORES else 'does not keep'} its scores",
+        f"device-batch-size auto: counted as 1 row; a shard has {SHARD_BYTES / 1e6:.0f} MB",
         "not counted: evaluation, downloads, tokenizer training, compilation",
     ]

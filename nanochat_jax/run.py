@@ -141,21 +141,26 @@ def config_from_dict(fields: dict[str, Any], where: str) -> Config:
     return build(Config, fields, "")
 
 
-def gpt_config(config: Config, vocab_size: int, **overrides: Any) -> GPTConfig:
-    """The architecture, `auto` resolved for the devices JAX sees. UserError where the attention cannot run there."""
+def gpt_config(config: Config, vocab_size: int, platform: str | None = None) -> GPTConfig:
+    """The architecture, `auto` resolved for the devices JAX sees. UserError where the attention cannot run there.
+
+    `platform`: another one; a "gpu" that is not here is an H100.
+    """
     import jax
 
-    from kernels.attention import resolve
+    from kernels.attention import compute_capability, resolve
 
-    device = jax.default_backend()
-    automatic = "float32" if device == "cpu" else "bfloat16"
+    here = jax.default_backend()
+    platform = platform or here
+    automatic = "float32" if platform == "cpu" else "bfloat16"
     dtype = automatic if config.compute_dtype == "auto" else config.compute_dtype
     try:
-        impl = resolve(config.attention, device, dtype)
+        capability = compute_capability() if platform == here else "9.0"
+        impl = resolve(config.attention, platform, dtype, capability, config.model.head_dim)
     except ValueError as error:
         raise UserError(str(error)) from None
     resolved = {"compute_dtype": dtype, "attention": impl, "fp8": config.fp8, "remat": config.remat}
-    return GPTConfig.from_depth(config.model, vocab_size, **resolved, **overrides)
+    return GPTConfig.from_depth(config.model, vocab_size, **resolved)
 
 
 def finished(workdir: Path, stage: str) -> dict[str, Any] | None:

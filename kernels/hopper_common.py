@@ -1,0 +1,116 @@
+"""What the Hopper kernels have in common: the launch, the mask and the ring of tiles in shared memory.
+
+A block has two warpgroups that compute, a tile of 64 rows (or keys) each, and a third one that fills shared memory
+through TMA. A ring has a few stages: the loader waits until both warpgroups have emptied one, they until it is full.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels.flash_tiles import Setup
+from kernels.reference import MASKED
+
+HEIGHT = 64
+"""Rows (or keys) of a compute warpgroup: what one wgmma multiplies."""
+BLOCK = 2 * HEIGHT
+"""Rows (or keys) of a block; lengths are padded to a multiple."""
+LOADER = 2
+"""Index of the warpgroup that fills shared memory."""
+SPILLED = 128
+"""Widest left operand in registers."""
+
+
+def launch(
+    body: Callable[..., None],
+    setup: Setup,
+    *,
+    name: str,
+    outs: list[jax.Array],
+    scratch: dict[str, Any],
+    grid: tuple[int, ...],
+) -> Callable[..., Any]:
+    """`body` over a grid of (batch, head, tile), tiles fastest, so that neighbours find K and V in the L2 cache."""
+    if setup.interpret:
+        scratch = scratch | {"spill": plgpu.SMEM((2, HEIGHT, SPILLED), outs[0].dtype)}
+    return plgpu.kernel(
+        functools.partial(body, setup=setup),
+        out_type=[jax.ShapeDtypeStruct(out.shape, out.dtype) for out in outs],
+        scratch_types=scratch,
+        grid=grid,
+        grid_names=("batch", "head", "tile"),
+        num_threads=3,
+        thread_name="warpgroup",
+        kernel_name=name,
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        interpret=setup.interpret,
+    )
+
+
+def place() -> tuple[jax.Array, ...]:
+    """Batch row, head, tile and warpgroup of this program."""
+    return tuple(jax.lax.axis_index(name) for name in ("batch", "head", "tile", "warpgroup"))
+
+
+def by_role(compute: Callable[[], None], load: Callable[[], None]) -> None:
+    """Both roles of a block, with the registers each needs: 240 and 24 of the 504 that three threads share."""
+    warpgroup = jax.lax.axis_index("warpgroup")
+
+    @pl.when(warpgroup != LOADER)
+    def _compute() -> None:
+        plgpu.set_max_registers(240, action="increase")
+        compute()
+
+    @pl.when(warpgroup == LOADER)
+    def _load() -> None:
+        plgpu.set_max_registers(24, action="decrease")
+        load()
+
+
+def fill(count: jax.Array, stages: int, *rings: tuple[jax.Ref, Callable[[jax.Array, jax.Array], None]]) -> None:
+    """The loader's work: `load(i, stage)` for i < count, in every ring of (barriers of empty stages, load)."""
+
+    @pl.loop(0, count)
+    def _(i: jax.Array) -> None:
+        stage = jax.lax.rem(i, stages)
+        for empty, load in rings:
+
+            @pl.when(i >= stages)
+            def _wait(empty: jax.Ref = empty) -> None:
+                plgpu.barrier_wait(empty.at[stage])
+
+            load(i, stage)
+
+
+def visible(scores: jax.Array, setup: Setup, lead: jax.Array, masked: bool, rows_axis: int = 0) -> jax.Array:
+    """The scores, invisible ones MASKED where the tile needs a mask; `lead`: its first row less its first key."""
+    if not masked:
+        return scores
+    rows, keys = (plgpu.broadcasted_iota(jnp.int32, scores.shape, axis) for axis in (rows_axis, 1 - rows_axis))
+    back = lead + rows - keys
+    return jnp.where((back >= 0) & (back <= setup.window), scores, MASKED)
+
+
+def log2_scale(setup: Setup) -> float:
+    """Factor from a product of q and k to units of log 2, positive; in exp2(scores * factor - x) it costs nothing."""
+    return setup.scale * math.log2(math.e)
+
+
+def multiply(sums: jax.Ref, left: jax.Array, right: jax.Ref, spill: jax.Ref | None) -> None:
+    """sums += left @ right, with `left` in registers; the interpreter knows left operands in shared memory only."""
+    if spill is not None:
+        spilled = spill.at[jax.lax.axis_index("warpgroup"), :, pl.ds(0, left.shape[1])]
+        spilled[...] = left
+        left = spilled
+    plgpu.wgmma(sums, left, right)
+
+
+def over(row: jax.Array, shape: tuple[int, ...], axis: int = 0) -> jax.Array:
+    """A vector repeated over a tile, its entries along `axis`."""
+    return jax.lax.broadcast_in_dim(row, shape, (axis,))
