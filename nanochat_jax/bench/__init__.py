@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from nanochat_jax.bench.measure import environment, table
+from nanochat_jax.bench.tables import table
 from nanochat_jax.config import Config
 
 
@@ -30,6 +30,8 @@ class Settings(NamedTuple):
 
 def measured(what: str, config: Config, settings: Settings, log: Callable[[str], None]) -> dict[str, Any]:
     """The figures of a part, and where and with what they were measured; shows them as tables on stderr."""
+    from nanochat_jax.bench.measure import environment  # imports JAX
+
     part = importlib.import_module(f"nanochat_jax.bench.{what}")
     figures = {"bench": what, **part.figures(config, settings, log)}
     print(table(figures), file=sys.stderr, flush=True)

@@ -1,0 +1,97 @@
+#!/usr/bin/env bash
+# Everything that a GPU is to be asked, in under nine minutes: every attention kernel against the reference, small and
+# real shapes; attention in TFLOP/s; the training step at depth 12 and 20, in fp8, with other kernels, with other XLA
+# flags; decoding; and, given its checkout, the reference's own training.
+#
+#     bench/gpu_session.sh [FOLDER]        # $OUT, or gpu_session/: gpu_session.json, .md, .log
+#
+# Each part is a command with a time limit of its own, so that one that hangs does not cost the others. What is slow or
+# new comes last; parts for which no time is left are said to be missing. Exit status 1 where a part failed, took too
+# long or found a kernel wrong. In the environment:
+#
+#     PYTHON      python with this project's requirements (python3)
+#     LIMIT       seconds for all parts together (520)
+#     PARTS       names of parts, where not all are wanted ("attention-real decode")
+#     IMPLS       attention that the step is also measured with ("pallas mosaic")
+#     NANOCHAT, NANOCHAT_PYTHON  checkout of karpathy/nanochat, python of its environment
+#     REHEARSE=1  the same commands on a CPU with tiny shapes
+set -u
+cd "$(dirname "$0")/.."
+FOLDER=$(mkdir -p "${1:-${OUT:-gpu_session}}" && cd "${1:-${OUT:-gpu_session}}" && pwd)
+PYTHON=${PYTHON:-python3}
+DEADLINE=$((SECONDS + ${LIMIT:-520}))
+PIECES=$(mktemp -d)
+LOG=$FOLDER/gpu_session.log
+trap 'rm -rf "$PIECES"' EXIT
+: >"$LOG"
+
+SMALL=() COMPARE=(--device cuda --depth 12 --seq-len 2048 --batch 32 --vocab-size 32768 --rounds 4 --steps 3)
+if [ -n "${REHEARSE:-}" ]; then
+    export JAX_PLATFORMS=cpu
+    SMALL=(--model.depth 2 --model.aspect-ratio 16 --model.head-dim 16 --model.sequence-len 256 --model.n-kv-head 1
+        --tokenizer.vocab-size 512 --base.total-batch-size 1024 --base.device-batch-size 2 --repeat 1 --rows 1)
+    COMPARE=(--depth 2 --seq-len 128 --batch 2 --vocab-size 512 --rounds 1 --steps 1)
+fi
+
+# part NAME LIMIT COMMAND...: runs it for LIMIT seconds at most; its last line on stdout and how it ended are kept.
+part() {
+    local name=$1 limit=$2 left=$((DEADLINE - SECONDS)) start=$SECONDS status
+    shift 2
+    [[ -z ${PARTS:-} || " $PARTS " == *" $name "* ]] || return 0
+    if ((left < 5)); then
+        echo "$name: no time left" | tee -a "$LOG" >&2
+        echo "missing 0" >"$PIECES/$name.status"
+        return 1
+    fi
+    printf '\n== %s: %s\n' "$name" "$*" >>"$LOG"
+    timeout -k 5 $((limit < left ? limit : left)) "$@" >"$PIECES/$name.out" 2>>"$LOG"
+    status=$?
+    echo "$status $((SECONDS - start))" >"$PIECES/$name.status"
+    echo "$name: status $status, $((SECONDS - start)) s" | tee -a "$LOG" >&2
+    return $status
+}
+
+# ours NAME LIMIT WHAT OPTIONS...: a part that is one of our measurements.
+ours() {
+    local name=$1 limit=$2 what=$3
+    shift 3
+    part "$name" "$limit" "$PYTHON" -m nanochat_jax bench "$what" --json "$@" "${SMALL[@]}"
+}
+
+# step NAME LIMIT DEPTH "ROWS..." OPTIONS...: a training step, with the first of ROWS that fits.
+step() {
+    local name=$1 limit=$2 depth=$3 rows
+    local sizes=$4
+    shift 4
+    for rows in $sizes; do
+        ours "$name" "$limit" train --experiment "experiments/d$depth.py" --compute-dtype bfloat16 --repeat 5 \
+            --base.total-batch-size 262144 --base.device-batch-size "$rows" "$@" && return
+        grep -q RESOURCE_EXHAUSTED <(tail -n 20 "$LOG") || return
+    done
+}
+
+GPU=(--experiment experiments/d12.py --compute-dtype bfloat16)
+ours attention-real 100 attention "${GPU[@]}" --model.depth 24 --rows 16
+ours attention-grouped 60 attention "${GPU[@]}" --model.depth 8 --model.n-kv-head 2 --model.sequence-len 640 --rows 3 --repeat 2
+ours attention-narrow 60 attention "${GPU[@]}" --model.depth 4 --model.head-dim 64 --model.sequence-len 1000 --rows 2 --repeat 2
+step train-12 110 12 "64 32 16"
+step train-20 110 20 "32 16 8" --step-only
+step train-20-fp8 90 20 "32 16 8" --step-only --fp8
+for impl in ${IMPLS:-pallas mosaic}; do
+    step "train-12-$impl" 70 12 "64 32 16" --step-only --attention "$impl"
+done
+ours decode 60 decode "${GPU[@]}" --repeat 3
+if [ -n "${NANOCHAT:-}" ]; then
+    part compare 150 "$PYTHON" bench/compare_nanochat.py --nanochat "$NANOCHAT" \
+        --python "${NANOCHAT_PYTHON:-$PYTHON}" --json "${COMPARE[@]}"
+fi
+number=0
+while read -r flags; do
+    number=$((number + 1))
+    XLA_FLAGS="${XLA_FLAGS:-} $flags" step "train-12-flags-$number" 70 12 "64 32 16" --step-only
+done <<'FLAGS'
+--xla_gpu_enable_latency_hiding_scheduler=true
+--xla_gpu_enable_triton_gemm=false
+--xla_gpu_enable_command_buffer=
+FLAGS
+"$PYTHON" -m bench.gpu_session_report "$PIECES" "$FOLDER"
