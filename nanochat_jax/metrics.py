@@ -14,8 +14,9 @@ import statistics
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 
@@ -127,10 +128,10 @@ def _plain(value: Any) -> Any:
 class Pace:
     """Speed of a training loop: call `lap` once a step. The first lap, which compiles, is kept out of the ETA."""
 
-    def __init__(self, total_steps: int, tokens_per_step: int, flops_per_token: float, n_devices: int = 0) -> None:
-        """`n_devices` share the work; 0: all that JAX sees."""
+    def __init__(self, total_steps: int, tokens_per_step: int, flops_per_token: float, n_devices: int) -> None:
+        """`n_devices` share the work."""
         self.total_steps, self.tokens_per_step, self.flops_per_token = total_steps, tokens_per_step, flops_per_token
-        self.n_devices = n_devices or jax.device_count()
+        self.n_devices = n_devices
         self._recent: deque[float] = deque(maxlen=20)
         self._laps = 0
         self._last = time.perf_counter()
@@ -159,8 +160,8 @@ class Pace:
 class Console:
     """One line a logged step on stderr. It takes the values that go to `MetricsLog.write`, so one dict serves both."""
 
-    def __init__(self, stage: str, total_steps: int, stream: TextIO | None = None) -> None:
-        self.stage, self.total_steps, self.stream = stage, total_steps, stream
+    def __init__(self, stage: str, total_steps: int) -> None:
+        self.stage, self.total_steps = stage, total_steps
 
     def step(self, step: int, **values: Any) -> None:
         """Prints the values it knows, in a fixed order: loss or reward, lr, tok/s, MFU, step time, ETA."""
@@ -172,47 +173,40 @@ class Console:
     def note(self, text: str) -> None:
         """Prints a line as it is; of several processes the leader alone speaks."""
         if is_leader():
-            print(text, file=self.stream or sys.stderr, flush=True)
+            print(text, file=sys.stderr, flush=True)
 
 
-_COLUMNS = {
-    "loss": lambda v: f"loss {float(v):.4f}",
-    "bpb": lambda v: f"val bpb {float(v):.4f}",
-    "reward": lambda v: f"reward {float(v):.3f}",
-    "pass": lambda v: " ".join(f"pass@{k} {float(p):.3f}" for k, p in v.items()),
-    "response_tokens": lambda v: f"answer {float(v):.0f} tok",
-    "lr_mult": lambda v: f"lr x{float(v):.3f}",
-    "tok_per_sec": lambda v: f"{si(float(v))} tok/s",
-    "mfu": lambda v: f"MFU {100 * float(v):.1f}%",
-    "step_seconds": lambda v: f"{1000 * float(v):.0f} ms",
-    "rollout_seconds": lambda v: f"rollout {float(v):.1f} s",
-    "update_seconds": lambda v: f"update {float(v):.1f} s",
-    "eta_seconds": lambda v: f"ETA {duration(float(v))}",
+_COLUMNS: dict[str, Callable[[Any], str]] = {
+    "loss": "loss {:.4f}".format,
+    "bpb": "val bpb {:.4f}".format,
+    "reward": "reward {:.3f}".format,
+    "pass": lambda v: " ".join(f"pass@{k} {share:.3f}" for k, share in v.items()),
+    "response_tokens": "answer {:.0f} tok".format,
+    "lr_mult": "lr x{:.3f}".format,
+    "tok_per_sec": lambda v: f"{si(v)} tok/s",
+    "mfu": "MFU {:.1%}".format,
+    "step_seconds": lambda v: f"{1000 * v:.0f} ms",
+    "rollout_seconds": "rollout {:.1f} s".format,
+    "update_seconds": "update {:.1f} s".format,
+    "eta_seconds": lambda v: f"ETA {duration(v)}",
 }
 
 
-def banner(title: str, stream: TextIO | None = None, **rows: Any) -> None:
+def banner(title: str, **rows: Any) -> None:
     """What a stage is about to do, aligned, on stderr: banner("base", mesh="data=8", precision=..., parameters=...).
 
     Large integers get an SI suffix as well, a name that ends in `_bytes` is shown as GiB, None is left out.
     """
-    shown = {name.removesuffix("_bytes").replace("_", " "): _shown(name, value) for name, value in rows.items()}
-    shown = {name: value for name, value in shown.items() if value is not None}
-    width = max(map(len, shown), default=0)
     lines = [f"== {title} " + "=" * max(0, 56 - len(title))]
-    lines += [f"   {name:<{width}}  {value}" for name, value in shown.items()]
+    for name, value in rows.items():
+        if name.endswith("_bytes"):
+            value = gib(value)
+        elif isinstance(value, int):
+            value = f"{value:,}" if value < 1_000_000 else f"{value:,} ({si(value)})"
+        if value is not None:
+            lines.append(f"   {name.removesuffix('_bytes').replace('_', ' '):<14} {value}")
     if is_leader():
-        print("\n".join(lines), file=stream or sys.stderr, flush=True)
-
-
-def _shown(name: str, value: Any) -> str | None:
-    if value is None:
-        return None
-    if name.endswith("_bytes"):
-        return gib(value)
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}" if value < 1_000_000 else f"{value:,} ({si(value)})"
-    return str(value)
+        print("\n".join(lines), file=sys.stderr, flush=True)
 
 
 def si(value: float) -> str:

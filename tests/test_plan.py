@@ -16,6 +16,7 @@ from nanochat_jax.memory import train_bytes
 from nanochat_jax.model import count_params, flops_per_token, param_shapes
 from nanochat_jax.optim import horizon
 from nanochat_jax.plan import format_plan, plan, step_memory
+from nanochat_jax.run import gpt_config
 from nanochat_jax.sharding import make_mesh
 
 
@@ -63,10 +64,11 @@ def test_finetuning_steps_come_from_the_mixture():
 
 def test_own_conversations_are_counted(tmp_path):
     path = tmp_path / "mine.jsonl"
-    path.write_text(("x" * 399 + "\n") * 64)
+    line = '[{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]'
+    path.write_text((line.ljust(399) + "\n") * 64)
     mine = FinetuneConfig(mixture=(f"{path}*2",), val_rows=0)
     assert stage(plan(tiny(sft=mine)), "sft")["steps"] == 128 * 100 // (32 * 128)
-    with pytest.raises(UserError, match="no file"):
+    with pytest.raises(UserError, match=r"nowhere\.jsonl"):
         plan(tiny(sft=FinetuneConfig(mixture=("nowhere.jsonl",))))
 
 
@@ -100,28 +102,21 @@ def test_memory_knows_remat_and_chunks_of_the_loss():
     assert remat["activations"] < 0.6 * plain["activations"] and remat["logits"] == plain["logits"]
     assert chunked["logits"] == plain["logits"] / 8 and chunked["activations"] == plain["activations"]
     assert memory(loss_chunk="auto")["logits"] == plain["logits"] / 4  # 256 tokens of the 8 rows of 128, on a CPU
-    cfg = GPTConfig.from_depth(tiny().model, 512, compute_dtype="bfloat16")
     blocked, cudnn = (
-        step_memory(tiny(attention=impl), cfg, count_params(cfg), 8, "gpu")["activations"]
-        for impl in ("xla_blocked", "auto")
+        step_memory(tiny(), replace(cfg, attention="reference"), 8, "gpu", cfg.attention)["activations"]
+        for cfg in (gpt_config(tiny(attention=impl), 512, "gpu") for impl in ("xla_blocked", "auto"))
     )
     assert cudnn < blocked == plain["activations"]
     hours = [stage(plan(tiny(remat=on)), "base")["hours"]["1 x H100"] for on in (False, True)]
     assert hours[1] == pytest.approx(hours[0] * 4 / 3)
 
 
-def test_auto_plans_with_the_memory_there_is(monkeypatch):
-    def rows(gb, **changes):
-        base = replace(tiny().base, device_batch_size="auto")
-        return plan(replace(tiny(), base=base, device_memory_gb=gb, **changes))["rows"]["base"]
-
-    assert rows(1) == 8 and rows(0.001) == 1
-    some = {name: replace(getattr(tiny(), name), device_batch_size=2) for name in ("base", "mid", "sft")}
-    two = plan(tiny(**some))["memory"]["total"]
-    assert rows(1.01 * two / 2**30) == 2 and rows(1.01 * two / 2**30, remat=True) == 4
-    monkeypatch.setattr(plan_module, "device_limit", lambda config, mesh: 1.01 * two)
-    assert rows(None) == 2
-    assert rows(None, mesh="2") == 4  # other hardware, of 80 GB, than what is here
+def test_auto_counts_one_row():
+    auto, one = (
+        plan(tiny(**dict.fromkeys(("base", "mid", "sft"), replace(tiny().base, device_batch_size=size))))
+        for size in ("auto", 1)
+    )
+    assert auto["rows"] == {"base": 1, "mid": 1, "sft": 1} and auto["memory"] == one["memory"]
 
 
 SHAPES = [
@@ -143,7 +138,7 @@ def test_memory_agrees_with_what_is_compiled(depth, ratio, length, rows, mesh, d
     model = ModelConfig(depth, ratio, 32, None, length)
     config = replace(Config(), model=model, mesh=mesh, remat=remat, loss_chunk=chunk)
     cfg = GPTConfig.from_depth(model, 2048, compute_dtype=dtype, remat=remat, loss_chunk=chunk)
-    estimate = step_memory(config, cfg, count_params(cfg), rows, "cpu")["total"]
+    estimate = step_memory(config, cfg, rows, "cpu", cfg.attention)["total"]
     assert 1 / 1.5 < estimate / train_bytes(cfg, make_mesh(mesh), 2, rows, length) < 1.5
 
 
@@ -178,7 +173,7 @@ def test_hours_and_dollars(monkeypatch):
 def test_text_says_everything():
     text = format_plan(plan(replace(Config(), device_hour_cost=3.0)))
     for words in (
-        "total parameters", "FLOPs per token", "base", "mid", "sft", "rl", "CPU cores", "1 x H100", "dollars",
+        "value embeds", "scaling", "flops per token", "base", "mid", "sft", "rl", "CPU cores", "1 x H100", "dollars",
         "weights", "optimizer", "activations", "shards", "checkpoints", "estimate", "40% MFU", "smoltalk 800", "not counted",
     ):  # fmt: skip
         assert words in text, words
