@@ -135,41 +135,32 @@ def read_bundle(folder: Path) -> list[CoreTask]:
 
 def candidates(task: CoreTask, i: int, tokenizer: Tokenizer) -> list[Candidate]:
     """What is scored for row i: the choices, the contexts, or the one continuation."""
-    item = task.rows[i]
     others = [j for j in range(len(task.rows)) if j != i]
     shots = [task.rows[j] for j in random.Random(SHOTS_SEED + i).sample(others, task.shots)] if task.shots else []
-    prompts = {"multiple_choice": choice_prompts, "schema": schema_prompts, "language_modeling": continuation_prompts}
-    if task.kind not in prompts:
-        raise UserError(f"CORE task {task.label} has the unknown type {task.kind!r}; types are {', '.join(prompts)}")
-    sequences = [
-        [tokenizer.bos_id, *tokenizer.encode(text)] for text in prompts[task.kind](item, shots, task.delimiter)
-    ]
+    right = [pairs(task, shot)[shot.get("gold", 0)] for shot in shots]
+    before = "".join(f"{context}{task.delimiter}{continuation}\n\n" for context, continuation in right)
+    asked = pairs(task, task.rows[i])
+    texts = [f"{before}{context}{task.delimiter}{continuation}" for context, continuation in asked]
+    if task.kind == "language_modeling":
+        # The blank before a continuation belongs to its first token.
+        texts.append(f"{before}{asked[0][0]}{task.delimiter}".strip())
+    sequences = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in texts]
     if task.kind == "schema":
         shared = common([tokens[::-1] for tokens in sequences])
         return [Candidate(tokens, len(tokens) - shared, len(tokens)) for tokens in sequences]
     start = common(sequences)
+    return [Candidate(tokens, start, len(tokens)) for tokens in sequences[: len(asked)]]
+
+
+def pairs(task: CoreTask, row: dict) -> list[tuple[str, str]]:
+    """(context, continuation) of each answer that a row offers."""
+    if task.kind == "multiple_choice":
+        return [(row["query"], choice) for choice in row["choices"]]
+    if task.kind == "schema":
+        return [(context, row["continuation"]) for context in row["context_options"]]
     if task.kind == "language_modeling":
-        sequences = sequences[1:]
-    return [Candidate(tokens, start, len(tokens)) for tokens in sequences]
-
-
-def choice_prompts(item: dict, shots: Sequence[dict], delimiter: str) -> list[str]:
-    """One prompt a choice."""
-    before = "".join(f"{shot['query']}{delimiter}{shot['choices'][shot['gold']]}\n\n" for shot in shots)
-    return [f"{before}{item['query']}{delimiter}{choice}" for choice in item["choices"]]
-
-
-def schema_prompts(item: dict, shots: Sequence[dict], delimiter: str) -> list[str]:
-    """One prompt a context, all with the same continuation."""
-    before = "".join(f"{shot['context_options'][shot['gold']]}{delimiter}{shot['continuation']}\n\n" for shot in shots)
-    return [f"{before}{context}{delimiter}{item['continuation']}" for context in item["context_options"]]
-
-
-def continuation_prompts(item: dict, shots: Sequence[dict], delimiter: str) -> list[str]:
-    """The prompt without and with the continuation. The blank before a continuation belongs to its first token."""
-    before = "".join(f"{shot['context'].strip()}{delimiter}{shot['continuation']}\n\n" for shot in shots)
-    prompt = f"{before}{item['context'].strip()}{delimiter}"
-    return [prompt.strip(), f"{prompt}{item['continuation']}"]
+        return [(row["context"].strip(), row["continuation"])]
+    raise UserError(f"CORE task {task.label} has the unknown type {task.kind!r}")
 
 
 def common(sequences: Sequence[Sequence[int]]) -> int:
