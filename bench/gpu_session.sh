@@ -44,7 +44,7 @@ part() {
         return 1
     fi
     printf '\n== %s: %s\n' "$name" "$*" >>"$LOG"
-    timeout -k 5 $((limit < left ? limit : left)) "$@" >"$PIECES/$name.out" 2>>"$LOG"
+    timeout -k 5 $((limit < left ? limit : left)) "$@" </dev/null >"$PIECES/$name.out" 2>>"$LOG"
     status=$?
     echo "$status $((SECONDS - start))" >"$PIECES/$name.status"
     echo "$name: status $status, $((SECONDS - start)) s" | tee -a "$LOG" >&2

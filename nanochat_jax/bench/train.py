@@ -168,7 +168,7 @@ def profile(
         _random(i, (rows, cfg.sequence_len, n, cfg.head_dim), cfg)
         for i, n in enumerate((cfg.n_head, *[cfg.n_kv_head] * 2))
     ]
-    for window, layers in sorted(Counter(cfg.windows).items()):
+    for window, layers in sorted(Counter(min(w, cfg.sequence_len) for w in cfg.windows).items()):
         name = f"    attention, window {window}, {layers} of {cfg.n_layer} layers"
         take(name, lambda w=window: attention_gradients(*qkv, window=w, cfg=cfg), microbatches * layers)
     seconds["  head and loss, by difference"] = seconds["gradients"] - seconds["  layers"]

@@ -1,0 +1,311 @@
+"""Measurements: their figures follow from their times, what is wrong shows, and programs compared take turns."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nanochat_jax import cli, metrics
+from nanochat_jax.bench import attention, measure
+from nanochat_jax.config import GPTConfig
+from nanochat_jax.model import flops_per_token
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "tests" / "tiny.py"
+
+
+@pytest.fixture
+def bench(capsys):
+    """Runs `bench` and gives its status, its figures and stderr."""
+
+    def run(*words):
+        status = cli.main(["bench", *map(str, words), "--experiment", str(TINY), "--json"])
+        out, err = capsys.readouterr()
+        return status, json.loads(out.splitlines()[-1]) if out else None, err
+
+    return run
+
+
+def test_a_steps_rates_follow_from_its_time_and_its_parts_are_named(bench, monkeypatch):
+    monkeypatch.setattr(metrics, "peak_flops", lambda device: 1e12)
+    options = (
+        "--model.depth",
+        1,
+        "--base.total-batch-size",
+        512,
+        "--base.device-batch-size",
+        2,
+        "--mesh",
+        2,
+        "--repeat",
+        2,
+    )
+    status, figures, err = bench("train", *options)
+    assert status == 0 and "head and loss" in err
+    seconds, architecture = figures["step"]["median_ms"] / 1000, dict(figures["architecture"])
+    assert architecture.pop("parameters") > 0
+    cfg = GPTConfig(**architecture | {"windows": tuple(architecture["windows"])})
+    assert (figures["tokens"], figures["rows"], figures["microbatches"]) == (512, 4, 2)
+    assert figures["tok_per_sec"] == pytest.approx(512 / seconds)
+    assert figures["mfu"] == pytest.approx(figures["tok_per_sec"] * flops_per_token(cfg) / 2e12)
+    assert figures["step"]["p10_ms"] <= figures["step"]["median_ms"] <= figures["step"]["p90_ms"]
+    assert 0 < figures["loss"] < 7 and figures["peak_bytes"] > 0
+    assert figures["program"]["bytes"] > figures["program"]["temporary_bytes"] > 0
+    parts = {part["part"].strip(): part for part in figures["parts"]}
+    assert sum(parts[name]["share"] for name in ("gradients", "optimizer", "rest, by difference")) == pytest.approx(1)
+    assert all(part["share"] == pytest.approx(part["ms"] / 1000 / seconds) for part in parts.values())
+    assert "attention, window 64, 1 of 1 layers" in parts
+    assert figures["environment"]["versions"]["jax"] and figures["environment"]["device"] == "cpu"
+
+
+def test_attention_is_checked_and_counted_in_visited_tiles(bench):
+    shape = ("--model.sequence-len", 512, "--model.n-kv-head", 1, "--rows", 3, "--repeat", 1)
+    status, figures, _ = bench("attention", *shape, "--impls", "xla_blocked", "reference")
+    assert status == 0 and figures["shape"] == {"T": 512, "N": 2, "K": 1, "H": 16, "dtype": "float32"}
+    named = {(record["impl"], record["window"]): record for record in figures["attention"]}
+    assert set(named) == {(impl, w) for impl in ("xla_blocked", "reference") for w in (128, 512)}
+    for (_, window), record in named.items():
+        tiles = {128: 7, 512: 10}[window]  # of 16: the diagonal, one to its left, or all
+        flops = 4 * 3 * 2 * 16 * tiles * 128**2
+        assert record["forward_tflop_per_sec"] == pytest.approx(flops / record["forward_median_ms"] / 1e9)
+        assert record["backward_tflop_per_sec"] == pytest.approx(2.5 * flops / record["backward_median_ms"] / 1e9)
+        assert record["right"] and 0 <= record["dk_error"] < 1e-5
+
+
+def test_attention_that_is_wrong_or_fails_is_said_and_the_others_go_on(bench, monkeypatch):
+    right = attention.attention
+
+    def broken(q, k, v, *, window, impl):
+        if impl == "xla_blocked":
+            raise NotImplementedError("no such\nkernel")
+        return right(q, k, v, window=window - 10, impl=impl)
+
+    monkeypatch.setattr(attention, "attention", broken)
+    status, figures, _ = bench("attention", "--impls", "xla_blocked", "reference", "--repeat", 1, "--rows", 1)
+    failed, wrong = figures["attention"]
+    assert status == 0 and failed["error"] == "NotImplementedError: no such" and not failed["right"]
+    assert wrong["impl"] == "reference" and wrong["out_error"] > attention.LIMITS["float32"] and not wrong["right"]
+
+
+def test_the_tokenizers_speeds_follow_from_its_times(bench):
+    status, figures, _ = bench("tokenizer", "--repeat", 1)
+    assert status == 0 and figures["right"] and figures["train_characters"] == 100_000
+    assert figures["bytes_per_token"] == pytest.approx(figures["bytes"] / figures["tokens"]) and figures["tokens"] > 0
+    for record in figures["speeds"]:
+        assert record["tok_per_sec"] == pytest.approx(1000 * figures["tokens"] / record["median_ms"])
+        assert record["mb_per_sec"] == pytest.approx(figures["bytes"] / 1e3 / record["median_ms"])
+
+
+def test_the_loader_is_measured_in_whole_batches(bench):
+    status, figures, _ = bench("loader", "--repeat", 1, "--data.packing", "bestfit", "--data.buffer-docs", 20)
+    assert status == 0 and figures["batch_tokens"] == 512 and figures["sample_tokens"] % 512 == 0
+    assert figures["tok_per_sec"] == pytest.approx(1000 * figures["sample_tokens"] / figures["sample"]["median_ms"])
+
+
+def test_decoding_is_what_the_answer_takes_longer_than_the_prompt(bench):
+    status, figures, _ = bench("decode", "--repeat", 2, "--rows", 3)
+    (record,) = figures["speeds"]
+    assert status == 0 and (figures["prompt_tokens"], figures["answer_tokens"]) == (32, 16)
+    answer = record["answer_median_ms"] - record["prefill_median_ms"]
+    assert record["decode_step_ms"] == pytest.approx(answer / 16)
+    assert record["decode_tok_per_sec"] == pytest.approx(3 * 16 * 1000 / answer)
+    assert record["prefill_tok_per_sec"] == pytest.approx(3 * 32 * 1000 / record["prefill_median_ms"])
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "says"),
+    [
+        (["nothing"], 2, "nothing"),
+        (["train", "--repeat", 0], 2, "--repeat 0"),
+        (["decode", "--rows", 4, 0], 2, "at least 1"),
+        (["attention", "--impls", "magic"], 1, "attention 'magic' is unknown; known: auto, reference"),
+        (["attention", "--impls", "cudnn"], 1, "cudnn needs an NVIDIA GPU"),
+        (["train", "--base.device-batch-size", 3], 1, "--base.total-batch-size 512 is not microbatches"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line(bench, words, status, says):
+    got, figures, err = bench(*words)
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert got == status and figures is None and len(errors) == 1 and says in errors[0] and "Traceback" not in err
+
+
+def test_warm_up_does_not_count_and_short_calls_are_timed_together(monkeypatch):
+    clock, lasts = [0.0], iter([60.0, 5.0, *[0.001] * 10, 0.003, *[0.001] * 10, *[0.002] * 10])
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: clock[0])
+
+    def action():
+        clock[0] += next(lasts)
+
+    timing = measure.timed(action, repeat=3)
+    assert timing == pytest.approx((0.0012, 0.001, 0.002)) and next(lasts, None) is None
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    """The programs in bench/, as they find each other."""
+    monkeypatch.syspath_prepend(ROOT / "bench")
+
+
+CHILD = """
+import json, sys
+from turns import Turns
+seconds, losses = json.loads(sys.argv[1])
+turns = Turns(lambda: 1000 * len(losses))
+turns.facts = {"who": sys.argv[2]}
+print("not a reply")
+with turns.uncounted():
+    pass
+if not losses:
+    sys.exit("the last word")
+real = turns.step_done
+for second, loss in zip(seconds, losses):
+    turns._clock -= second
+    turns.step_done(loss)
+"""
+
+
+@pytest.fixture
+def sides(scripts, tmp_path):
+    """Children that pretend to have taken so many seconds for each step."""
+    (tmp_path / "child.py").write_text(CHILD)
+
+    def child(name, seconds, losses):
+        command = [sys.executable, tmp_path / "child.py", json.dumps([seconds, losses]), name]
+        return name, command, tmp_path / name, os.environ | {"PYTHONPATH": str(ROOT / "bench")}
+
+    return child
+
+
+def test_two_programs_are_compared_round_by_round(sides):
+    import compare_nanochat
+
+    losses = [4.0, 3.0, 2.0, 1.0, 0.5]
+    means = compare_nanochat.running_mean(losses)
+    theirs = sides("reference", [9, 900, 200, 200, 600], [*means[:3], means[3] + 0.25, means[4]])
+    ours = sides("ours", [9, 1, 100, 400, 400], losses)
+    figures = compare_nanochat.compare(3, 1, tokens=100, sides=[theirs, ours])
+    speed = figures["tok_per_sec"]
+    assert [speed[name] for name in ("ratio", "lowest_ratio", "highest_ratio")] == pytest.approx(
+        [1.5, 0.5, 2], rel=1e-2
+    )
+    assert (speed["reference"], speed["ours"]) == pytest.approx((0.5, 0.25), rel=1e-2)
+    assert figures["largest_loss_gap"] == pytest.approx(0.25)
+    assert [at["step"] for at in figures["losses"]] == [0, 1, 2, 3, 4]
+    assert figures["peak_bytes"] == {"reference": 5000, "ours": 5000, "ratio": 1.0}
+    assert 0 < figures["first_step_seconds"]["ours"] < 9
+    assert figures["facts"]["ours"] == {"who": "ours"}
+    assert "ratio 1.5" in compare_nanochat.summary(figures)
+
+
+def test_the_running_mean_is_the_one_that_nanochat_prints(scripts):
+    from compare_nanochat import running_mean
+
+    assert running_mean([2.0, 4.0]) == pytest.approx([2.0, (0.9 * 0.2 + 0.4) / (1 - 0.81)])
+
+
+def test_a_program_that_dies_is_named_with_its_last_word(sides):
+    import compare_nanochat
+
+    with pytest.raises(SystemExit, match=r"^error: reference ended with status 1: the last word$"):
+        compare_nanochat.compare(1, 1, tokens=1, sides=[sides("reference", [], [])])
+
+
+def test_tokens_can_be_learned_and_fit_the_vocabulary(scripts):
+    from compare_nanochat import BATCHES, tokens_of
+
+    tokens = tokens_of(50, rows=4, length=33)
+    assert tokens.shape == (BATCHES, 4, 33) and tokens.min() == 0 and tokens.max() == 49
+    after = tokens[..., 1:][tokens[..., :-1] == 0]
+    assert max((after == token).mean() for token in range(50)) > 0.45
+
+
+def test_the_comparison_names_wrong_options_in_one_line(scripts, tmp_path):
+    import compare_nanochat
+
+    (tmp_path / "scripts").mkdir()
+    right = {"--nanochat": tmp_path, "--python": sys.executable, "--depth": 2}
+
+    def parsed(**changed):
+        return compare_nanochat.parse([str(x) for pair in (right | changed).items() for x in pair] + ["--", "--fp8"])
+
+    with pytest.raises(SystemExit, match=r"^error: --nanochat .*: no scripts/base_train.py there"):
+        parsed()
+    (tmp_path / "scripts" / "base_train.py").touch()
+    options, words = parsed()
+    assert (options.dtype, words) == ("float32", ["--fp8"]) and parsed(**{"--device": "cuda"})[0].dtype == "bfloat16"
+    with pytest.raises(SystemExit, match=r"^error: --python .*nothing: no such program"):
+        parsed(**{"--python": tmp_path / "nothing"})
+    with pytest.raises(SystemExit, match=r"^error: --depth 0: at least 1 is needed$"):
+        parsed(**{"--depth": 0})
+
+
+def test_nothing_of_ours_is_found_where_the_reference_imports(scripts, tmp_path):
+    """The child of the reference, started where our `kernels` would be found, refuses."""
+    spec = tmp_path / "spec.json"
+    spec.write_text(json.dumps({"nanochat": str(tmp_path)}))
+    child = subprocess.run(
+        [sys.executable, ROOT / "bench" / "compare_reference.py", spec],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert child.returncode == 1 and child.stderr.startswith("kernels is this project's here")
+
+
+def test_a_session_on_a_gpu_can_be_rehearsed(tmp_path):
+    rehearsed = os.environ | {"REHEARSE": "1", "PARTS": "attention-grouped", "PYTHON": sys.executable, "XLA_FLAGS": ""}
+    session = subprocess.run(
+        ["bash", ROOT / "bench" / "gpu_session.sh", tmp_path / "out"], env=rehearsed, capture_output=True, text=True
+    )
+    assert session.returncode == 0, session.stderr
+    written = json.loads((tmp_path / "out" / "gpu_session.json").read_text())
+    assert list(written["parts"]) == ["attention-grouped"] and not written["wrong"]
+    figures = written["parts"]["attention-grouped"]["figures"]
+    assert figures["shape"] == {"T": 256, "N": 2, "K": 1, "H": 16, "dtype": "bfloat16"}
+    assert {record["window"] for record in figures["attention"]} == {128, 256}
+    page = (tmp_path / "out" / "gpu_session.md").read_text()
+    assert page.startswith("Every check passed.") and "| xla_blocked |" in page
+
+
+def test_a_session_fails_where_a_part_does(tmp_path):
+    wrong = {"impl": "pallas", "window": 128, "right": False}
+    pieces = {
+        "slow": ("124 60", ""),
+        "late": ("missing 0", None),
+        "broken": ("1 2", "half a li"),
+        "silent": ("0 2", ""),
+        "kernels": ("0 5", json.dumps({"attention": [wrong, wrong | {"right": True}, wrong | {"error": "no memory"}]})),
+        "fine": ("0 1", json.dumps({"speeds": [{"rows": 1, "decode_step_ms": 2.5}]})),
+    }
+    for name, (status, out) in pieces.items():
+        if out is not None:
+            (tmp_path / f"{name}.out").write_text(f"progress\n{out}\n")
+        (tmp_path / f"{name}.status").write_text(status)
+    report = [sys.executable, "-m", "bench.gpu_session_report", tmp_path, tmp_path]
+    assert subprocess.run(report, cwd=ROOT, capture_output=True).returncode == 1
+    said = json.loads((tmp_path / "gpu_session.json").read_text())["wrong"]
+    assert sorted(said) == [
+        "broken: ended with status 1",
+        "kernels: pallas, window 128: differs from the reference",
+        "kernels: pallas, window 128: no memory",
+        "late: there was no time for it",
+        "silent: printed no figures",
+        "slow: took too long",
+    ]
+    page = (tmp_path / "gpu_session.md").read_text()
+    assert all(f"WRONG: {fault}" in page for fault in said) and "| 2.5 " in page
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("NANOCHAT_CHECKOUT" not in os.environ, reason="set NANOCHAT_CHECKOUT and NANOCHAT_PYTHON")
+def test_both_learn_the_same_from_the_same(tmp_path):
+    command = [sys.executable, ROOT / "bench" / "compare_nanochat.py", "--nanochat", os.environ["NANOCHAT_CHECKOUT"]]
+    command += ["--python", os.environ["NANOCHAT_PYTHON"], "--depth", "2", "--seq-len", "128", "--batch", "2"]
+    command += ["--vocab-size", "512", "--rounds", "3", "--steps", "3", "--json"]
+    compared = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"XLA_FLAGS": ""})
+    assert compared.returncode == 0, compared.stderr
+    figures = json.loads(compared.stdout)
+    assert figures["largest_loss_gap"] < 1e-4 and figures["tok_per_sec"]["ratio"] > 0
