@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels.attention import IMPLEMENTATIONS, attention, resolve
+from kernels.attention import IMPLEMENTATIONS, attention, compute_capability, resolve
 from kernels.flash_tiles import visited_tiles
 from kernels.reference import reference_attention
 from nanochat_jax.bench import Settings
@@ -34,9 +34,10 @@ def figures(config: Config, settings: Settings, log: Callable[[str], None]) -> d
     """A record for each implementation, number of rows and window. UserError where one named cannot run here."""
     cfg = gpt_config(config, config.tokenizer.vocab_size)
     platform, dtype, length = jax.default_backend(), cfg.compute_dtype, cfg.sequence_len
-    impls = settings.impls or tuple(impl for impl in IMPLEMENTATIONS if runs(impl, platform, dtype))
+    here = (platform, dtype, compute_capability(), cfg.head_dim)
+    named = settings.impls or [impl for impl in IMPLEMENTATIONS if runs(impl, *here)]
     try:
-        impls = [resolve(impl, platform, dtype) for impl in impls]
+        impls = [resolve(impl, *here) for impl in named]
     except ValueError as error:
         raise UserError(str(error)) from None
     shape = {"T": length, "N": cfg.n_head, "K": cfg.n_kv_head, "H": cfg.head_dim}
@@ -62,10 +63,10 @@ def figures(config: Config, settings: Settings, log: Callable[[str], None]) -> d
     return {"shape": shape | {"dtype": dtype}, "repeat": settings.repeat, "attention": records}
 
 
-def runs(impl: str, platform: str, dtype: str) -> bool:
+def runs(impl: str, *here: Any) -> bool:
     """Whether an implementation runs here at full speed, not interpreted."""
     try:
-        return "interpreted" not in resolve(impl, platform, dtype)
+        return "interpreted" not in resolve(impl, *here)
     except ValueError:
         return False
 
