@@ -43,7 +43,7 @@ def evaluate_tool(expression: str) -> str | None:
     if len(text) > MAX_LENGTH or not LEXICON.fullmatch(text):
         return None
     try:
-        value = number(evaluate(ast.parse(text, mode="eval").body, 0))
+        value = typed(evaluate(ast.parse(text, mode="eval").body, 0), int | float)
     except (Refused, SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError):
         return None
     result = str(value)
@@ -58,25 +58,18 @@ def evaluate(node: ast.expr, depth: int) -> int | float | str:
         case ast.Constant(value=int() | float() | str() as value) if not isinstance(value, bool):
             return value
         case ast.UnaryOp(op=op, operand=operand) if type(op) in UNARY:
-            return UNARY[type(op)](number(evaluate(operand, depth + 1)))
+            return UNARY[type(op)](typed(evaluate(operand, depth + 1), int | float))
         case ast.BinOp(left=left, op=op, right=right) if type(op) in BINARY:
-            return BINARY[type(op)](number(evaluate(left, depth + 1)), number(evaluate(right, depth + 1)))
+            return BINARY[type(op)](*(typed(evaluate(side, depth + 1), int | float) for side in (left, right)))
         case ast.Call(func=ast.Attribute(value=owner, attr="count"), args=[argument], keywords=[]):
-            return string(evaluate(owner, depth + 1)).count(string(evaluate(argument, depth + 1)))
+            return typed(evaluate(owner, depth + 1), str).count(typed(evaluate(argument, depth + 1), str))
         case ast.Call(func=ast.Name(id="len"), args=[argument], keywords=[]):
-            return len(string(evaluate(argument, depth + 1)))
+            return len(typed(evaluate(argument, depth + 1), str))
     raise Refused
 
 
-def number(value: Any) -> int | float:
-    """The value, if it is a number: `%` and `*` mean other things for strings."""
-    if isinstance(value, str):
-        raise Refused
-    return value
-
-
-def string(value: Any) -> str:
-    """The value, if it is a string."""
-    if not isinstance(value, str):
+def typed(value: Any, kind: type) -> Any:
+    """The value, if it is of this kind: `%` and `*` mean other things for strings."""
+    if not isinstance(value, kind):
         raise Refused
     return value

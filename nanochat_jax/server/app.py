@@ -90,15 +90,13 @@ def create_app(
 
     @app.errorhandler(Exception)
     def show_error(error: Exception) -> tuple[Response, int]:
-        if isinstance(error, ApiError):
-            return jsonify(error_body(error.message, error.status, error.param)), error.status
         if isinstance(error, UserError):
-            return jsonify(error_body(str(error), 400)), 400
-        if isinstance(error, HTTPException):
-            status = error.code or 500
-            return jsonify(error_body(error.description or error.name, status)), status
-        logging.getLogger(__name__).exception("request failed")
-        return jsonify(error_body("the request failed; the server log says why", 500)), 500
+            error = ApiError(str(error))
+        elif not isinstance(error, HTTPException):
+            logging.getLogger(__name__).exception("request failed")
+            error = ApiError("the request failed; the server log says why", status=500)
+        status = error.code or 500
+        return jsonify(error_body(error.description or error.name, status, getattr(error, "param", None))), status
 
     return app
 

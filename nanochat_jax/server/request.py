@@ -10,6 +10,8 @@ import secrets
 from dataclasses import dataclass
 from typing import Any
 
+from werkzeug.exceptions import HTTPException
+
 from nanochat_jax.data.turns import check_turns, is_part
 from nanochat_jax.errors import UserError
 from nanochat_jax.inference.engine import SamplingParams
@@ -19,12 +21,12 @@ MAX_STOP_CHARS = 100
 UNSUPPORTED = ("tools", "functions", "logprobs", "logit_bias", "response_format")
 
 
-class ApiError(Exception):
+class ApiError(HTTPException):
     """An error for the client: HTTP status, a sentence, and the field at fault."""
 
     def __init__(self, message: str, param: str | None = None, status: int = 400) -> None:
         super().__init__(message)
-        self.message, self.param, self.status = message, param, status
+        self.param, self.code = param, status
 
 
 @dataclass(frozen=True)
