@@ -28,7 +28,7 @@ from nanochat_jax.optim import Schedule
 from nanochat_jax.sharding import BATCH, data_shards, param_shardings
 from nanochat_jax.train import eval_losses, state_shapes, train_step
 
-HEAD_TOKENS = 256
+HEAD_TOKENS = 512
 """Positions a device puts through the output head at once on a CPU, where large temporaries are slow."""
 RESERVE = 0.1
 """Share of what is free that a step leaves alone: fragmentation, communication buffers, the host program on a CPU."""

@@ -23,12 +23,14 @@ from nanochat_jax.config import GPTConfig
 from nanochat_jax.sharding import PARAM_SPECS, automatic_axes, cut_axes, gathered, match, only, shard
 
 EPS = 1.1920929e-07
+SOFTCAP = 15.0
 SMEAR_CHANNELS = 24
 GATE_CHANNELS = 12
 BATCH_AXES = ("data", "fsdp")
 
 Params = dict
 Cache = dict
+Angles = tuple[jax.Array, jax.Array]
 
 
 def rms(x: jax.Array) -> jax.Array:
@@ -43,18 +45,21 @@ def scaled(scalar: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def rope(positions: jax.Array, head_dim: int, base: float, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-    """cos and sin [..., 1, H/2] for integer `positions` [...], rounded to `dtype`."""
+    """What `rotate` multiplies with: cos and signed sin [..., 1, H] in `dtype` for integer `positions` [...]."""
     inverse = 1.0 / base ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     angle = jnp.expand_dims(positions, (-1, -2)).astype(jnp.float32) * inverse.reshape(
         (1,) * (positions.ndim + 1) + (-1,)
     )
-    return jnp.cos(angle).astype(dtype), jnp.sin(angle).astype(dtype)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    tables = jnp.concatenate([cos, cos], axis=-1).astype(dtype), jnp.concatenate([sin, -sin], axis=-1).astype(dtype)
+    # Else the compiler computes the cosines again wherever they are used, for every head of every layer.
+    return jax.lax.optimization_barrier(tables)
 
 
 def rotate(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotary embedding on halves; the sign convention is the reference's."""
-    x1, x2 = jnp.split(x_BTNH, 2, axis=-1)
-    return jnp.concatenate([x1 * cos + x2 * sin, x2 * cos - x1 * sin], axis=-1)
+    halves = x_BTNH.reshape(*x_BTNH.shape[:-1], 2, -1)
+    return x_BTNH * cos + jax.lax.rev(halves, (halves.ndim - 2,)).reshape(x_BTNH.shape) * sin
 
 
 def uniform(scale: float, low: float | None = None) -> nn.initializers.Initializer:
@@ -75,7 +80,31 @@ class Linear(nn.Module):
         path = "/".join((*self.path, "kernel"))
         if self.fp8 and fp8.fits(*kernel.shape):
             return fp8.matmul(x, kernel, path)
-        return x @ gathered(kernel.astype(x.dtype), path)
+        return matmul(x, gathered(kernel.astype(x.dtype), path))
+
+
+@jax.custom_vjp
+def matmul(x: jax.Array, kernel_IO: jax.Array) -> jax.Array:
+    """x [..., I] @ kernel. A CPU transposes an operand for the kernel's gradient: here the narrower one of the two."""
+    return x @ kernel_IO
+
+
+def _matmul_forward(x: jax.Array, kernel_IO: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return x @ kernel_IO, (x, kernel_IO)
+
+
+def _matmul_backward(saved: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel_IO = saved
+    rows = tuple(range(x.ndim - 1))
+    over_rows = ((rows, rows), ((), ()))
+    if kernel_IO.shape[0] <= kernel_IO.shape[1]:
+        dkernel_IO = jax.lax.dot_general(x, grad, over_rows)
+    else:
+        dkernel_IO = jax.lax.dot_general(grad, x, over_rows).T
+    return grad @ kernel_IO.T, dkernel_IO
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 class Embedding(nn.Module):
@@ -138,7 +167,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, h_BTD: jax.Array, ve_BTE: jax.Array | None, positions_BT: jax.Array, cache: Cache | None
+        self, h_BTD: jax.Array, ve_BTE: jax.Array | None, positions_BT: jax.Array, angles: Angles, cache: Cache | None
     ) -> tuple[jax.Array, Cache | None]:
         cfg = self.cfg
         batch, length, width = h_BTD.shape
@@ -151,9 +180,8 @@ class Attention(nn.Module):
                 Linear(cfg.n_kv_head, uniform(0.02, 0.0), name="ve_gate")(h_BTD[..., :GATE_CHANNELS])
             )
             v_BTKH = v_BTKH + gate_BTK[..., None] * ve_BTE.reshape(v_BTKH.shape)
-        cos, sin = rope(positions_BT, cfg.head_dim, cfg.rope_base, q_BTNH.dtype)
-        q_BTNH = cfg.qk_scale * rms(rotate(q_BTNH, cos, sin))
-        k_BTKH = cfg.qk_scale * rms(rotate(k_BTKH, cos, sin))
+        q_BTNH = cfg.qk_scale * rms(rotate(q_BTNH, *angles))
+        k_BTKH = cfg.qk_scale * rms(rotate(k_BTKH, *angles))
         window = cfg.windows[self.layer]
         if cache is not None and length == 1:
             rows_B1 = jnp.arange(batch)[:, None]
@@ -224,9 +252,9 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, ve_BTE: jax.Array | None, positions_BT: jax.Array, cache: Cache | None
+        self, x_BTD: jax.Array, ve_BTE: jax.Array | None, positions_BT: jax.Array, angles: Angles, cache: Cache | None
     ) -> tuple[jax.Array, Cache | None]:
-        y_BTD, cache = Attention(self.cfg, self.layer, name="attn")(rms(x_BTD), ve_BTE, positions_BT, cache)
+        y_BTD, cache = Attention(self.cfg, self.layer, name="attn")(rms(x_BTD), ve_BTE, positions_BT, angles, cache)
         x_BTD = x_BTD + y_BTD
         x_BTD = x_BTD + MLP(self.cfg.fp8, name="mlp")(rms(x_BTD))
         return shard(x_BTD, BATCH_AXES, None, None), cache
@@ -257,8 +285,8 @@ class GPT(nn.Module):
         wide = (cfg.padded_vocab_size, cfg.n_embd)
         x_BTD = Embedding(*wide, nn.initializers.normal(0.8), cfg.compute_dtype, name="wte")(tokens_BT)
         x_BTD = shard(rms(x_BTD.astype(dtype)), BATCH_AXES, None, None)
-        start_B = jnp.zeros((batch,), jnp.int32) if start_B is None else start_B
-        positions_BT = start_B[:, None] + jnp.arange(length)[None, :]
+        positions_BT = jnp.arange(length)[None, :] + (0 if start_B is None else start_B[:, None])
+        angles = rope(positions_BT, cfg.head_dim, cfg.rope_base, dtype)
 
         new_cache = None
         if cache is not None:
@@ -291,7 +319,7 @@ class GPT(nn.Module):
                 table = Embedding(cfg.padded_vocab_size, kv_width, init, cfg.compute_dtype, name=f"value_embed_{i}")
                 ve_BTE = table(tokens_BT).astype(dtype)
             layer_cache = None if cache is None else cache[f"h_{i}"]
-            x_BTD, layer_cache = block(cfg, i, name=f"h_{i}")(x_BTD, ve_BTE, positions_BT, layer_cache)
+            x_BTD, layer_cache = block(cfg, i, name=f"h_{i}")(x_BTD, ve_BTE, positions_BT, angles, layer_cache)
             if cache is not None:
                 new_cache[f"h_{i}"] = layer_cache
             if i == cfg.n_layer // 2:
@@ -329,8 +357,14 @@ def hidden(params: Params, cfg: GPTConfig, tokens_BT: jax.Array) -> jax.Array:
 
 def logits_of(params: Params, cfg: GPTConfig, hidden_BTD: jax.Array) -> jax.Array:
     """Logits [..., vocab_size] float32, softly capped at +-15; padding rows of the vocabulary are cut off."""
-    logits = hidden_BTD @ gathered(params["lm_head"]["kernel"].astype(hidden_BTD.dtype), "lm_head/kernel")
-    return 15.0 * jnp.tanh(logits[..., : cfg.vocab_size].astype(jnp.float32) / 15.0)
+    kernel_DV = gathered(params["lm_head"]["kernel"].astype(hidden_BTD.dtype), "lm_head/kernel")
+    return head_logits(hidden_BTD, kernel_DV, cfg)
+
+
+def head_logits(hidden_BTD: jax.Array, kernel_DV: jax.Array, cfg: GPTConfig) -> jax.Array:
+    """`logits_of` with the head's kernel as it is multiplied, in the dtype of the hidden states."""
+    logits_BTV = (hidden_BTD @ kernel_DV)[..., : cfg.vocab_size].astype(jnp.float32)
+    return SOFTCAP * jnp.tanh(logits_BTV / SOFTCAP)
 
 
 def forward(params: Params, cfg: GPTConfig, tokens_BT: jax.Array) -> jax.Array:
@@ -343,36 +377,6 @@ def check_length(cfg: GPTConfig, length: int) -> None:
     """ValueError where a sequence would pass the rotary table's end."""
     if length > cfg.max_positions:
         raise ValueError(f"sequence of {length} tokens; positions reach 10 x sequence_len = {cfg.max_positions}")
-
-
-def token_losses(params: Params, cfg: GPTConfig, inputs_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    """Cross-entropy in nats at each position [B, T] float32; 0 where the target is -1.
-
-    With cfg.loss_chunk > 0 the head runs on that many positions of a row at a time and its logits are recomputed in the
-    backward pass, so that [B, T, V] never exists.
-    """
-    check_length(cfg, inputs_BT.shape[1])
-    x_BTD = hidden(params, cfg, inputs_BT)
-    chunk = cfg.loss_chunk
-    batch, length = targets_BT.shape
-    if not chunk or chunk >= length:
-        return _losses(params["lm_head"]["kernel"], cfg, x_BTD, targets_BT)
-    count = -(-length // chunk)
-    padding = ((0, 0), (0, count * chunk - length))
-    xs = jnp.pad(x_BTD, (*padding, (0, 0))).reshape(batch, count, chunk, -1).swapaxes(0, 1)
-    ys = jnp.pad(targets_BT, padding, constant_values=-1).reshape(batch, count, chunk).swapaxes(0, 1)
-    step = jax.checkpoint(lambda xy: _losses(params["lm_head"]["kernel"], cfg, *xy))
-    return jax.lax.map(step, (xs, ys)).swapaxes(0, 1).reshape(batch, count * chunk)[:, :length]
-
-
-def _losses(kernel_DV: jax.Array, cfg: GPTConfig, x_BTD: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    logits_BTV = logits_of({"lm_head": {"kernel": kernel_DV}}, cfg, x_BTD)
-    # The soft cap bounds logits to +-15, so the sum of exponentials needs no maximum taken out.
-    log_norm_BT = jnp.log(jnp.sum(jnp.exp(logits_BTV), axis=-1))
-    # A sum over the vocabulary rather than a lookup: with the vocabulary cut over devices a lookup gathers the logits.
-    is_target_BTV = jnp.arange(cfg.vocab_size)[None, None] == targets_BT[..., None]
-    target_BT = jnp.sum(jnp.where(is_target_BTV, logits_BTV, 0.0), axis=-1)
-    return jnp.where(targets_BT >= 0, log_norm_BT - target_BT, 0.0)
 
 
 def empty_cache(cfg: GPTConfig, rows: int, length: int) -> Cache:

@@ -18,7 +18,8 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nanochat_jax.config import GPTConfig
-from nanochat_jax.model import Params, init_params, param_shapes, token_losses
+from nanochat_jax.loss import token_losses, weighted_loss
+from nanochat_jax.model import Params, init_params, param_shapes
 from nanochat_jax.optim import Hyper, make_optimizer
 from nanochat_jax.sharding import param_shardings, param_specs, path_of, shard, state_shardings, state_spec, state_specs
 from nanochat_jax.zero import Owners, from_portable, to_portable, view
@@ -197,10 +198,9 @@ def train_step(
     counted = jnp.sum(batch["targets"] >= 0)
 
     def loss(params: Params, microbatch: Batch, counted: jax.Array) -> jax.Array:
-        losses_BT = token_losses(params, cfg, microbatch["inputs"], microbatch["targets"])
-        if "weights" in microbatch:
-            return jnp.sum(losses_BT * microbatch["weights"])
-        return jnp.sum(losses_BT) / jnp.maximum(counted, 1)
+        inputs_BT, targets_BT = microbatch["inputs"], microbatch["targets"]
+        mean_BT = jnp.full(targets_BT.shape, 1.0 / jnp.maximum(counted, 1))
+        return weighted_loss(params, cfg, inputs_BT, targets_BT, microbatch.get("weights", mean_BT))
 
     total, grads = unreduced_gradients(loss, state.params, batch, counted)
     state, norm = apply_gradients(state, cfg, grads, hyper)

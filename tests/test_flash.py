@@ -17,6 +17,7 @@ from kernels.flash_tiles import Tiles, visited_tiles
 from kernels.reference import reference_attention
 from nanochat_jax import model as gpt
 from nanochat_jax.config import GPTConfig, ModelConfig
+from nanochat_jax.loss import token_losses
 from nanochat_jax.run import _read_record
 from nanochat_jax.sharding import make_mesh
 from nanochat_jax.stages import pretrain
@@ -178,7 +179,7 @@ def test_the_model_learns_the_same_with_it():
     @functools.partial(jax.jit, static_argnums=0)
     def both(cfg, params):
         def loss(params):
-            return jnp.mean(gpt.token_losses(params, cfg, tokens[:, :-1], tokens[:, 1:]))
+            return jnp.mean(token_losses(params, cfg, tokens[:, :-1], tokens[:, 1:]))
 
         return jax.value_and_grad(loss)(params)
 

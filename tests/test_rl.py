@@ -8,7 +8,7 @@ import pytest
 
 from nanochat_jax.config import GPTConfig, ModelConfig, RLConfig
 from nanochat_jax.inference.engine import Completion
-from nanochat_jax.model import token_losses
+from nanochat_jax.loss import token_losses
 from nanochat_jax.optim import Schedule
 from nanochat_jax.sharding import make_mesh
 from nanochat_jax.stages.policy import policy_batch
