@@ -185,6 +185,13 @@ def apply_gradients(state: TrainState, cfg: GPTConfig, grads: Params, hyper: Hyp
     )(state, grads, hyper)
 
 
+def batch_loss(cfg: GPTConfig, params: Params, microbatch: Batch, counted: jax.Array) -> jax.Array:
+    """A microbatch's part of the loss of a step that has `counted` targets."""
+    targets_BT = microbatch["targets"]
+    mean_BT = jnp.full(targets_BT.shape, 1.0 / jnp.maximum(counted, 1))
+    return weighted_loss(params, cfg, microbatch["inputs"], targets_BT, microbatch.get("weights", mean_BT))
+
+
 @functools.partial(jax.jit, static_argnames="cfg", donate_argnames="state")
 def train_step(
     state: TrainState, batch: dict[str, jax.Array], hyper: Hyper, *, cfg: GPTConfig
@@ -196,13 +203,7 @@ def train_step(
     Wants a mesh in use (`jax.set_mesh`), of one device too.
     """
     counted = jnp.sum(batch["targets"] >= 0)
-
-    def loss(params: Params, microbatch: Batch, counted: jax.Array) -> jax.Array:
-        inputs_BT, targets_BT = microbatch["inputs"], microbatch["targets"]
-        mean_BT = jnp.full(targets_BT.shape, 1.0 / jnp.maximum(counted, 1))
-        return weighted_loss(params, cfg, inputs_BT, targets_BT, microbatch.get("weights", mean_BT))
-
-    total, grads = unreduced_gradients(loss, state.params, batch, counted)
+    total, grads = unreduced_gradients(functools.partial(batch_loss, cfg), state.params, batch, counted)
     state, norm = apply_gradients(state, cfg, grads, hyper)
     return state, {"loss": jnp.sum(total), "targets": counted, "grad_norm": norm}
 

@@ -25,11 +25,19 @@ from nanochat_jax.errors import UserError
 from nanochat_jax.fp8 import check_compiled, fp8_products, precision
 from nanochat_jax.memory import train_rows, with_loss_chunk
 from nanochat_jax.metrics import mfu, peak_memory_bytes
-from nanochat_jax.model import Params, attend, count_params, flops_per_token, hidden, token_losses
+from nanochat_jax.model import Params, attend, count_params, flops_per_token, hidden
 from nanochat_jax.optim import Hyper, Schedule, base_schedule
 from nanochat_jax.run import gpt_config
 from nanochat_jax.sharding import check_mesh, data_shards, make_mesh, put_batch
-from nanochat_jax.train import TrainState, apply_gradients, born_params, train_step, unreduced_gradients, with_optimizer
+from nanochat_jax.train import (
+    TrainState,
+    apply_gradients,
+    batch_loss,
+    born_params,
+    train_step,
+    unreduced_gradients,
+    with_optimizer,
+)
 
 Log = Callable[[str], None]
 CACHE_HIT = "/jax/compilation_cache/cache_hits"
@@ -191,11 +199,7 @@ def _random(seed: int, shape: tuple[int, ...], cfg: GPTConfig) -> jax.Array:
 @functools.partial(jax.jit, static_argnames="cfg")
 def gradients(params: Params, batch: dict[str, jax.Array], *, cfg: GPTConfig) -> tuple[jax.Array, Params]:
     """Loss and gradients of a step, not yet reduced."""
-
-    def loss(params: Params, microbatch: dict[str, jax.Array], counted: jax.Array) -> jax.Array:
-        return jnp.sum(token_losses(params, cfg, microbatch["inputs"], microbatch["targets"])) / counted
-
-    return unreduced_gradients(loss, params, batch, jnp.sum(batch["targets"] >= 0))
+    return unreduced_gradients(functools.partial(batch_loss, cfg), params, batch, jnp.sum(batch["targets"] >= 0))
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
