@@ -3,9 +3,8 @@
 import json
 import random
 import re
-import sys
-import types
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -212,7 +211,7 @@ def mirrored(tmp_path, place, rows):
     path = tmp_path / f"{place}.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(rows), path)
-    return DataConfig(mirror=str(tmp_path))
+    return DataConfig(mirror=str(tmp_path), cache=str(tmp_path / "cache"))
 
 
 def mmlu_rows(n):
@@ -292,7 +291,7 @@ def test_arc_keeps_the_labels_of_its_rows(tmp_path):
     by_question = {question(c).splitlines()[0][-2:]: c for c in load("arc_challenge", "val", data)}
     assert by_question["qa"]["letters"] == ("1", "2", "3") and answer(by_question["qa"]) == "3"
     assert "- z=3\n\nRespond" in question(by_question["qa"]) and "- z=E\n\nRespond" in question(by_question["qb"])
-    with pytest.raises(UserError, match=r"ARC-Easy.*--data.mirror"):
+    with pytest.raises(UserError, match=r"ARC-Easy.*test\.parquet"):
         load("arc_easy", "test", data)
 
 
@@ -307,8 +306,8 @@ def test_mirror_mistakes_are_one_line(tmp_path):
     (tmp_path / "cais/mmlu/all/validation.parquet").write_bytes(b"PAR1 not really")
     for name, split, words in [
         ("mmlu", "test", "answer"),
-        ("mmlu", "val", "not a readable"),
-        ("gsm8k", "train", "no file"),
+        ("mmlu", "val", r"Parquet magic bytes .*validation\.parquet"),
+        ("gsm8k", "train", r"FileNotFoundError.*train\.parquet"),
     ]:
         with pytest.raises(UserError, match=words) as error:
             load(name, split, data)
@@ -318,20 +317,11 @@ def test_mirror_mistakes_are_one_line(tmp_path):
 def test_without_a_mirror_sets_come_through_datasets(monkeypatch, tmp_path):
     calls = []
 
-    class Dataset:
-        def with_format(self, kind):
-            assert kind == "arrow"
-            return self
-
-        def __getitem__(self, rows):
-            assert rows == slice(None)
-            return pa.Table.from_pylist(gsm8k_rows(5))
-
     def load_dataset(*args, **kwargs):
         calls.append((args, kwargs))
-        return Dataset()
+        return datasets.Dataset.from_list(gsm8k_rows(5))
 
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     data = DataConfig(cache=str(tmp_path))
     assert len(load("gsm8k", "test", data)) == 5
     assert calls == [(("openai/gsm8k", "main"), {"split": "test", "cache_dir": str(tmp_path / "datasets")})]
@@ -339,8 +329,8 @@ def test_without_a_mirror_sets_come_through_datasets(monkeypatch, tmp_path):
     def offline(*args, **kwargs):
         raise ConnectionError("no route to host\nand more lines")
 
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=offline))
-    with pytest.raises(UserError, match=r"no route to host\).*--data.mirror") as error:
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with pytest.raises(UserError, match=r"no route to host\).*--data\.mirror") as error:
         load("gsm8k", "test", data)
     assert "\n" not in str(error.value)
 

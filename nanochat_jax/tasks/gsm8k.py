@@ -18,9 +18,9 @@ def load(split: str, data: DataConfig) -> Task:
     rows = load_rows(data, "openai/gsm8k", "main", "test" if split == "test" else "train", ("question", "answer"))
     cut = len(rows) - min(HELD_OUT, len(rows) // 10)
     if split == "train":
-        rows = rows.part(0, cut)
+        rows = rows.select(range(cut))
     elif split == "val":
-        rows = rows.part(cut, len(rows))
+        rows = rows.select(range(cut, len(rows)))
     return Task("gsm8k", "generative", rows, conversation, is_final_answer)
 
 
