@@ -32,7 +32,7 @@ import tyro
 from nanochat_jax import distributed, run
 from nanochat_jax.config import Config, check_ranges
 from nanochat_jax.errors import UserError
-from nanochat_jax.stopping import Interrupted, ending_at_once, said
+from nanochat_jax.stopping import ending_at_once
 
 if TYPE_CHECKING:
     from nanochat_jax.inference.engine import Engine
@@ -243,9 +243,6 @@ def guarded(action: Callable[[], None]) -> int:
         return 0
     except SystemExit as stop:  # tyro, after --help
         return int(stop.code or 0)
-    except Interrupted as stop:
-        status, message = 128 + stop.signal, said(stop.signal)
-        log(message)
     except KeyboardInterrupt:
         status, message = 130, "interrupted"
     except BrokenPipeError:

@@ -18,10 +18,10 @@ import socket
 import sys
 import threading
 import time
-from collections import defaultdict, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, NoReturn, TypeVar
 
 from nanochat_jax.errors import UserError
@@ -220,8 +220,7 @@ class Link:
     def __init__(self, index: int, names: list[str], sockets: dict[int, socket.socket], workdir: Path) -> None:
         self.index, self.names = index, names
         self._sockets, self._workdir = dict(sorted(sockets.items())), workdir
-        self._boxes: dict[tuple[str, int], deque[Any]] = defaultdict(deque)
-        self._arrived = threading.Condition()
+        self._boxes: dict[tuple[str, int], SimpleQueue[Any]] = {}
         self._sending = threading.Lock()
         self._ending = threading.Lock()
         for other, connection in sockets.items():
@@ -232,8 +231,8 @@ class Link:
         """See `gather_json`."""
         if self.index:
             self._send("values", name, value)
-            return self._take(name, 0)
-        values = [json.loads(json.dumps(value)), *(self._take(name, other) for other in self._sockets)]
+            return self._box(name, 0).get()
+        values = [json.loads(json.dumps(value)), *(self._box(name, other).get() for other in self._sockets)]
         self._send("values", name, values)
         return values
 
@@ -257,20 +256,14 @@ class Link:
                 if kind == "end":
                     self._end(value)
                     return
-                with self._arrived:
-                    self._boxes[name, other].append(value)
-                    self._arrived.notify_all()
+                self._box(name, other).put(value)
         except (OSError, ValueError):
             pass  # a line torn by a death, or a connection given up: the same as its end
         self._end(f"{self.names[other]} is gone")
 
-    def _take(self, name: str, other: int) -> Any:
-        with self._arrived:
-            self._arrived.wait_for(lambda: self._boxes.get((name, other)))
-            value = self._boxes[name, other].popleft()
-            if not self._boxes[name, other]:
-                del self._boxes[name, other]
-            return value
+    def _box(self, name: str, other: int) -> SimpleQueue[Any]:
+        """The values of a name that have come from another process and were not taken yet."""
+        return self._boxes.setdefault((name, other), SimpleQueue())
 
     def _send(self, kind: str, name: str, value: Any) -> None:
         line = json.dumps([kind, name, value]).encode() + b"\n"
@@ -361,18 +354,13 @@ def _welcome(member: Membership, patience: float) -> tuple[dict[int, socket.sock
 def _report(member: Membership, patience: float) -> tuple[dict[int, socket.socket], list[str], int]:
     """Every other process: the same, from process 0."""
     address = f"{member.host}:{member.port}"
-    deadline = time.monotonic() + patience
-    while True:
-        try:
-            connection = socket.create_connection((member.host, member.port), timeout=5)
-            break
-        except OSError as error:
-            if time.monotonic() > deadline:
-                raise UserError(
-                    f"process 0 does not answer at --coordinator {address} in {patience:g} s ({error}): start it, or "
-                    "correct the address"
-                ) from None
-            time.sleep(0.2)
+    try:
+        connection = _connected(member.host, member.port, patience)
+    except OSError as error:
+        raise UserError(
+            f"process 0 does not answer at --coordinator {address} in {patience:g} s ({error}): start it, or "
+            "correct the address"
+        ) from None
     connection.settimeout(patience + 30)  # process 0 waits for the others
     try:
         hello = [member.index, member.count, socket.gethostname(), os.getpid()]
@@ -436,7 +424,7 @@ def _relay(host: str, port: int) -> int:
         while True:
             near, _ = server.accept()
             try:
-                far = _connected(host, port)
+                far = _connected(host, port, LOST_HOST)  # process 0 may not have started JAX's service yet
             except OSError:
                 near.close()
                 continue
@@ -447,9 +435,9 @@ def _relay(host: str, port: int) -> int:
     return server.getsockname()[1]
 
 
-def _connected(host: str, port: int) -> socket.socket:
-    """A connection to JAX's service, which process 0 may not have started yet."""
-    deadline = time.monotonic() + LOST_HOST
+def _connected(host: str, port: int, patience: float) -> socket.socket:
+    """A connection to process 0, asked for until it listens. OSError after `patience` seconds."""
+    deadline = time.monotonic() + patience
     while True:
         try:
             connection = socket.create_connection((host, port), timeout=5)
@@ -459,4 +447,4 @@ def _connected(host: str, port: int) -> socket.socket:
         except OSError:
             if time.monotonic() > deadline:
                 raise
-            time.sleep(0.05)
+            time.sleep(0.1)

@@ -14,18 +14,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-from nanochat_jax.distributed import is_shared, should_stop
+from nanochat_jax.distributed import fail, is_shared, should_stop
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-PATIENCE = 5.0
-"""Seconds that the main thread has to leave what it is in, where nothing is to be saved."""
-
-
-class Interrupted(KeyboardInterrupt):
-    """SIGTERM or SIGINT came where nothing is saved in the middle."""
-
-    def __init__(self, number: int) -> None:
-        self.signal = signal.Signals(number)
 
 
 class _BrokenOff(BaseException):
@@ -91,32 +82,15 @@ def stoppable(name: str, log: Callable[[str], None]) -> Iterator[Stop]:
 
 @contextmanager
 def ending_at_once() -> Iterator[None]:
-    """Inside, a signal raises `Interrupted` on the main thread.
-
-    Where that does not come to it within seconds, or at the second signal, the process exits with the signal's status.
-    """
-    timers: list[threading.Timer] = []
-
-    def on_main(number: int, frame: FrameType | None) -> None:
-        raise Interrupted(number)
+    """Inside, a signal ends the process with one line and the signal's status, whatever the main thread is in."""
 
     def exit_now(number: int) -> None:
         print(said(number), file=sys.stderr, flush=True)
+        fail(said(number), 128 + number)
         os._exit(128 + number)
 
-    def at_once(number: int) -> None:
-        if timers:
-            exit_now(number)
-        timers.append(threading.Timer(PATIENCE, exit_now, (number,)))
-        timers[0].daemon = True
-        timers[0].start()
-
-    try:
-        with _handled(on_main, at_once):
-            yield
-    finally:
-        for timer in timers:
-            timer.cancel()
+    with _handled(lambda *_: None, exit_now):
+        yield
 
 
 def said(number: int) -> str:

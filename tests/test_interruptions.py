@@ -285,7 +285,6 @@ def test_signals_to_a_real_run(tmp_path):
 OUTSIDE_OF_A_LOOP = """
 import hashlib, sys, time
 from nanochat_jax import cli, stopping
-stopping.PATIENCE = 0.2
 def work():
     with stopping.ending_at_once():
         print("begun", flush=True)
