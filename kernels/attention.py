@@ -28,10 +28,10 @@ def compute_capability() -> str:
     return getattr(jax.local_devices()[0], "compute_capability", "")
 
 
-def resolve(impl: str, platform: str, dtype: str, capability: str = "", width: int = 128) -> str:
+def resolve(impl: str, platform: str, dtype: str, capability: str | None = None, width: int = 128) -> str:
     """The implementation `impl` means on `platform` ("cpu", "gpu", "tpu") in `dtype`; ValueError if it cannot run.
 
-    `capability`: what `compute_capability` says there; `width`: of a head. Both matter to `mosaic` only.
+    What matters to `mosaic` only: `capability`, that of the device here where none is given, and the `width` of a head.
     """
     if impl == "auto":
         return "cudnn" if platform == "gpu" and dtype in ("bfloat16", "float16") else "xla_blocked"
@@ -45,12 +45,15 @@ def resolve(impl: str, platform: str, dtype: str, capability: str = "", width: i
         return "pallas_interpreted"
     if impl == "pallas" and platform != "gpu":
         raise ValueError(f"attention pallas needs an NVIDIA GPU, here: {platform}; use --attention auto")
-    hopper = platform == "gpu" and capability.startswith("9.")
-    if impl == "mosaic" and not (hopper and dtype != "float32" and width in (64, 128)):
-        raise ValueError(
-            "attention mosaic needs an NVIDIA GPU of compute capability 9.x (H100, H200), 16-bit precision and heads "
-            f"of width 64 or 128, here: {f'{platform} {capability}'.strip()}, {dtype}, {width}; use --attention auto"
-        )
+    if impl == "mosaic":
+        capability = compute_capability() if capability is None else capability
+        hopper = platform == "gpu" and capability.startswith("9.")
+        if not hopper or dtype == "float32" or width not in (64, 128):
+            raise ValueError(
+                "attention mosaic needs an NVIDIA GPU of compute capability 9.x (H100, H200), 16-bit precision "
+                f"and heads of width 64 or 128, here: {platform} {capability or '-'}, {dtype}, "
+                f"{width}; use --attention auto"
+            )
     return impl
 
 

@@ -128,9 +128,3 @@ def visited_tiles(length: int, window: int, rows: int, keys: int) -> tuple[int, 
         span = row_tiles(tile, last_rows(tile, window, length), rows)
         by_keys += int(span.end - span.begin)
     return by_rows, by_keys
-
-
-def visited_flops(length: int, window: int, width: int, tile: int = 128) -> tuple[int, int]:
-    """FLOPs of one head and row of the batch, (forward, backward): 2 and 5 products over the tiles that are visited."""
-    product = visited_tiles(length, window, tile, tile)[0] * 2 * tile**2 * width
-    return 2 * product, 5 * product

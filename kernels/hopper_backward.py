@@ -5,6 +5,7 @@ of grouped queries are one block's sum over the heads of a group.
 """
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -12,10 +13,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels.flash_tiles import Carry, Setup, Span, first_keys, key_span, last_rows, row_span, walk
-from kernels.hopper_common import BLOCK, HEIGHT, by_role, fill, launch, log2_scale, multiply, over, place, visible
+from kernels import hopper_common as hopper
+from kernels.flash_tiles import Carry, Setup, Span, last_rows, row_span, walk
+from kernels.hopper_common import BLOCK, HEIGHT, Refs
 
 STAGES = 3
+Step = Callable[[jax.Array, jax.Array, bool], None]
 
 
 def _products(
@@ -31,91 +34,59 @@ def _products(
     return pl.run_scoped(both, *(plgpu.ACC((HEIGHT, HEIGHT), jnp.float32),) * 2)
 
 
-def _consume(
-    span: Span,
-    shared: Span,
-    base: jax.Array,
-    full: jax.Ref,
-    empty: jax.Ref,
-    step: Callable[[jax.Array, jax.Array, bool], None],
-) -> None:
-    """`step(tile, stage, masked)` over a span, the other tiles of the block's shared span let pass.
+def _consume(mine: Span, both: Span, past: jax.Array, shared: SimpleNamespace, step: Step) -> None:
+    """`step(tile, stage, masked)` over a warpgroup's span; other tiles of the span of both warpgroups are let pass.
 
-    `base` tiles went through the ring before.
+    `past` tiles went through the ring before.
     """
 
     def visit(tile: jax.Array, carry: Carry, masked: bool | None) -> Carry:
-        stage = jax.lax.rem(base + tile - shared.begin, STAGES)
-        plgpu.barrier_wait(full.at[stage])
+        stage = jax.lax.rem(past + tile - both.begin, STAGES)
+        plgpu.barrier_wait(shared.full.at[stage])
         if masked is not None:
             step(tile, stage, masked)
-        plgpu.barrier_arrive(empty.at[stage])
+        plgpu.barrier_arrive(shared.empty.at[stage])
         return carry
 
     def let_pass(tile: jax.Array, carry: Carry) -> Carry:
         return visit(tile, carry, None)
 
-    jax.lax.fori_loop(shared.begin, span.begin, let_pass, ())
-    walk(span, visit, ())
-    jax.lax.fori_loop(span.end, shared.end, let_pass, ())
+    jax.lax.fori_loop(both.begin, mine.begin, let_pass, ())
+    walk(mine, visit, ())
+    jax.lax.fori_loop(mine.end, both.end, let_pass, ())
 
 
-def _dq_kernel(
-    q_ref: jax.Ref,
-    k_ref: jax.Ref,
-    v_ref: jax.Ref,
-    dout_ref: jax.Ref,
-    logsumexp_ref: jax.Ref,
-    delta_ref: jax.Ref,
-    dq_ref: jax.Ref,
-    *,
-    q_smem: jax.Ref,
-    dout_smem: jax.Ref,
-    logsumexp_smem: jax.Ref,
-    delta_smem: jax.Ref,
-    k_smem: jax.Ref,
-    v_smem: jax.Ref,
-    ready: jax.Ref,
-    full: jax.Ref,
-    empty: jax.Ref,
-    setup: Setup,
-    spill: jax.Ref | None = None,
-) -> None:
-    length, heads, width = q_ref.shape[1:]
-    batch, head, tile, warpgroup = place()
-    start = (length // BLOCK - 1 - tile) * BLOCK
-
-    def span_of(top: jax.Array, height: int) -> Span:
-        bottom = top + height - 1
-        return key_span((top, bottom), (first_keys(top, setup.window), first_keys(bottom, setup.window)), HEIGHT)
-
-    shared = span_of(start, BLOCK)
+def _dq_kernel(refs: Refs, shared: SimpleNamespace, setup: Setup) -> None:
+    *row_refs, k_ref, v_ref, logsumexp_ref, delta_ref, dq_ref = refs
+    length, heads, width = dq_ref.shape[1:]
+    batch, head, block, warpgroup = hopper.place()
+    start = (length // BLOCK - 1 - block) * BLOCK
+    both = hopper.keys_of(start, BLOCK, setup, HEIGHT)
 
     def compute() -> None:
         top = start + warpgroup * HEIGHT
-        mine, here = pl.ds(top, HEIGHT), ready.at[warpgroup]
-        q, dout = q_smem.at[warpgroup], dout_smem.at[warpgroup]
-        plgpu.copy_gmem_to_smem(q_ref.at[batch, mine, head], q, here)
-        plgpu.copy_gmem_to_smem(dout_ref.at[batch, mine, head], dout, here)
-        plgpu.copy_gmem_to_smem(logsumexp_ref.at[batch, head, mine], logsumexp_smem.at[warpgroup], here)
-        plgpu.copy_gmem_to_smem(delta_ref.at[batch, head, mine], delta_smem.at[warpgroup], here)
-        plgpu.barrier_wait(here)
-        logsumexp, delta = logsumexp_smem[warpgroup], delta_smem[warpgroup]
+        mine, ready = pl.ds(top, HEIGHT), shared.ready.at[warpgroup]
+        q, dout, logsumexp, delta = (x.at[warpgroup] for x in (shared.q, shared.dout, shared.logsumexp, shared.delta))
+        for source, target in zip(row_refs, (q, dout), strict=True):
+            plgpu.copy_gmem_to_smem(source.at[batch, mine, head], target, ready)
+        for source, target in ((logsumexp_ref, logsumexp), (delta_ref, delta)):
+            plgpu.copy_gmem_to_smem(source.at[batch, head, mine], target, ready)
+        plgpu.barrier_wait(ready)
+        logsumexp, delta = logsumexp[...], delta[...]
 
         def walked(dq_ref: jax.Ref) -> jax.Array:
             def step(tile: jax.Array, stage: jax.Array, masked: bool) -> None:
-                k = k_smem.at[stage]
+                def weigh(scores: jax.Array) -> jax.Array:
+                    scores = hopper.visible(scores, setup, top - tile * HEIGHT, masked)
+                    return jnp.exp2(scores * hopper.log2_scale(setup) - hopper.over(logsumexp, scores.shape))
 
-                def weigh(raw: jax.Array) -> jax.Array:
-                    scores = visible(raw, setup, top - tile * HEIGHT, masked)
-                    return jnp.exp2(scores * log2_scale(setup) - over(logsumexp, raw.shape))
-
-                weights, dweights = _products(q, k, dout, v_smem.at[stage], weigh)
-                dscores = weights * (dweights - over(delta, weights.shape))
-                multiply(dq_ref, dscores.astype(k.dtype), k, spill)
+                k = shared.k.at[stage]
+                weights, dweights = _products(q, k, dout, shared.v.at[stage], weigh)
+                dscores = weights * (dweights - hopper.over(delta, weights.shape))
+                hopper.multiply(dq_ref, dscores.astype(k.dtype), k, shared.spill)
                 plgpu.wgmma_wait(0)
 
-            _consume(span_of(top, HEIGHT), shared, 0, full, empty, step)
+            _consume(hopper.keys_of(top, HEIGHT, setup, HEIGHT), both, 0, shared, step)
             return dq_ref[...]
 
         dq = pl.run_scoped(walked, plgpu.ACC((HEIGHT, width), jnp.float32))
@@ -128,78 +99,58 @@ def _dq_kernel(
         kv_head = head // (heads // k_ref.shape[2])
 
         def copy(i: jax.Array, stage: jax.Array) -> None:
-            here = pl.ds((shared.begin + i) * HEIGHT, HEIGHT)
-            for source, target in ((k_ref, k_smem), (v_ref, v_smem)):
-                plgpu.copy_gmem_to_smem(source.at[batch, here, kv_head], target.at[stage], full.at[stage])
+            here = pl.ds((both.begin + i) * HEIGHT, HEIGHT)
+            for source, target in ((k_ref, shared.k), (v_ref, shared.v)):
+                plgpu.copy_gmem_to_smem(source.at[batch, here, kv_head], target.at[stage], shared.full.at[stage])
 
-        fill(shared.end - shared.begin, STAGES, (empty, copy))
+        hopper.fill(both.end - both.begin, STAGES, (shared.empty, copy))
 
-    by_role(compute, load)
+    hopper.by_role(compute, load)
 
 
-def _dkv_kernel(
-    q_ref: jax.Ref,
-    k_ref: jax.Ref,
-    v_ref: jax.Ref,
-    dout_ref: jax.Ref,
-    logsumexp_ref: jax.Ref,
-    delta_ref: jax.Ref,
-    dk_ref: jax.Ref,
-    dv_ref: jax.Ref,
-    *,
-    k_smem: jax.Ref,
-    v_smem: jax.Ref,
-    q_smem: jax.Ref,
-    dout_smem: jax.Ref,
-    logsumexp_smem: jax.Ref,
-    delta_smem: jax.Ref,
-    ready: jax.Ref,
-    full: jax.Ref,
-    empty: jax.Ref,
-    setup: Setup,
-    spill: jax.Ref | None = None,
-) -> None:
+def _dkv_kernel(refs: Refs, shared: SimpleNamespace, setup: Setup) -> None:
     """Scores stand transposed, [keys, rows], so that the weights are the left operands of both products over rows."""
+    q_ref, dout_ref, k_ref, v_ref, logsumexp_ref, delta_ref, dk_ref, dv_ref = refs
     length, heads, width = q_ref.shape[1:]
     group = heads // k_ref.shape[2]
-    batch, kv_head, tile, warpgroup = place()
-    start = tile * BLOCK
+    batch, kv_head, block, warpgroup = hopper.place()
 
-    def span_of(low: jax.Array, count: int) -> Span:
+    def rows_of(low: jax.Array, count: int) -> Span:
         high = low + count - 1
         last = last_rows(low, setup.window, length), last_rows(high, setup.window, length)
         return row_span((low, high), last, HEIGHT)
 
-    shared = span_of(start, BLOCK)
-    tiles = shared.end - shared.begin
+    both = rows_of(block * BLOCK, BLOCK)
+    tiles = both.end - both.begin
 
     def compute() -> None:
-        low = start + warpgroup * HEIGHT
-        mine, here = pl.ds(low, HEIGHT), ready.at[warpgroup]
-        k, v = k_smem.at[warpgroup], v_smem.at[warpgroup]
-        plgpu.copy_gmem_to_smem(k_ref.at[batch, mine, kv_head], k, here)
-        plgpu.copy_gmem_to_smem(v_ref.at[batch, mine, kv_head], v, here)
-        plgpu.barrier_wait(here)
+        low = block * BLOCK + warpgroup * HEIGHT
+        mine, ready = pl.ds(low, HEIGHT), shared.ready.at[warpgroup]
+        k, v = shared.k.at[warpgroup], shared.v.at[warpgroup]
+        for source, target in ((k_ref, k), (v_ref, v)):
+            plgpu.copy_gmem_to_smem(source.at[batch, mine, kv_head], target, ready)
+        plgpu.barrier_wait(ready)
 
         def walked(dk_ref: jax.Ref, dv_ref: jax.Ref) -> tuple[jax.Array, jax.Array]:
             def step(tile: jax.Array, stage: jax.Array, masked: bool) -> None:
-                q, dout = q_smem.at[stage], dout_smem.at[stage]
+                def weigh(scores: jax.Array) -> jax.Array:
+                    scores = hopper.visible(scores, setup, tile * HEIGHT - low, masked, rows_axis=1)
+                    return jnp.exp2(
+                        scores * hopper.log2_scale(setup) - hopper.over(shared.logsumexp[stage], scores.shape, axis=1)
+                    )
 
-                def weigh(raw: jax.Array) -> jax.Array:
-                    scores = visible(raw, setup, tile * HEIGHT - low, masked, rows_axis=1)
-                    return jnp.exp2(scores * log2_scale(setup) - over(logsumexp_smem[stage], raw.shape, axis=1))
-
+                q, dout = shared.q.at[stage], shared.dout.at[stage]
                 weights, dweights = _products(k, q, v, dout, weigh)
-                multiply(dv_ref, weights.astype(q.dtype), dout, spill)
-                dscores = weights * (dweights - over(delta_smem[stage], weights.shape, axis=1))
-                multiply(dk_ref, dscores.astype(q.dtype), q, spill)
+                hopper.multiply(dv_ref, weights.astype(q.dtype), dout, shared.spill)
+                dscores = weights * (dweights - hopper.over(shared.delta[stage], weights.shape, axis=1))
+                hopper.multiply(dk_ref, dscores.astype(q.dtype), q, shared.spill)
                 plgpu.wgmma_wait(0)
-                # The statistics were read by threads, and TMA is to overwrite them after they were.
+                # Threads have read the statistics that TMA is to overwrite: what they do and what it does has an order.
                 plgpu.commit_smem()
 
             @pl.loop(0, group)
             def _(g: jax.Array) -> None:
-                _consume(span_of(low, HEIGHT), shared, g * tiles, full, empty, step)
+                _consume(rows_of(low, HEIGHT), both, g * tiles, shared, step)
 
             return dk_ref[...], dv_ref[...]
 
@@ -214,27 +165,27 @@ def _dkv_kernel(
     def load() -> None:
         def copy(i: jax.Array, stage: jax.Array) -> None:
             head = kv_head * group + jax.lax.div(i, tiles)
-            here = pl.ds((shared.begin + jax.lax.rem(i, tiles)) * HEIGHT, HEIGHT)
-            for source, target in ((q_ref, q_smem), (dout_ref, dout_smem)):
-                plgpu.copy_gmem_to_smem(source.at[batch, here, head], target.at[stage], full.at[stage])
-            for source, target in ((logsumexp_ref, logsumexp_smem), (delta_ref, delta_smem)):
-                plgpu.copy_gmem_to_smem(source.at[batch, head, here], target.at[stage], full.at[stage])
+            here = pl.ds((both.begin + jax.lax.rem(i, tiles)) * HEIGHT, HEIGHT)
+            for source, target in ((q_ref, shared.q), (dout_ref, shared.dout)):
+                plgpu.copy_gmem_to_smem(source.at[batch, here, head], target.at[stage], shared.full.at[stage])
+            for source, target in ((logsumexp_ref, shared.logsumexp), (delta_ref, shared.delta)):
+                plgpu.copy_gmem_to_smem(source.at[batch, head, here], target.at[stage], shared.full.at[stage])
 
-        fill(group * tiles, STAGES, (empty, copy))
+        hopper.fill(group * tiles, STAGES, (shared.empty, copy))
 
-    by_role(compute, load)
+    hopper.by_role(compute, load)
 
 
-def _scratch(
-    like: jax.Array, kept: tuple[str, ...], walked: tuple[str, ...], *, stats: int, ready: int, full: int
+def _shared(
+    like: jax.Array, kept: tuple[str, str], walked: tuple[str, str], stats: int, copies: tuple[int, int]
 ) -> dict[str, Any]:
-    """Shared memory of a kernel: tiles kept and walked, `stats` tiles of row statistics, arrivals at barriers."""
+    """Two tiles kept of each name, STAGES walked, `stats` of row statistics; `copies`: to fill a kept tile, a stage."""
     tiles = dict.fromkeys(kept, 2) | dict.fromkeys(walked, STAGES)
-    smem = {name: plgpu.SMEM((count, HEIGHT, like.shape[3]), like.dtype) for name, count in tiles.items()}
-    smem |= {name: plgpu.SMEM((stats, HEIGHT), jnp.float32) for name in ("logsumexp", "delta")}
-    return {f"{name}_smem": memory for name, memory in smem.items()} | {
-        "ready": plgpu.Barrier(num_arrivals=ready, num_barriers=2),
-        "full": plgpu.Barrier(num_arrivals=full, num_barriers=STAGES),
+    return {name: plgpu.SMEM((count, HEIGHT, like.shape[3]), like.dtype) for name, count in tiles.items()} | {
+        "logsumexp": plgpu.SMEM((stats, HEIGHT), jnp.float32),
+        "delta": plgpu.SMEM((stats, HEIGHT), jnp.float32),
+        "ready": plgpu.Barrier(num_arrivals=copies[0], num_barriers=2),
+        "full": plgpu.Barrier(num_arrivals=copies[1], num_barriers=STAGES),
         "empty": plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
     }
 
@@ -249,26 +200,13 @@ def backward(
     setup: Setup,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of q, k and v in their dtypes, from what `forward` returned and the gradient of its output."""
-    batch, length, heads, _ = q_BTNH.shape
     delta_BNT = jnp.einsum(
         "BTNH,BTNH->BNT", out_BTNH.astype(jnp.float32), dout_BTNH.astype(jnp.float32), precision="highest"
     )
-    operands = (q_BTNH, k_BSKH, v_BSKH, dout_BTNH, logsumexp_BNT, delta_BNT)
-
-    (dq_BTNH,) = launch(
-        _dq_kernel,
-        setup,
-        name="hopper_dq",
-        outs=[q_BTNH],
-        scratch=_scratch(q_BTNH, ("q", "dout"), ("k", "v"), stats=2, ready=4, full=2),
-        grid=(batch, heads, length // BLOCK),
-    )(*operands)
-    dk_BSKH, dv_BSKH = launch(
-        _dkv_kernel,
-        setup,
-        name="hopper_dkv",
-        outs=[k_BSKH, v_BSKH],
-        scratch=_scratch(q_BTNH, ("k", "v"), ("q", "dout"), stats=STAGES, ready=2, full=4),
-        grid=(batch, k_BSKH.shape[2], length // BLOCK),
-    )(*operands)
-    return dq_BTNH, dk_BSKH, dv_BSKH
+    operands = q_BTNH, dout_BTNH, k_BSKH, v_BSKH, logsumexp_BNT, delta_BNT
+    rows, keys = ("q", "dout"), ("k", "v")
+    shared = _shared(q_BTNH, rows, keys, stats=2, copies=(4, 2))
+    (dq,) = hopper.launch(_dq_kernel, setup, "hopper_dq", [q_BTNH], q_BTNH.shape[2], shared)(*operands)
+    shared = _shared(q_BTNH, keys, rows, stats=STAGES, copies=(2, 4))
+    dk, dv = hopper.launch(_dkv_kernel, setup, "hopper_dkv", [k_BSKH, v_BSKH], k_BSKH.shape[2], shared)(*operands)
+    return dq, dk, dv

@@ -1,12 +1,12 @@
-"""What the Hopper kernels have in common: the launch, the mask and the ring of tiles in shared memory.
+"""What the Hopper kernels have in common: the launch, the roles in a block, the mask and the ring of tiles.
 
 A block has two warpgroups that compute, a tile of 64 rows (or keys) each, and a third one that fills shared memory
 through TMA. A ring has a few stages: the loader waits until both warpgroups have emptied one, they until it is full.
 """
 
-import functools
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -14,37 +14,36 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels.flash_tiles import Setup
+from kernels.flash_tiles import Setup, Span, first_keys, key_span
 from kernels.reference import MASKED
 
 HEIGHT = 64
 """Rows (or keys) of a compute warpgroup: what one wgmma multiplies."""
 BLOCK = 2 * HEIGHT
 """Rows (or keys) of a block; lengths are padded to a multiple."""
-LOADER = 2
-"""Index of the warpgroup that fills shared memory."""
-SPILLED = 128
-"""Widest left operand in registers."""
+Refs = tuple[jax.Ref, ...]
+Body = Callable[[Refs, SimpleNamespace, Setup], None]
 
 
 def launch(
-    body: Callable[..., None],
-    setup: Setup,
-    *,
-    name: str,
-    outs: list[jax.Array],
-    scratch: dict[str, Any],
-    grid: tuple[int, ...],
+    body: Body, setup: Setup, name: str, outs: list[Any], heads: int, shared: dict[str, Any]
 ) -> Callable[..., Any]:
-    """`body` over a grid of (batch, head, tile), tiles fastest, so that neighbours find K and V in the L2 cache."""
+    """`body(arrays, shared, setup)` for each batch row, head and BLOCK positions, `outs` being like its results.
+
+    `shared`: memory and barriers of a block. Positions run fastest, so that neighbours find K and V in the L2 cache.
+    """
     if setup.interpret:
-        scratch = scratch | {"spill": plgpu.SMEM((2, HEIGHT, SPILLED), outs[0].dtype)}
+        shared = shared | {"spill": plgpu.SMEM((2, HEIGHT, BLOCK), outs[0].dtype)}
+
+    def program(*refs: jax.Ref, spill: jax.Ref | None = None, **shared: jax.Ref) -> None:
+        body(refs, SimpleNamespace(spill=spill, **shared), setup)
+
     return plgpu.kernel(
-        functools.partial(body, setup=setup),
+        program,
         out_type=[jax.ShapeDtypeStruct(out.shape, out.dtype) for out in outs],
-        scratch_types=scratch,
-        grid=grid,
-        grid_names=("batch", "head", "tile"),
+        scratch_types=shared,
+        grid=(outs[0].shape[0], heads, outs[0].shape[1] // BLOCK),
+        grid_names=("batch", "head", "block"),
         num_threads=3,
         thread_name="warpgroup",
         kernel_name=name,
@@ -54,20 +53,20 @@ def launch(
 
 
 def place() -> tuple[jax.Array, ...]:
-    """Batch row, head, tile and warpgroup of this program."""
-    return tuple(jax.lax.axis_index(name) for name in ("batch", "head", "tile", "warpgroup"))
+    """Batch row, head, block and warpgroup of this program."""
+    return tuple(jax.lax.axis_index(name) for name in ("batch", "head", "block", "warpgroup"))
 
 
 def by_role(compute: Callable[[], None], load: Callable[[], None]) -> None:
     """Both roles of a block, with the registers each needs: 240 and 24 of the 504 that three threads share."""
-    warpgroup = jax.lax.axis_index("warpgroup")
+    loads = jax.lax.axis_index("warpgroup") == 2
 
-    @pl.when(warpgroup != LOADER)
+    @pl.when(jnp.logical_not(loads))
     def _compute() -> None:
         plgpu.set_max_registers(240, action="increase")
         compute()
 
-    @pl.when(warpgroup == LOADER)
+    @pl.when(loads)
     def _load() -> None:
         plgpu.set_max_registers(24, action="decrease")
         load()
@@ -86,6 +85,12 @@ def fill(count: jax.Array, stages: int, *rings: tuple[jax.Ref, Callable[[jax.Arr
                 plgpu.barrier_wait(empty.at[stage])
 
             load(i, stage)
+
+
+def keys_of(top: jax.Array, height: int, setup: Setup, tile: int) -> Span:
+    """Tiles of `tile` keys that the `height` rows from `top` on see."""
+    bottom = top + height - 1
+    return key_span((top, bottom), (first_keys(top, setup.window), first_keys(bottom, setup.window)), tile)
 
 
 def visible(scores: jax.Array, setup: Setup, lead: jax.Array, masked: bool, rows_axis: int = 0) -> jax.Array:
@@ -111,6 +116,6 @@ def multiply(sums: jax.Ref, left: jax.Array, right: jax.Ref, spill: jax.Ref | No
     plgpu.wgmma(sums, left, right)
 
 
-def over(row: jax.Array, shape: tuple[int, ...], axis: int = 0) -> jax.Array:
+def over(vector: jax.Array, shape: tuple[int, ...], axis: int = 0) -> jax.Array:
     """A vector repeated over a tile, its entries along `axis`."""
-    return jax.lax.broadcast_in_dim(row, shape, (axis,))
+    return jax.lax.broadcast_in_dim(vector, shape, (axis,))
