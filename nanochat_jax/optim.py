@@ -10,9 +10,7 @@ last axis. Nothing here communicates: zero.py hands each device what it owns.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -71,8 +69,8 @@ def adamw(group: str) -> optax.GradientTransformationExtraArgs:
     beta1, beta2, decay = ADAMW[group]
 
     def init(params: optax.Params) -> AdamState:
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        return AdamState(jnp.zeros((), jnp.int32), zeros, jax.tree.map(jnp.zeros_like, params))
+        mu, nu = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))
+        return AdamState(jnp.zeros((), jnp.int32), mu, nu)
 
     def update(
         grads: optax.Updates, state: AdamState, params: optax.Params, *, hyper: Hyper
@@ -88,20 +86,15 @@ def adamw(group: str) -> optax.GradientTransformationExtraArgs:
             step = (mu32 / bias1) / (jnp.sqrt(nu32 / bias2) + ADAM_EPS)
             return -rate * (step + decay * p32), mu32.astype(mu.dtype), nu32.astype(nu.dtype)
 
-        both = jax.tree.map(one, grads, state.mu, state.nu, params)
-        return _split(both, functools.partial(AdamState, count))
+        updates, mu, nu = _unzipped(jax.tree.map(one, grads, state.mu, state.nu, params), grads)
+        return updates, AdamState(count, mu, nu)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _split(triples: optax.Updates, state_of: Callable[..., NamedTuple]) -> tuple[optax.Updates, NamedTuple]:
-    """(updates, state) from a tree of (update, moment, moment)."""
-
-    def is_triple(node: object) -> bool:
-        return isinstance(node, tuple) and len(node) == 3 and not hasattr(node, "_fields")
-
-    updates, first, second = (jax.tree.map(lambda leaf, i=i: leaf[i], triples, is_leaf=is_triple) for i in range(3))
-    return updates, state_of(first, second)
+def _unzipped(triples: optax.Updates, like: optax.Updates) -> tuple[optax.Updates, optax.Updates, optax.Updates]:
+    """Three trees of the structure of `like` from one of triples."""
+    return jax.tree.transpose(jax.tree.structure(like), jax.tree.structure((0, 0, 0)), triples)
 
 
 class MuonState(NamedTuple):
@@ -177,7 +170,8 @@ def muon(dtype: str) -> optax.GradientTransformationExtraArgs:
             scaled = rate * math.sqrt(max(1.0, p.shape[-1] / p.shape[-2]))
             return -scaled * (x + decay * p * (x * p >= 0)), momentum, second
 
-        return _split(jax.tree.map(one, grads, state.momentum, state.second, params), MuonState)
+        updates, *moments = _unzipped(jax.tree.map(one, grads, state.momentum, state.second, params), grads)
+        return updates, MuonState(*moments)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
