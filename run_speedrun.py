@@ -13,7 +13,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat_jax import cli, distributed, run
+from nanochat_jax import cli, distributed, process, run
 from nanochat_jax.config import MODEL_STAGES, STAGES
 
 
@@ -52,7 +52,7 @@ def speedrun(options: SpeedrunOptions, workdir: Path) -> None:
 
 
 if __name__ == "__main__":
-    cli.set_up_process()
+    process.set_up()
     command = Path(sys.argv[0]).name
     words = f"python {command}", SpeedrunOptions, speedrun, speedrun.__doc__, sys.argv[1:]
     sys.exit(cli.guarded(lambda: cli.run_command(*words)))

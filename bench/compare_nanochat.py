@@ -142,6 +142,10 @@ def children(options: argparse.Namespace, words: list[str], folder: Path) -> tup
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     }
+    sys.path.append(str(HERE.parent))
+    from nanochat_jax.process import environment  # needs no JAX, which this process never imports
+
+    ours |= environment(ours)
     return (
         ["the reference", [options.python, HERE / "compare_reference.py", spec], folder / "reference", reference],
         ["this project", [sys.executable, HERE / "compare_ours.py", spec, *words], folder / "ours", ours],

@@ -1,5 +1,11 @@
 """`python -m nanochat_jax COMMAND`; see cli.py."""
 
-from nanochat_jax.cli import program
+import sys
 
-program()
+from nanochat_jax import process
+
+if __name__ == "__main__":
+    process.set_up()
+    from nanochat_jax import cli
+
+    sys.exit(cli.main(sys.argv[1:]))

@@ -15,7 +15,6 @@ import dataclasses
 import errno
 import io
 import json
-import logging
 import os
 import re
 import runpy
@@ -218,21 +217,6 @@ def main(argv: Sequence[str]) -> int:
             run_command(f"{PROGRAM} {argv[0]}", *COMMANDS[argv[0]], argv[1:])
 
     return guarded(action)
-
-
-def program() -> None:
-    """The entry point of the process: `main` with this process's words, the compilation cache and quiet libraries."""
-    set_up_process()
-    sys.exit(main(sys.argv[1:]))
-
-
-def set_up_process() -> None:
-    """Keeps compiled programs in the user's cache folder, and libraries from printing what is raised anyway."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanochat_jax" / "xla"
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    for library in ("absl", "asyncio"):
-        logging.getLogger(library).setLevel(logging.CRITICAL)
 
 
 def guarded(action: Callable[[], None]) -> int:

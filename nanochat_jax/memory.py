@@ -128,13 +128,23 @@ def train_bytes(cfg: GPTConfig, mesh: Mesh, microbatches: int, rows: int, length
 def program_bytes(lowered: jax.stages.Lowered) -> float:
     """Bytes a device needs for a program; infinite where the compiler itself says that it cannot fit."""
     try:
-        stats = lowered.compile().memory_analysis()
+        return account(lowered.compile())["bytes"]
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return math.inf
-    kept = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
-    return kept + stats.temp_size_in_bytes
+
+
+def account(program: jax.stages.Compiled) -> dict[str, float | None]:
+    """What the compiler says of a program: bytes on each device, FLOPs on each (those of a loop's body once)."""
+    memory, cost = program.memory_analysis(), program.cost_analysis()
+    kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return {
+        "bytes": kept + memory.temp_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "code_bytes": memory.generated_code_size_in_bytes,
+        "flops": (cost or {}).get("flops"),
+    }
 
 
 def largest_that_fits(

@@ -140,18 +140,41 @@ def _whole_table_backward(_: None, grad: jax.Array) -> tuple[jax.Array]:
 whole_table.defvjp(lambda part: (whole_table(part), None), _whole_table_backward)
 
 
+@jax.custom_vjp
+def rows_of(table_VE: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+    """Rows of a table, NaN for a token beyond it. Gradients add up in float32 whatever the table's dtype: more exact
+    where tokens repeat, and GPUs add float32 to memory at once where they loop for bfloat16.
+    """
+    return jnp.take(table_VE, tokens_BT, axis=0)
+
+
+def _rows_of_forward(table_VE: jax.Array, tokens_BT: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return rows_of(table_VE, tokens_BT), (tokens_BT, jnp.zeros((table_VE.shape[0], 0), table_VE.dtype))
+
+
+def _rows_of_backward(saved: tuple[jax.Array, jax.Array], grad_BTE: jax.Array) -> tuple[jax.Array, None]:
+    tokens_BT, like = saved
+    sums_VE = (
+        jnp.zeros((like.shape[0], grad_BTE.shape[-1]), jnp.float32).at[tokens_BT].add(grad_BTE.astype(jnp.float32))
+    )
+    return sums_VE.astype(like.dtype), None
+
+
+rows_of.defvjp(_rows_of_forward, _rows_of_backward)
+
+
 def lookup(table_VE: jax.Array, tokens_BT: jax.Array, path: str) -> jax.Array:
     """Rows of the table `path`, by each device for its own rows of the batch; over `fsdp` the table is gathered first
     and its gradient reduced and cut in one.
     """
     axes = cut_axes()
     if not axes:
-        return jnp.take(table_VE, tokens_BT, axis=0)
+        return rows_of(table_VE, tokens_BT)
 
     def local(table: jax.Array, tokens: jax.Array) -> jax.Array:
         if "fsdp" in axes:
             table = whole_table(table)
-        return jnp.take(table, tokens, axis=0)
+        return rows_of(table, tokens)
 
     spec, rows = only(axes, *match(path, PARAM_SPECS)), only(axes, BATCH_AXES, None)
     return jax.shard_map(local, in_specs=(spec, rows), out_specs=P(*rows, spec[1]), axis_names=axes)(

@@ -197,7 +197,7 @@ import os, sys
 from pathlib import Path
 import jax, numpy as np
 from jax.sharding import PartitionSpec as P
-from nanochat_jax import cli, distributed
+from nanochat_jax import cli, distributed, process
 from nanochat_jax.errors import UserError
 from nanochat_jax.sharding import data_part, make_mesh, put_batch
 
@@ -222,7 +222,7 @@ def work():
         if distributed.should_stop(step, (workdir / f"stop {jax.process_index()}").exists()):
             return
 
-cli.set_up_process()
+process.set_up()
 sys.exit(cli.guarded(work))
 """
 

@@ -23,7 +23,7 @@ from nanochat_jax.bench.measure import timed
 from nanochat_jax.config import Config, GPTConfig
 from nanochat_jax.errors import UserError
 from nanochat_jax.fp8 import check_compiled, fp8_products, precision
-from nanochat_jax.memory import train_rows, with_loss_chunk
+from nanochat_jax.memory import account, train_rows, with_loss_chunk
 from nanochat_jax.metrics import mfu, peak_memory_bytes
 from nanochat_jax.model import Params, attend, count_params, flops_per_token, hidden
 from nanochat_jax.optim import Hyper, Schedule, base_schedule
@@ -122,18 +122,6 @@ def figures(config: Config, settings: Settings, log: Log) -> dict[str, Any]:
         "peak_bytes": peak,
         "program": analysis,
         "parts": parts,
-    }
-
-
-def account(program: jax.stages.Compiled) -> dict[str, float | None]:
-    """What the compiler says of a program: bytes on each device, FLOPs (those of a loop's body once)."""
-    memory, cost = program.memory_analysis(), program.cost_analysis()
-    kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return {
-        "bytes": kept + memory.temp_size_in_bytes,
-        "temporary_bytes": memory.temp_size_in_bytes,
-        "code_bytes": memory.generated_code_size_in_bytes,
-        "flops": (cost or {}).get("flops"),
     }
 
 

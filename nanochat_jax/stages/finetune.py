@@ -29,7 +29,7 @@ from nanochat_jax.sharding import put_batch
 from nanochat_jax.stages.samples import write_samples
 from nanochat_jax.stages.session import Log, Session, due, is_done, open_session, params_from, step_batch
 from nanochat_jax.tasks import Mixture
-from nanochat_jax.train import eval_losses, train_step
+from nanochat_jax.train import eval_losses
 
 PREVIOUS = {"mid": "base", "sft": "mid", "sft_continued": "sft"}
 DEFAULT_ROWS = 32
@@ -99,11 +99,11 @@ def train(
     pace = session.begin(schedule, start, batches, tokens_a_step=batch_tokens)
     console = Console(name, steps)
     last = steps if settings.stop_after is None else min(steps, settings.stop_after)
-    pending = None
+    train_step = pending = None
 
-    def record(step: int, metrics: dict, place: str) -> None:
+    def record(step: int, metrics: dict, waited: float, place: str) -> None:
         values = session.checked(step, metrics, place)
-        values |= {"lr_mult": schedule.lr_multiplier(step), **pace.lap(step + 1)}
+        values |= {"lr_mult": schedule.lr_multiplier(step), "data_seconds": waited, **pace.lap(step + 1)}
         session.metrics.write("train", step=step, targets=int(metrics["targets"]), **values)
         console.step(step + 1, **values)
 
@@ -118,14 +118,15 @@ def train(
         stop.measure(measure)
         while not stop.now(session.step) and session.step < last:
             step = session.step
-            batch = step_batch(batches, microbatches, mesh)
-            with jax.set_mesh(mesh):
-                session.state, metrics = train_step(session.state, batch, schedule.hyper(step), cfg=cfg)
+            batch, waited = step_batch(batches, microbatches, mesh)
+            hyper = schedule.hyper(step)
+            train_step = train_step or session.compiled(batch, hyper)
+            session.state, metrics = train_step(session.state, batch, hyper)
             if pending:
                 record(*pending)
             position = batches.get_state()
             place = f"epoch {position['epoch']}, read up to conversation {position['cursor']} of {len(train_set)}"
-            pending = (step, metrics, place)
+            pending = (step, metrics, waited, place)
             session.step += 1
             session.meta["tokens"] += batch_tokens
             session.meta["flops"] += step_flops

@@ -6,11 +6,8 @@ python -m nanochat_jax pretrain --experiment experiments/tiny_cpu.py
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Sequence
 from pathlib import Path
-
-import jax
 
 from nanochat_jax.config import Config
 from nanochat_jax.data.download import prepare_shards
@@ -24,7 +21,6 @@ from nanochat_jax.sharding import data_part
 from nanochat_jax.stages.evaluate import core_bundle, core_metric, validation_bpb
 from nanochat_jax.stages.samples import write_samples
 from nanochat_jax.stages.session import Log, due, initial_params, is_done, open_session, step_batch
-from nanochat_jax.train import train_step
 
 
 def run(config: Config, workdir: Path, log: Log, force: bool = False) -> None:
@@ -61,7 +57,7 @@ def run(config: Config, workdir: Path, log: Log, force: bool = False) -> None:
     console = Console("base", schedule.steps)
     last = schedule.steps if stage.stop_after is None else min(schedule.steps, stage.stop_after)
     step_flops = horizon.batch_tokens * flops_per_token(cfg)
-    pending = None
+    train_step = pending = None
 
     def record(step: int, metrics: dict, waited: float, place: str) -> None:
         """Read a step's loss only after the next one was dispatched, so that the devices never wait for the host."""
@@ -87,11 +83,10 @@ def run(config: Config, workdir: Path, log: Log, force: bool = False) -> None:
         stop.measure(measure)
         while not stop.now(session.step) and session.step < last:
             step = session.step
-            clock = time.perf_counter()
-            batch = step_batch(batches, microbatches, mesh, local=True)
-            waited = time.perf_counter() - clock
-            with jax.set_mesh(mesh):
-                session.state, metrics = train_step(session.state, batch, schedule.hyper(step), cfg=cfg)
+            batch, waited = step_batch(batches, microbatches, mesh, local=True)
+            hyper = schedule.hyper(step)
+            train_step = train_step or session.compiled(batch, hyper)
+            session.state, metrics = train_step(session.state, batch, hyper)
             if pending:
                 record(*pending)
             pending = (step, metrics, waited, reading_at(batches.get_state(), train_files))

@@ -25,16 +25,24 @@ from nanochat_jax.data.files import write_json
 from nanochat_jax.data.pretrain import merge_states
 from nanochat_jax.distributed import barrier, gather_json, is_leader, leaders
 from nanochat_jax.errors import UserError
-from nanochat_jax.fp8 import precision
-from nanochat_jax.memory import train_rows, with_loss_chunk
-from nanochat_jax.metrics import MetricsLog, Pace, banner, peak_memory_bytes
+from nanochat_jax.fp8 import check_compiled, precision
+from nanochat_jax.memory import account, train_rows, with_loss_chunk
+from nanochat_jax.metrics import MetricsLog, Pace, banner, gib, peak_memory_bytes
 from nanochat_jax.model import count_params, flops_per_token
-from nanochat_jax.optim import Schedule
+from nanochat_jax.optim import Hyper, Schedule
 from nanochat_jax.run import finished, gpt_config, params_target, read_config, record_used
 from nanochat_jax.sharding import check_mesh, data_shards, make_mesh, put_batch
 from nanochat_jax.stopping import Stop, stoppable
 from nanochat_jax.tokenizer import Tokenizer
-from nanochat_jax.train import TrainState, born_params, restored_state, saved_shapes, saved_tree, with_optimizer
+from nanochat_jax.train import (
+    TrainState,
+    born_params,
+    restored_state,
+    saved_shapes,
+    saved_tree,
+    train_step,
+    with_optimizer,
+)
 
 Log = Callable[[str], None]
 
@@ -126,6 +134,20 @@ class Session:
         )
         self.started = time.perf_counter() - self.meta["seconds"]
         return Pace(schedule.steps, tokens_a_step or 0, flops_per_token(self.cfg), self.mesh.size)
+
+    def compiled(self, batch: dict[str, jax.Array], hyper: Hyper) -> jax.stages.Compiled:
+        """The training step for batches like this one; says what it needs, by the compiler's account."""
+        device, start = self.mesh.devices.flat[0], time.perf_counter()
+        with jax.set_mesh(self.mesh):
+            program = train_step.lower(self.state, batch, hyper, cfg=self.cfg).compile()
+        check_compiled(self.cfg, device, program.as_text())
+        needs = account(program)
+        flops = f", {needs['flops']:.3g} FLOPs a device" if needs["flops"] else ""
+        self.log(
+            f"{self.name}: step compiled in {time.perf_counter() - start:.1f} s: {gib(needs['bytes'])} a device, "
+            f"{gib(needs['temporary_bytes'])} of it temporary{flops} (a loop's body counted once)"
+        )
+        return program
 
     def _check_same(self, fixed: dict) -> None:
         before = self.meta.get("fixed", {})
@@ -295,14 +317,18 @@ def initial_params(session: Session, seed: int) -> dict:
     return born_params(session.cfg, session.mesh, seed)
 
 
-def step_batch(batches: Iterator[dict], microbatches: int, mesh: Mesh, *, local: bool = False) -> dict[str, jax.Array]:
-    """The next step's batch on the mesh, [A, rows, T], from an iterator of [A * rows, T].
+def step_batch(
+    batches: Iterator[dict], microbatches: int, mesh: Mesh, *, local: bool = False
+) -> tuple[dict[str, jax.Array], float]:
+    """The next step's batch on the mesh, [A, rows, T], from an iterator of [A * rows, T]; seconds waited for it.
 
-    `local`: the iterator gives this process's part of the rows alone, see `put_batch`.
+    Called while the devices are at work on the step before, so that it is there when they are done. `local`: the
+    iterator gives this process's part of the rows alone, see `put_batch`.
     """
+    start = time.perf_counter()
     batch = next(batches)
     split = {name: x.reshape(microbatches, -1, *x.shape[1:]) for name, x in batch.items()}
-    return put_batch(split, mesh, leading=1, local=local)
+    return put_batch(split, mesh, leading=1, local=local), time.perf_counter() - start
 
 
 def due(step: int, every: int, total: int) -> bool:

@@ -1,0 +1,62 @@
+"""What has to be said before JAX is imported, in one place: the compiler's flags, memory, the compilation cache.
+
+Flags of XLA come and go, and one that a version does not know ends the process: every flag here is known to JAX 0.10.2
+and 0.12 (tests/test_process.py tries them). What the user has set in the environment wins.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+NVIDIA = Path("/proc/driver/nvidia/version")
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+GPU_FLAGS = {  # communication behind computation, in few large pieces
+    "xla_gpu_enable_latency_hiding_scheduler": "true",
+    "xla_gpu_all_gather_combine_threshold_bytes": str(128 * 2**20),
+    "xla_gpu_reduce_scatter_combine_threshold_bytes": str(128 * 2**20),
+    "xla_gpu_all_reduce_combine_threshold_bytes": str(128 * 2**20),
+    "xla_gpu_enable_pipelined_all_gather": "true",
+}
+GPU_ENVIRONMENT = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92", "NCCL_NVLS_ENABLE": "1"}
+"""JAX by itself takes three quarters of a GPU's memory. NVLink's own sums where there is a switch that makes them."""
+HUGE_PAGE_TUNABLE = "glibc.malloc.hugetlb=1"
+
+
+def environment(given: Mapping[str, str]) -> dict[str, str]:
+    """What to add to the environment `given` of a process that imports JAX."""
+    cache = Path(given.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanochat_jax" / "xla"
+    wanted = {"JAX_COMPILATION_CACHE_DIR": str(cache), "TF_CPP_MIN_LOG_LEVEL": "2"}
+    if uses_gpu(given):
+        wanted |= GPU_ENVIRONMENT
+    elif HUGE_PAGES.exists() and "[madvise]" in HUGE_PAGES.read_text():
+        wanted["GLIBC_TUNABLES"] = HUGE_PAGE_TUNABLE
+    added = {name: value for name, value in wanted.items() if name not in given}
+    if uses_gpu(given):
+        flags = [f"--{name}={value}" for name, value in GPU_FLAGS.items()]
+        added["XLA_FLAGS"] = " ".join([*flags, given.get("XLA_FLAGS", "")]).strip()  # the last of two alike counts
+    return added
+
+
+def uses_gpu(given: Mapping[str, str]) -> bool:
+    """Whether JAX will use an NVIDIA GPU, as far as can be said without importing it."""
+    platforms = given.get("JAX_PLATFORMS", "")
+    return NVIDIA.exists() and (not platforms or "cuda" in platforms or "gpu" in platforms)
+
+
+def set_up() -> None:
+    """Sets the environment and quietens libraries; call it first. On a CPU the process begins anew, once.
+
+    A step on a CPU maps and unmaps hundreds of megabytes, which huge pages make much cheaper. glibc asks for them only
+    when told so before a process begins.
+    """
+    for library in ("absl", "asyncio"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)  # they print what is raised anyway
+    added = environment(os.environ)
+    os.environ.update(added)
+    if "GLIBC_TUNABLES" in added:
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

@@ -1,0 +1,72 @@
+"""What is set before JAX is imported: flags that parse, the user's own word first, and a process that begins anew."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from nanochat_jax import process
+
+
+@pytest.fixture
+def on_gpu(tmp_path, monkeypatch):
+    (tmp_path / "version").touch()
+    monkeypatch.setattr(process, "NVIDIA", tmp_path / "version")
+
+
+@pytest.fixture
+def pages(tmp_path, monkeypatch):
+    """Sets what the kernel says of huge pages."""
+    monkeypatch.setattr(process, "NVIDIA", tmp_path / "no driver")
+    monkeypatch.setattr(process, "HUGE_PAGES", tmp_path / "enabled")
+    return (tmp_path / "enabled").write_text
+
+
+def jax_starts(flags):
+    words = [sys.executable, "-c", "import jax; print(jax.devices()[0].platform)"]
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    return subprocess.run(words, env=environment, capture_output=True, text=True)
+
+
+def test_every_flag_is_known_to_this_version_of_xla(on_gpu):
+    flags = process.environment({})["XLA_FLAGS"]
+    assert flags.count("--xla_gpu_") == len(process.GPU_FLAGS)
+    assert jax_starts(flags).stdout == "cpu\n"
+    assert jax_starts(flags + " --xla_gpu_no_such_flag=1").returncode != 0  # the check can fail
+
+
+def test_what_the_user_has_set_wins(on_gpu):
+    name = next(iter(process.GPU_FLAGS))
+    mine = {
+        "XLA_FLAGS": f"--{name}=mine",
+        "JAX_COMPILATION_CACHE_DIR": "/mine",
+        "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5",
+    }
+    added = process.environment(mine)
+    assert added["XLA_FLAGS"].endswith(f"--{name}=mine")
+    assert added.keys().isdisjoint({"JAX_COMPILATION_CACHE_DIR", "XLA_PYTHON_CLIENT_MEM_FRACTION", "GLIBC_TUNABLES"})
+
+
+def test_a_gpu_that_is_not_to_be_used_changes_nothing(on_gpu):
+    assert process.uses_gpu({}) and process.uses_gpu({"JAX_PLATFORMS": "cuda,cpu"})
+    assert "XLA_FLAGS" not in process.environment({"JAX_PLATFORMS": "cpu"})
+
+
+@pytest.mark.parametrize("kernel, asked", [("always [madvise] never", True), ("[always] madvise never", False)])
+def test_huge_pages_are_asked_for_where_the_kernel_waits_to_be_asked(pages, kernel, asked):
+    pages(kernel)
+    assert ("GLIBC_TUNABLES" in process.environment({})) == asked
+    assert "GLIBC_TUNABLES" not in process.environment({"GLIBC_TUNABLES": "mine"})
+
+
+def test_the_process_begins_anew_once_with_the_same_words(pages, monkeypatch):
+    pages("always [madvise] never")
+    begun = []
+    monkeypatch.setattr(os, "environ", {"PATH": "/bin"})
+    monkeypatch.setattr(os, "execv", lambda *words: begun.append(words))
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "nanochat_jax", "pretrain", "--seed", "1"])
+    process.set_up()
+    process.set_up()
+    assert begun == [(sys.executable, [sys.executable, "-m", "nanochat_jax", "pretrain", "--seed", "1"])]
+    assert os.environ["GLIBC_TUNABLES"] == process.HUGE_PAGE_TUNABLE and os.environ["PATH"] == "/bin"
