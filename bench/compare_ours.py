@@ -25,13 +25,15 @@ def main() -> None:
     spec, words = json.loads(Path(sys.argv[1]).read_text()), sys.argv[2:]
     turns = Turns(peak_memory_bytes)
     with turns.uncounted():
-        found = convert.open_checkpoint(Path(spec["checkpoint"]), 0)
-        config = configured(spec, convert.model_config(found), words)
+        model = convert.model_config(convert.open_checkpoint(Path(spec["checkpoint"]), 0))
+    config = configured(spec, model, words)
     cfg, mesh, schedule, microbatches, rows = prepared(config, cli.log)
-    params = born_params(cfg, mesh, config.seed)
+    state = with_optimizer(cfg, mesh, born_params(cfg, mesh, config.seed))
     with turns.uncounted():
-        params = convert.converted(found, cfg)
-    state = with_optimizer(cfg, mesh, params)
+        weights = convert.converted(convert.open_checkpoint(Path(spec["checkpoint"]), 0), cfg)
+        places = jax.tree.map(lambda own: own.sharding, state.params)
+        state = state._replace(params=jax.block_until_ready(jax.device_put(weights, places, may_alias=False)))
+        del weights
     tokens = np.load(spec["batches"], mmap_mode="r")
     turns.facts = {"architecture": asdict(cfg)} | environment()
     step = 0

@@ -28,7 +28,7 @@ trap 'rm -rf "$PIECES"' EXIT
 SMALL=() COMPARE=(--device cuda --depth 12 --seq-len 2048 --batch 32 --vocab-size 32768 --rounds 4 --steps 3)
 if [ -n "${REHEARSE:-}" ]; then
     export JAX_PLATFORMS=cpu
-    SMALL=(--model.depth 2 --model.aspect-ratio 16 --model.head-dim 16 --model.sequence-len 256 --model.n-kv-head 1
+    SMALL=(--model.depth 2 --model.aspect-ratio 64 --model.head-dim 64 --model.sequence-len 256 --model.n-kv-head 1
         --tokenizer.vocab-size 512 --base.total-batch-size 1024 --base.device-batch-size 2 --repeat 1 --rows 1)
     COMPARE=(--depth 2 --seq-len 128 --batch 2 --vocab-size 512 --rounds 1 --steps 1)
 fi

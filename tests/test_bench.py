@@ -265,7 +265,7 @@ def test_a_session_on_a_gpu_can_be_rehearsed(tmp_path):
     written = json.loads((tmp_path / "out" / "gpu_session.json").read_text())
     assert list(written["parts"]) == ["attention-grouped"] and not written["wrong"]
     figures = written["parts"]["attention-grouped"]["figures"]
-    assert figures["shape"] == {"T": 256, "N": 2, "K": 1, "H": 16, "dtype": "bfloat16"}
+    assert figures["shape"] == {"T": 256, "N": 2, "K": 1, "H": 64, "dtype": "bfloat16"}
     assert {record["window"] for record in figures["attention"]} == {128, 256}
     page = (tmp_path / "out" / "gpu_session.md").read_text()
     assert page.startswith("Every check passed.") and "| xla_blocked |" in page
