@@ -24,7 +24,7 @@ import numpy as np
 
 from nanochat_jax import run
 from nanochat_jax.checkpoint import Checkpointer
-from nanochat_jax.config import Config, GPTConfig, ModelConfig
+from nanochat_jax.config import MODEL_STAGES, Config, GPTConfig, ModelConfig
 from nanochat_jax.data.files import write_json
 from nanochat_jax.errors import UserError
 from nanochat_jax.model import count_params, param_shapes
@@ -33,13 +33,6 @@ from nanochat_jax.tokenizer import FILE_NAME, SPECIALS, Tokenizer
 from nanochat_jax.torch_file import read_state_dict
 from nanochat_jax.unpickle import unpickle
 
-STAGE_OF = {
-    "base_checkpoints": "base",
-    "mid_checkpoints": "mid",
-    "chatsft_checkpoints": "sft",
-    "chatrl_checkpoints": "rl",
-}
-"""nanochat's folders of checkpoints and the stages they are of."""
 NAMES = (  # ours -> nanochat's; the first that matches
     (r"wte/embedding", "transformer.wte.weight"),
     (r"value_embed_(\d+)/embedding", r"value_embeds.\1.weight"),
@@ -87,7 +80,9 @@ def from_nanochat(
     """
     found = open_checkpoint(checkpoint, step)
     folder = found.path.resolve().parent
-    stage = stage or STAGE_OF.get(folder.parent.name, "base")
+    # nanochat's folders are base_checkpoints, mid_checkpoints, chatsft_checkpoints, chatrl_checkpoints.
+    named = folder.parent.name.removeprefix("chat").removesuffix("_checkpoints")
+    stage = stage or (named if named in MODEL_STAGES else "base")
     vocabulary = read_tokenizer(tokenizer or folder.parents[1] / "tokenizer")
     if vocabulary.vocab_size != found.sizes["vocab_size"]:
         raise UserError(

@@ -63,8 +63,6 @@ class MetricsLog:
         self.path = Path(stage_dir) / "metrics.jsonl"
         if is_leader():
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            if self.path.exists():
-                _cut_torn_end(self.path)
         self._file = (self.path if is_leader() else Path(os.devnull)).open("a", encoding="utf-8")
 
     def write(self, kind: str, **values: Any) -> None:
@@ -74,7 +72,7 @@ class MetricsLog:
         self._file.flush()
 
     def drop_after(self, step: int) -> None:
-        """Forgets what a run resumed with `step` steps done writes again. Atomic.
+        """Forgets what a run resumed with `step` steps done writes again, and a last line torn by a crash. Atomic.
 
         Steps are logged by their index, from 0; measurements (val, pass_at_k, ...) by the number of steps done.
         """
@@ -105,13 +103,6 @@ class MetricsLog:
             except json.JSONDecodeError as error:
                 raise UserError(f"{path} line {number} is not JSON ({error.msg}): remove that line") from None
         return records
-
-
-def _cut_torn_end(path: Path) -> None:
-    """Removes an unfinished last line, so that the next record does not grow onto it."""
-    data = path.read_bytes()
-    if data and not data.endswith(b"\n"):
-        os.truncate(path, data.rfind(b"\n") + 1)
 
 
 def _plain(value: Any) -> Any:

@@ -77,14 +77,9 @@ def record_data(workdir: Path, files: Sequence[Path], force: bool = False) -> No
     """Notes names and sizes of the data files at the first start; UserError where they differ at a later one."""
     record = _read_record(workdir)
     found = {path.name: path.stat().st_size for path in files}
-    if record["data"] is not None and not force:
-        for name in sorted(found.keys() | record["data"].keys()):
-            before, now = record["data"].get(name, "no"), found.get(name, "no")
-            if before != now:
-                raise UserError(
-                    f"data file {name} has {now} bytes, {before} when {workdir} was started: bring the files back, use "
-                    "another --workdir, or --force to go on with the new ones"
-                )
+    if record["data"] is not None:
+        before, now = ({f"bytes of {name}": size for name, size in sizes.items()} for sizes in (record["data"], found))
+        _refuse(workdir, before, now, force)
     _write_record(workdir, record | {"data": found})
 
 
@@ -109,7 +104,8 @@ def _refuse(
     workdir: Path, before: dict[str, Any], now: dict[str, Any], force: bool, log: Callable[[str], None] | None = None
 ) -> None:
     """UserError naming the values that differ; with `force` `log` is told of them instead."""
-    changed = [f"{name} was {before.get(name)}, now {now.get(name)}" for name in now if before.get(name) != now[name]]
+    names = sorted(name for name in before | now if before.get(name) != now.get(name))
+    changed = [f"{name} was {before.get(name)}, now {now.get(name)}" for name in names]
     if changed and not force:
         raise UserError(
             f"{workdir} was started with other values: {'; '.join(changed)}. Use the old ones, another --workdir, "

@@ -200,7 +200,7 @@ def test_fields_that_may_not_change(tmp_path):
     run.open_run(other, tmp_path)  # nothing has begun
     assert run.read_config(tmp_path) == other
     (tmp_path / "base" / "checkpoints" / "step_00000002").mkdir(parents=True)
-    with pytest.raises(run.UserError, match=r"model\.depth was 3, now 12; base\.num_iterations was 7, now None"):
+    with pytest.raises(run.UserError, match=r"base\.num_iterations was 7, now None; model\.depth was 3, now 12"):
         run.open_run(config, tmp_path)
     free = replace(
         other,
@@ -226,9 +226,9 @@ def test_data_files_of_a_run(tmp_path):
     run.record_data(tmp_path / "run", [a, b])
     run.record_data(tmp_path / "run", [b, a])
     b.write_bytes(b"45")
-    with pytest.raises(run.UserError, match=r"b\.parquet has 2 bytes, 4 when"):
+    with pytest.raises(run.UserError, match=r"bytes of b\.parquet was 4, now 2"):
         run.record_data(tmp_path / "run", [a, b])
-    with pytest.raises(run.UserError, match=r"a\.parquet has no bytes"):
+    with pytest.raises(run.UserError, match=r"bytes of a\.parquet was 3, now None"):
         run.record_data(tmp_path / "run", [b])
     run.record_data(tmp_path / "run", [a, b], force=True)
     run.record_data(tmp_path / "run", [a, b])

@@ -27,6 +27,8 @@ from nanochat_jax.distributed import barrier, is_leader, leaders
 from nanochat_jax.run import finished
 from nanochat_jax.tokenizer import Tokenizer
 
+Log = Callable[[str], None]
+
 VALIDATION_CHARS = 1_000_000
 BLOBS = "https://openaipublic.blob.core.windows.net"
 # tiktoken's name of each tokenizer to compare with, and the files it is made from.
@@ -36,7 +38,7 @@ OTHERS = {
 }
 
 
-def run(config: Config, workdir: Path, log: Callable[[str], None]) -> None:
+def run(config: Config, workdir: Path, log: Log) -> None:
     """Trains the tokenizer of a run; nothing to do where that is complete. Of several processes the leader does it."""
     if leaders(finished(workdir, "tokenizer")) is not None:
         log("tokenizer: finished before, skipped")
@@ -48,11 +50,7 @@ def run(config: Config, workdir: Path, log: Callable[[str], None]) -> None:
 
 
 def learn(
-    settings: TokenizerConfig,
-    folder: Path,
-    train_files: Sequence[Path],
-    validation_file: Path,
-    log: Callable[[str], None],
+    settings: TokenizerConfig, folder: Path, train_files: Sequence[Path], validation_file: Path, log: Log
 ) -> None:
     """Trains and measures a tokenizer and writes it to `folder`, done.json last."""
     start = time.perf_counter()
@@ -61,8 +59,7 @@ def learn(
     tokenizer = Tokenizer.train(texts, settings.vocab_size)
     tokenizer.save(folder)
     log(f"tokenizer: {texts.characters:,} characters of {texts.documents:,} documents")
-    measured = evaluate(tokenizer, validation_file, log)
-    write_json(folder / "eval.json", measured)
+    write_json(folder / "eval.json", evaluate(tokenizer, validation_file, log))
     done = {
         "stage": "tokenizer",
         "vocab_size": tokenizer.vocab_size,
@@ -92,16 +89,13 @@ class CutTexts:
                 return
 
 
-def evaluate(tokenizer: Tokenizer, validation_file: Path, log: Callable[[str], None]) -> dict:
+def evaluate(tokenizer: Tokenizer, validation_file: Path, log: Log) -> dict:
     """Bytes of UTF-8 per token, more is better: {"bytes_per_token": {kind of text: {tokenizer: value}}, ...}."""
-    encoders = {"ours": tokenizer.encode}
-    sizes = {"ours": tokenizer.vocab_size}
-    absent = []
+    encoders, sizes, absent = {"ours": tokenizer.encode}, {"ours": tokenizer.vocab_size}, []
     for name, (encoding_name, urls) in OTHERS.items():
         if all(_in_cache(url) for url in urls):
             encoding = tiktoken.get_encoding(encoding_name)
-            encoders[name] = encoding.encode_ordinary
-            sizes[name] = encoding.n_vocab
+            encoders[name], sizes[name] = encoding.encode_ordinary, encoding.n_vocab
         else:
             absent.append(name)
     figures: dict = {"vocab_size": sizes}

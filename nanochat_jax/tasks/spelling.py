@@ -6,12 +6,19 @@ Row i is made when asked for; the words of train, val and test are disjoint.
 
 from __future__ import annotations
 
+import functools
 import random
+import re
+from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
-from nanochat_jax.tasks.task import SPLITS, Task, dialogue, is_final_answer, one_of, row_rng
-from nanochat_jax.tasks.words import word_list
+from nanochat_jax.data.shards import read_texts, shard_files
+from nanochat_jax.tasks.task import SPLITS, Task, dialogue, is_final_answer, one_of, row_rng, split_of
 
+WORD = re.compile(r"\b[a-z]{3,12}\b")
+MIN_COUNT = 3
+"""Rarer words are mostly slips of the print and foreign names."""
 TRAIN_ROWS = 200_000
 EVAL_ROWS = 1_000
 
@@ -57,6 +64,16 @@ def load(name: str, split: str, seed: int) -> Task:
         return builder(words[row % len(words)], row_rng(name, split, seed, row))
 
     return Task(name, "generative", range(TRAIN_ROWS if split == "train" else EVAL_ROWS), make, grader)
+
+
+@functools.cache
+def word_list(split: str) -> tuple[str, ...]:
+    """Lower-case words of 3 to 12 letters of one split, in alphabetical order. A word is in one split only."""
+    counts: Counter[str] = Counter()
+    train_files, _ = shard_files(Path(__file__).parent.parent / "corpus")
+    for text in read_texts(train_files):
+        counts.update(WORD.findall(text))
+    return tuple(sorted(word for word, n in counts.items() if n >= MIN_COUNT and split_of(f"word {word}") == split))
 
 
 def simple_spelling(word: str, rng: random.Random) -> dict:
