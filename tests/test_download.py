@@ -271,7 +271,7 @@ def test_a_run_keeps_to_the_files_it_was_started_with(tmp_path, lines):
     assert prepare_shards(config.data, lines.append, recorded) == (train, validation)
     assert lines == [f"{folder}: a.parquet, e.parquet came after this run was started, left alone"]
     write(folder, "c.parquet", parquet("of another size " * 20))
-    with pytest.raises(UserError, match=r"c.parquet has \d+ bytes, \d+ when"):
+    with pytest.raises(UserError, match=r"bytes of c.parquet was \d+, now \d+"):
         run.record_data(workdir, [*prepare_shards(config.data, lines.append, recorded)[0], validation])
     (folder / "c.parquet").unlink()
     with pytest.raises(UserError, match=r"lacks c.parquet, 1 of the 3 files of its set or run"):
