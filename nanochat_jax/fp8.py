@@ -81,7 +81,7 @@ def precision(cfg: GPTConfig, device: jax.Device) -> str:
     if not cfg.fp8:
         return cfg.compute_dtype
     if device.platform == "cpu":
-        return f"{cfg.compute_dtype}, layers train in fp8 (emulated: slower, rounds the same)"
+        return f"{cfg.compute_dtype}, layers train in fp8 (emulated)"
     # Kinds of GPU from other vendors are no numbers.
     capability = str(getattr(device, "compute_capability", "none")) if device.platform == "gpu" else "none"
     if not capability.replace(".", "").isdigit() or float(capability) < CAPABILITY:
