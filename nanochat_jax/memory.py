@@ -11,7 +11,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Sequence
+from bisect import bisect_right
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -23,17 +24,14 @@ from nanochat_jax.config import Config, GPTConfig, StageConfig
 from nanochat_jax.distributed import gather_json
 from nanochat_jax.errors import UserError
 from nanochat_jax.metrics import gib
-from nanochat_jax.model import param_shapes
 from nanochat_jax.optim import Schedule
-from nanochat_jax.sharding import BATCH, data_shards, param_shardings
-from nanochat_jax.train import eval_losses, state_shapes, train_step
+from nanochat_jax.sharding import BATCH, data_shards
+from nanochat_jax.train import state_shapes, train_step
 
 HEAD_TOKENS = 512
 """Positions a device puts through the output head at once on a CPU, where large temporaries are slow."""
 RESERVE = 0.1
 """Share of what is free that a step leaves alone: fragmentation, communication buffers, the host program on a CPU."""
-VALIDATION_ROWS = 64
-"""Rows per data shard in one batch of an evaluation, at most."""
 
 
 def with_loss_chunk(config: Config, cfg: GPTConfig, rows: int, mesh: Mesh) -> GPTConfig:
@@ -71,20 +69,28 @@ def train_rows(
     length = length or cfg.sequence_len
     limit = device_limit(config, mesh) - taken
 
-    def need(rows: int, cfg: GPTConfig = cfg) -> float:
-        return train_bytes(with_loss_chunk(config, cfg, rows, mesh), mesh, step_rows // rows, rows, length, weights)
+    needs: dict[int, float] = {}
 
-    rows, needs = largest_that_fits([rows for rows in range(1, step_rows + 1) if step_rows % rows == 0], need, limit)
-    if rows is None:
+    def need(rows: int, cfg: GPTConfig = cfg) -> float:
+        cfg = with_loss_chunk(config, cfg, rows, mesh)
+        needs[rows] = train_bytes(cfg, mesh, step_rows // rows, rows, length, weights)
+        return needs[rows]
+
+    choices = [rows for rows in range(1, step_rows + 1) if step_rows % rows == 0]
+    # More rows need more, so that halving looks at few of them.
+    fitting = bisect_right(choices, limit, key=need)
+    if not fitting:
+        least = needs[1]
         ways = "lower --model.sequence-len or --model.depth, or cut the parameters with --mesh fsdp=N"
         if not with_loss_chunk(config, cfg, 1, mesh).loss_chunk:
             ways = f"set --loss-chunk, {ways}"
         if not cfg.remat:
             ways = f"--remat would need {gib(need(1, dataclasses.replace(cfg, remat=True)))}; else {ways}"
         raise UserError(
-            f"{name}: a step with one row of {length} tokens needs {gib(needs[1])} a device, {gib(limit)} can be had: "
+            f"{name}: a step with one row of {length} tokens needs {gib(least)} a device, {gib(limit)} can be had: "
             f"{ways}"
         )
+    rows = choices[fitting - 1]
     too_many = min((other for other in needs if other > rows), default=None)
     why = "all rows of a step" if too_many is None else f"{too_many} would need {gib(needs[too_many])}"
     size = f"{rows} row{'s' * (rows > 1)} a device"
@@ -92,32 +98,10 @@ def train_rows(
     return rows
 
 
-def validation_rows(config: Config, cfg: GPTConfig, mesh: Mesh) -> int:
-    """Rows per data shard in a batch of the base validation: those of training, or for "auto" what fits."""
-    if config.base.device_batch_size != "auto":
-        return config.base.device_batch_size
-    params = param_shapes(cfg)
-    params = jax.tree.map(_struct, params, param_shardings(params, mesh))
-
-    def need(rows: int) -> float:
-        batch = _batch(mesh, (rows * data_shards(mesh), cfg.sequence_len), 0)
-        chunked = with_loss_chunk(config, cfg, rows, mesh)
-        with jax.set_mesh(mesh):
-            return program_bytes(eval_losses.lower(params, batch["inputs"], batch["targets"], cfg=chunked))
-
-    limit = device_limit(config, mesh)
-    rows, needs = largest_that_fits([2**i for i in range(VALIDATION_ROWS.bit_length())], need, limit)
-    if rows is None:
-        raise UserError(
-            f"validation of one row of {cfg.sequence_len} tokens needs {gib(needs[1])} a device, {gib(limit)} can be "
-            "had: cut the parameters with --mesh fsdp=N"
-        )
-    return rows
-
-
 def train_bytes(cfg: GPTConfig, mesh: Mesh, microbatches: int, rows: int, length: int, weights: bool = False) -> float:
     """Bytes a device needs for `train_step` on `microbatches` of `rows` per data shard, state included."""
-    batch = _batch(mesh, (microbatches, rows * data_shards(mesh), length), 1)
+    shape, sharding = (microbatches, rows * data_shards(mesh), length), NamedSharding(mesh, P(None, *BATCH))
+    batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding) for name in ("inputs", "targets")}
     if weights:
         batch["weights"] = batch["inputs"].update(dtype=jnp.float32)
     hyper = Schedule(StageConfig(), 1, cfg.n_embd).hyper(0)
@@ -145,27 +129,6 @@ def account(program: jax.stages.Compiled) -> dict[str, float | None]:
         "code_bytes": memory.generated_code_size_in_bytes,
         "flops": (cost or {}).get("flops"),
     }
-
-
-def largest_that_fits(
-    candidates: Sequence[int], need: Callable[[int], float], limit: float
-) -> tuple[int | None, dict[int, float]]:
-    """The largest of rising `candidates` whose need is within `limit`, or None, and the needs that were looked at.
-
-    Needs rise with the candidates, so that few are looked at: halving, from the smallest one on.
-    """
-    needs = {candidates[0]: need(candidates[0])}
-    if needs[candidates[0]] > limit:
-        return None, needs
-    fits, too_many = 0, len(candidates)
-    while too_many - fits > 1:
-        middle = (fits + too_many) // 2
-        needs[candidates[middle]] = need(candidates[middle])
-        if needs[candidates[middle]] <= limit:
-            fits = middle
-        else:
-            too_many = middle
-    return candidates[fits], needs
 
 
 def device_limit(config: Config, mesh: Mesh) -> int:
@@ -196,13 +159,3 @@ def free_host_memory() -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
     return int(fields["MemAvailable"].split()[0]) * 1024
-
-
-def _batch(mesh: Mesh, shape: tuple[int, ...], leading: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes of a batch as `put_batch` places it."""
-    sharding = NamedSharding(mesh, P(*([None] * leading), *BATCH))
-    return {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding) for name in ("inputs", "targets")}
-
-
-def _struct(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

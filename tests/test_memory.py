@@ -16,7 +16,7 @@ from nanochat_jax.cli import TrainOptions, UsageError, parse
 from nanochat_jax.config import BaseConfig, Config, GPTConfig, ModelConfig, check_ranges
 from nanochat_jax.errors import UserError
 from nanochat_jax.loss import token_losses, weighted_loss
-from nanochat_jax.memory import device_limit, largest_that_fits, program_bytes, train_bytes, train_rows
+from nanochat_jax.memory import device_limit, program_bytes, train_bytes, train_rows
 from nanochat_jax.model import GPT, empty_cache, init_params
 from nanochat_jax.optim import Schedule
 from nanochat_jax.sharding import make_mesh, path_of, put_batch
@@ -134,15 +134,6 @@ def test_a_program_the_compiler_refuses_for_its_size_does_not_fit():
         program_bytes(refusing("INTERNAL: broken"))
 
 
-def test_the_search_finds_the_largest_and_looks_at_few():
-    candidates = [1, 2, 3, 4, 6, 8, 12, 24]
-    for limit in range(1, 30):
-        best, needs = largest_that_fits(candidates, float, limit)
-        assert best == max(n for n in candidates if n <= limit) and len(needs) <= 4
-        assert needs == {n: n for n in needs}
-    assert largest_that_fits(candidates, float, 0.5) == (None, {1: 1.0})
-
-
 def auto(**changes):
     return replace(Config(), base=BaseConfig(device_batch_size="auto"), **changes)
 
@@ -186,6 +177,15 @@ def linear(cfg, mesh, microbatches, rows, length, weights=False):
     return rows * 2**30 / (1 + cfg.remat)
 
 
+def test_the_search_finds_the_largest_and_looks_at_few(monkeypatch):
+    looked = []
+    monkeypatch.setattr(memory, "train_bytes", lambda cfg, mesh, steps, rows, *_: looked.append(rows) or rows * 2**30)
+    for limit in range(1, 30):
+        looked.clear()
+        rows = choose(auto(device_memory_gb=limit), make_mesh("1"), 24, log=lambda line: None)
+        assert rows == max(n for n in (1, 2, 3, 4, 6, 8, 12, 24) if n <= limit) and len(set(looked)) == len(looked) <= 4
+
+
 def test_where_one_row_does_not_fit_the_error_names_need_limit_and_ways_out(monkeypatch):
     monkeypatch.setattr(memory, "train_bytes", linear)
     mesh = make_mesh("1")
@@ -213,15 +213,6 @@ def test_stages_take_the_choice(monkeypatch):
     session.stage = BaseConfig(device_batch_size=7)
     with pytest.raises(UserError, match="7 on 2 data shards does not divide"):
         Session.rows(session, 24 * 64)
-
-
-def test_validation_has_rows_of_its_own_where_training_is_not_asked():
-    mesh = make_mesh("1")
-    cfg = ONE_LAYER
-    assert memory.validation_rows(auto(device_memory_gb=1), cfg, mesh) == memory.VALIDATION_ROWS
-    assert memory.validation_rows(Config(), cfg, mesh) == Config().base.device_batch_size
-    with pytest.raises(UserError, match="validation of one row of 64 tokens"):
-        memory.validation_rows(auto(device_memory_gb=1e-5), cfg, mesh)
 
 
 def test_the_limit_is_what_is_stated_or_what_is_free(monkeypatch):

@@ -23,7 +23,7 @@ from nanochat_jax.evals.chat import chatcore, evaluate_task
 from nanochat_jax.evals.core import evaluate_core
 from nanochat_jax.evals.intervals import paired_interval
 from nanochat_jax.inference.shared import make_engine, own_copy
-from nanochat_jax.memory import validation_rows, with_loss_chunk
+from nanochat_jax.memory import with_loss_chunk
 from nanochat_jax.model import Params
 from nanochat_jax.run import finished, load_model, recorded_files
 from nanochat_jax.sharding import data_shards, make_mesh, put_batch
@@ -87,9 +87,12 @@ def validation_bpb(
     config: Config,
     rows: int | None = None,
 ) -> float:
-    """Bits per byte of the validation shard, up to base.eval_tokens; `rows` of a batch, unset: as many as fit."""
+    """Bits per byte of the validation shard, up to base.eval_tokens; `rows` of a batch, unset: those of training, which
+    for "auto" may be as few as one on each data shard.
+    """
     shards = data_shards(mesh)
-    rows = rows or validation_rows(config, cfg, mesh) * shards
+    wanted = config.base.device_batch_size
+    rows = rows or (1 if wanted == "auto" else wanted) * shards
     cfg = with_loss_chunk(config, cfg, rows // shards, mesh)
 
     def losses(inputs: object, targets: object) -> jax.Array:
