@@ -66,7 +66,7 @@ step() {
     for rows in $sizes; do
         ours "$name" "$limit" train --experiment "experiments/d$depth.py" --compute-dtype bfloat16 --repeat 5 \
             --base.total-batch-size 262144 --base.device-batch-size "$rows" "$@" && return
-        grep -q RESOURCE_EXHAUSTED <(tail -n 20 "$LOG") || return
+        grep -q RESOURCE_EXHAUSTED <(tail -n 100 "$LOG") || return
     done
 }
 
@@ -90,7 +90,7 @@ while read -r flags; do
     number=$((number + 1))
     XLA_FLAGS="${XLA_FLAGS:-} $flags" step "train-12-flags-$number" 70 12 "64 32 16" --step-only
 done <<'FLAGS'
---xla_gpu_enable_latency_hiding_scheduler=true
+--xla_gpu_enable_latency_hiding_scheduler=false
 --xla_gpu_enable_triton_gemm=false
 --xla_gpu_enable_command_buffer=
 FLAGS
