@@ -1,7 +1,7 @@
 """The forward kernel for Hopper (compute capability 9.0): FlashAttention-3 (arXiv 2407.08608) through Mosaic GPU.
 
 The two compute warpgroups take turns: while one multiplies, the other does its softmax. The weights stay in registers
-and are the left operand of their product with V.
+and are the left operand of their product with V. Left out: the overlap of both inside a warpgroup.
 """
 
 from types import SimpleNamespace
