@@ -393,43 +393,36 @@ def bench(options: BenchOptions, workdir: Path) -> None:
 def _defaults(argv: Sequence[str], starts_run: bool) -> tuple[Config, Path, str]:
     """(configuration before the options, folder of the run, where the configuration is from)."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    early.add_argument("--workdir")
-    early.add_argument("--experiment")
-    early.add_argument("--coordinator")
-    early.add_argument("--num-processes", type=int)
-    early.add_argument("--process-id", type=int)
+    for option in ("--workdir", "--experiment", *distributed.VARIABLES):
+        early.add_argument(option)
     try:
         given, _ = early.parse_known_args(argv)
     except argparse.ArgumentError as error:
         raise UsageError(str(error)) from None
     workdir = None if given.workdir is None else Path(given.workdir).expanduser()
-    if given.experiment is None:
-        if "-h" in argv or "--help" in argv:
-            # Looking for devices takes seconds, and memory on a GPU that may be busy.
-            path = EXPERIMENTS / "speedrun.py"
-            return load_experiment(path), workdir or run.RUNS, f"{path.name}; with --experiment FILE, of that file"
-        if workdir is None and not starts_run:
-            workdir = run.newest_run()
-        if workdir is not None and ((workdir / "config.json").exists() or not starts_run):
-            config = run.read_config(workdir)
-            if not starts_run:
-                # A model is used on other machines than it was trained on; --mesh spreads it out again.
-                config = dataclasses.replace(config, mesh="1")
-            return config, workdir, f"{workdir}/config.json"
-    if not given.experiment and distributed.membership(
-        given.coordinator, given.num_processes, given.process_id, os.environ
-    ):
+    if given.experiment is not None:
+        path = Path(given.experiment)
+        return load_experiment(path), workdir or run.RUNS / path.stem, str(path)
+    if "-h" in argv or "--help" in argv:
+        # Looking for devices takes seconds, and memory on a GPU that may be busy.
+        path = EXPERIMENTS / "speedrun.py"
+        return load_experiment(path), workdir or run.RUNS, f"{path.name}; with --experiment FILE, of that file"
+    if workdir is None and not starts_run:
+        workdir = run.newest_run()
+    if workdir is not None and ((workdir / "config.json").exists() or not starts_run):
+        config = run.read_config(workdir)
+        if not starts_run:
+            # A model is used on other machines than it was trained on; --mesh spreads it out again.
+            config = dataclasses.replace(config, mesh="1")
+        return config, workdir, f"{workdir}/config.json"
+    if distributed.membership(given.coordinator, given.num_processes, given.process_id, os.environ):
         raise UsageError("a run of several processes needs --experiment: devices are looked for after they have met")
-    path, why = (Path(given.experiment), "") if given.experiment else _default_experiment()
-    return load_experiment(path), workdir or run.RUNS / path.stem, f"{path}{why}"
-
-
-def _default_experiment() -> tuple[Path, str]:
     import jax
 
     platform = jax.default_backend()
-    name = "tiny_cpu.py" if platform == "cpu" else "speedrun.py"
-    return EXPERIMENTS / name, f" (JAX sees {'no GPU or TPU' if platform == 'cpu' else platform.upper()})"
+    path = EXPERIMENTS / ("tiny_cpu.py" if platform == "cpu" else "speedrun.py")
+    seen = "no GPU or TPU" if platform == "cpu" else platform.upper()
+    return load_experiment(path), workdir or run.RUNS / path.stem, f"{path} (JAX sees {seen})"
 
 
 def _engine(options: ChatOptions | ServeOptions, workdir: Path, rows: int) -> tuple[Engine, Tokenizer, str]:
