@@ -7,12 +7,14 @@ that pass runs over so many positions of a row at a time, and [B, T, V] never ex
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
+from nanochat_jax import fp8
 from nanochat_jax.config import GPTConfig
-from nanochat_jax.model import SOFTCAP, Params, check_length, head_logits, hidden
+from nanochat_jax.model import SOFTCAP, Params, check_length, hidden, softcapped
 from nanochat_jax.sharding import gathered, shard
 
 
@@ -20,7 +22,7 @@ def token_losses(params: Params, cfg: GPTConfig, inputs_BT: jax.Array, targets_B
     """Cross-entropy in nats at each position [B, T] float32; 0 where the target is -1."""
     x_BTD, kernel_DV = _operands(params, cfg, inputs_BT)
     chunks = _chunked(cfg, x_BTD, targets_BT)
-    losses = jax.lax.map(lambda xy: _losses(cfg, head_logits(xy[0], kernel_DV, cfg), xy[1])[0], chunks)
+    losses = jax.lax.map(lambda xy: _losses(cfg, softcapped(xy[0] @ kernel_DV, cfg), xy[1])[0], chunks)
     return _whole(losses, targets_BT.shape[1])
 
 
@@ -86,18 +88,18 @@ def _weighted_forward(
 
     def step(dkernel_DV: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         x_BCD, targets_BC, weights_BC = chunk
-        capped_BCV = head_logits(x_BCD, kernel_DV, cfg)
+        logits_BCV, backward = head(x_BCD)
+        capped_BCV = softcapped(logits_BCV, cfg)
         losses_BC, exp_BCV, sum_BC = _losses(cfg, capped_BCV, targets_BC)
         weights_BC = jnp.where(targets_BC >= 0, weights_BC, 0.0)
         softmax_BCV = exp_BCV * (weights_BC / sum_BC)[..., None]
         dcapped_BCV = softmax_BCV - jnp.where(_is_target(cfg, targets_BC), weights_BC[..., None], 0.0)
         dlogits_BCV = dcapped_BCV * (1.0 - jnp.square(capped_BCV / SOFTCAP))  # the derivative of the cap
         padding = [(0, 0), (0, 0), (0, cfg.padded_vocab_size - cfg.vocab_size)]
-        dlogits_BCV = jnp.pad(dlogits_BCV.astype(x_BCD.dtype), padding)
-        dx_BCD = jnp.einsum("BCV,DV->BCD", dlogits_BCV, kernel_DV)
-        here_DV = jnp.einsum("BCD,BCV->DV", x_BCD, dlogits_BCV, preferred_element_type=jnp.float32)
+        dx_BCD, here_DV = backward(jnp.pad(dlogits_BCV.astype(x_BCD.dtype), padding))
         return dkernel_DV + here_DV, (dx_BCD, losses_BC)
 
+    head = _head(cfg, kernel_DV)
     chunks = _chunked(cfg, x_BTD, targets_BT, weights_BT)
     zeros_DV = shard(jnp.zeros(kernel_DV.shape, jnp.float32), None, "tensor")
     if chunks[0].shape[0] == 1:
@@ -107,6 +109,22 @@ def _weighted_forward(
         dkernel_DV, outs = jax.lax.scan(step, zeros_DV, chunks)
         dx_BTD, losses_BT = (_whole(x, targets_BT.shape[1]) for x in outs)
     return jnp.sum(losses_BT * weights_BT), (dx_BTD, dkernel_DV.astype(kernel_DV.dtype), losses_BT)
+
+
+def _head(cfg: GPTConfig, kernel_DV: jax.Array) -> Callable[[jax.Array], tuple[jax.Array, Callable]]:
+    """hidden states -> (logits, (gradient of the logits -> gradients of hidden states and kernel)); in fp8 as asked."""
+    if cfg.fp8 and fp8.fits(*kernel_DV.shape):
+        quantized = fp8.quantize(kernel_DV, fp8.E4M3)
+        return lambda x_BCD: fp8.linear(x_BCD, quantized)
+
+    def plain(x_BCD: jax.Array) -> tuple[jax.Array, Callable]:
+        def backward(grad_BCV: jax.Array) -> tuple[jax.Array, jax.Array]:
+            dx_BCD = jnp.einsum("BCV,DV->BCD", grad_BCV, kernel_DV)
+            return dx_BCD, jnp.einsum("BCD,BCV->DV", x_BCD, grad_BCV, preferred_element_type=jnp.float32)
+
+        return x_BCD @ kernel_DV, backward
+
+    return plain
 
 
 def _weighted_backward(cfg: GPTConfig, grads: tuple[jax.Array, ...], dloss: jax.Array) -> tuple[jax.Array | None, ...]:

@@ -381,13 +381,12 @@ def hidden(params: Params, cfg: GPTConfig, tokens_BT: jax.Array) -> jax.Array:
 def logits_of(params: Params, cfg: GPTConfig, hidden_BTD: jax.Array) -> jax.Array:
     """Logits [..., vocab_size] float32, softly capped at +-15; padding rows of the vocabulary are cut off."""
     kernel_DV = gathered(params["lm_head"]["kernel"].astype(hidden_BTD.dtype), "lm_head/kernel")
-    return head_logits(hidden_BTD, kernel_DV, cfg)
+    return softcapped(hidden_BTD @ kernel_DV, cfg)
 
 
-def head_logits(hidden_BTD: jax.Array, kernel_DV: jax.Array, cfg: GPTConfig) -> jax.Array:
-    """`logits_of` with the head's kernel as it is multiplied, in the dtype of the hidden states."""
-    logits_BTV = (hidden_BTD @ kernel_DV)[..., : cfg.vocab_size].astype(jnp.float32)
-    return SOFTCAP * jnp.tanh(logits_BTV / SOFTCAP)
+def softcapped(logits_BTV: jax.Array, cfg: GPTConfig) -> jax.Array:
+    """The head's products as `logits_of` gives them."""
+    return SOFTCAP * jnp.tanh(logits_BTV[..., : cfg.vocab_size].astype(jnp.float32) / SOFTCAP)
 
 
 def forward(params: Params, cfg: GPTConfig, tokens_BT: jax.Array) -> jax.Array:

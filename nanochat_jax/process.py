@@ -21,6 +21,7 @@ GPU_FLAGS = {  # communication behind computation, in few large pieces
     "xla_gpu_reduce_scatter_combine_threshold_bytes": str(128 * 2**20),
     "xla_gpu_all_reduce_combine_threshold_bytes": str(128 * 2**20),
     "xla_gpu_enable_pipelined_all_gather": "true",
+    "xla_gpu_dot_merger_threshold_mb": "0",  # products that were merged are not recognised as fp8
 }
 GPU_ENVIRONMENT = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92", "NCCL_NVLS_ENABLE": "1"}
 """JAX by itself takes three quarters of a GPU's memory. NVLink's own sums where there is a switch that makes them."""

@@ -96,11 +96,11 @@ def step_text(cfg):
     return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
-def test_the_matrices_of_the_layers_and_nothing_else_train_in_fp8():
+def test_the_matrices_of_layers_and_head_and_nothing_else_train_in_fp8():
     made = re.findall(r"stablehlo.convert .* -> tensor<(\d+x\d+)x(f8\w+)>", step_text(CFG))
     kernels = [shape for shape, kind in made if kind == "f8E4M3FN" and not shape.startswith("256x")]
-    assert sorted(kernels) == 4 * ["128x128"] + ["128x512", "512x128"]  # q, k, v, proj; fc and proj
-    assert sorted(shape for shape, kind in made if kind == "f8E5M2") == 5 * ["256x128"] + ["256x512"]  # of 256 tokens
+    assert sorted(kernels) == 5 * ["128x128"] + ["128x512", "512x128"]  # q, k, v, proj, the head; fc and proj
+    assert sorted(shape for shape, kind in made if kind == "f8E5M2") == 6 * ["256x128"] + ["256x512"]  # of 256 tokens
     narrow = dataclasses.replace(CFG, n_embd=64, n_head=1, n_kv_head=1)
     assert "f8E" not in step_text(PLAIN) + step_text(narrow)
 
