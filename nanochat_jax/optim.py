@@ -94,7 +94,9 @@ def adamw(group: str) -> optax.GradientTransformationExtraArgs:
 
 def _unzipped(triples: optax.Updates, like: optax.Updates) -> tuple[optax.Updates, optax.Updates, optax.Updates]:
     """Three trees of the structure of `like` from one of triples."""
-    return jax.tree.transpose(jax.tree.structure(like), jax.tree.structure((0, 0, 0)), triples)
+    structure = jax.tree.structure(like)
+    rows = structure.flatten_up_to(triples)  # none, where an architecture has no parameter of the group
+    return tuple(structure.unflatten([row[i] for row in rows]) for i in range(3))
 
 
 class MuonState(NamedTuple):
