@@ -158,8 +158,7 @@ def profile(
 
     take("gradients", lambda: gradients(params, batch, cfg=cfg), 1)
     take("  layers forward", lambda: hidden_states(params, micro["inputs"], cfg=cfg), microbatches)
-    cotangent = hidden_states(params, micro["inputs"], cfg=cfg)
-    take("  layers", lambda: hidden_gradients(params, micro["inputs"], cotangent, cfg=cfg), microbatches)
+    take("  layers", lambda: hidden_gradients(params, batch, cfg=cfg), 1)
     qkv = [
         _random(i, (rows, cfg.sequence_len, n, cfg.head_dim), cfg)
         for i, n in enumerate((cfg.n_head, *[cfg.n_kv_head] * 2))
@@ -197,9 +196,14 @@ def hidden_states(params: Params, tokens_BT: jax.Array, *, cfg: GPTConfig) -> ja
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
-def hidden_gradients(params: Params, tokens_BT: jax.Array, cotangent_BTD: jax.Array, *, cfg: GPTConfig) -> Params:
-    """The gradients of everything before the head."""
-    return jax.vjp(lambda params: hidden(params, cfg, tokens_BT), params)[1](cotangent_BTD)
+def hidden_gradients(params: Params, batch: dict[str, jax.Array], *, cfg: GPTConfig) -> tuple[jax.Array, Params]:
+    """As `gradients`, of everything before the head, which stands aside: each position is drawn to the one before."""
+
+    def loss(params: Params, microbatch: dict[str, jax.Array], counted: jax.Array) -> jax.Array:
+        x_BTD = hidden(params, cfg, microbatch["inputs"]).astype(jnp.float32)
+        return jnp.sum(x_BTD * jax.lax.stop_gradient(jnp.roll(x_BTD, 1, axis=1))) / counted
+
+    return unreduced_gradients(loss, params, batch, jnp.sum(batch["targets"] >= 0))
 
 
 @functools.partial(jax.jit, static_argnames=("window", "cfg"))
