@@ -91,7 +91,7 @@ while read -r flags; do
     XLA_FLAGS="${XLA_FLAGS:-} $flags" step "train-12-flags-$number" 70 12 "64 32 16" --step-only
 done <<'FLAGS'
 --xla_gpu_enable_latency_hiding_scheduler=false
---xla_gpu_enable_triton_gemm=false
+--xla_gpu_enable_triton_gemm=true
 --xla_gpu_enable_command_buffer=
 FLAGS
 "$PYTHON" -m bench.gpu_session_report "$PIECES" "$FOLDER"

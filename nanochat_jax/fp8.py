@@ -1,9 +1,10 @@
 """Training products in 8-bit floats with one scale a tensor: e4m3 forward, e5m2 gradients (arXiv 2209.05433).
 
-Each of a layer's three products takes its operands as fp8 values times a scalar. XLA turns just this form into cuBLAS'
-fp8 product; elsewhere the same expression is arithmetic on values that have been rounded to fp8. Scales are powers of
-two: scaling then rounds nothing, in bfloat16 either, and a tensor cut over devices is rounded almost as a whole one is.
-A scale is that of a microbatch's tensor on one shard of `data`, which is whole over the other axes.
+Each of a matrix's three products takes its operands as fp8 values times a scalar. XLA turns just this form into cuBLAS'
+fp8 product, unless it has given the product to Triton or merged it with others before, which process.GPU_FLAGS forbid;
+on a CPU the same expression is arithmetic on values that have been rounded to fp8. Scales are powers of two: scaling
+then rounds nothing, in bfloat16 either, and a tensor cut over devices is rounded almost as a whole one is. A scale is
+that of a microbatch's tensor on one shard of `data`, which is whole over the other axes.
 """
 
 from __future__ import annotations
@@ -107,14 +108,23 @@ def precision(cfg: GPTConfig, device: jax.Device) -> str:
 
 
 def fp8_products(hlo_text: str) -> int:
-    """How many fp8 products of cuBLAS a compiled program holds; those that XLA did not recognise run in 16 bits."""
+    """How many fp8 products of cuBLAS a compiled program holds; what XLA did not recognise is 16 bits, unrounded."""
     return hlo_text.count('custom_call_target="__cublas$lt$matmul$f8"')
 
 
+def expected_products(cfg: GPTConfig) -> int:
+    """How many fp8 products a training step has at least: three for each matrix that `fits`."""
+    width, queries, keys = cfg.n_embd, cfg.n_head * cfg.head_dim, cfg.n_kv_head * cfg.head_dim
+    layer = (width, queries), (width, keys), (width, keys), (queries, width), (width, 4 * width), (4 * width, width)
+    return 3 * sum(fits(*kernel) for kernel in ((width, cfg.padded_vocab_size), *cfg.n_layer * layer))
+
+
 def check_compiled(cfg: GPTConfig, device: jax.Device, hlo_text: str) -> None:
-    """UserError where a training step compiled for a GPU should multiply in fp8 and does not."""
-    if cfg.fp8 and device.platform == "gpu" and not fp8_products(hlo_text):
+    """UserError where a training step compiled for a GPU does not multiply in fp8 wherever it should."""
+    made, wanted = fp8_products(hlo_text), expected_products(cfg)
+    if cfg.fp8 and device.platform == "gpu" and made < wanted:
         raise UserError(
-            f"--fp8: XLA compiled the training step for {device.device_kind} without one fp8 product, it would only "
-            "round: leave --fp8 out"
+            f"--fp8: XLA made {made} fp8 products of the training step for {device.device_kind}, {wanted} are needed, "
+            "and may not even round for the others: drop --xla_gpu_enable_triton_gemm and "
+            "--xla_gpu_dot_merger_threshold_mb from XLA_FLAGS, or leave --fp8 out"
         )

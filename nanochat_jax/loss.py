@@ -22,7 +22,7 @@ def token_losses(params: Params, cfg: GPTConfig, inputs_BT: jax.Array, targets_B
     """Cross-entropy in nats at each position [B, T] float32; 0 where the target is -1."""
     x_BTD, kernel_DV = _operands(params, cfg, inputs_BT)
     chunks = _chunked(cfg, x_BTD, targets_BT)
-    losses = jax.lax.map(lambda xy: _losses(cfg, softcapped(xy[0] @ kernel_DV, cfg), xy[1])[0], chunks)
+    losses = jax.lax.map(lambda xy: _losses(cfg, xy[0] @ kernel_DV, xy[1])[0], chunks)
     return _whole(losses, targets_BT.shape[1])
 
 
@@ -60,14 +60,18 @@ def _whole(x: jax.Array, length: int) -> jax.Array:
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
 
 
-def _losses(cfg: GPTConfig, capped_BCV: jax.Array, targets_BC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Losses [B, C] of softly capped logits, their exponentials [B, C, V] and the sums of those [B, C], float32."""
+def _losses(cfg: GPTConfig, logits_BCV: jax.Array, targets_BC: jax.Array) -> tuple[jax.Array, ...]:
+    """Losses [B, C] of the head's products; what those are capped, its exponentials [B, C, V], their sums [B, C]."""
     # The cap bounds logits to +-15, so the sum of exponentials needs no maximum taken out.
+    capped_BCV = softcapped(logits_BCV, cfg)
     exp_BCV = jnp.exp(capped_BCV)
     sum_BC = jnp.sum(exp_BCV, axis=-1)
     # A sum over the vocabulary rather than a lookup: with the vocabulary cut over devices a lookup gathers the logits.
-    target_BC = jnp.sum(jnp.where(_is_target(cfg, targets_BC), capped_BCV, 0.0), axis=-1)
-    return jnp.where(targets_BC >= 0, jnp.log(sum_BC) - target_BC, 0.0), exp_BCV, sum_BC
+    # Capped after it: a GPU keeps in memory, in float32, what two sums read.
+    logits_BCV = logits_BCV[..., : cfg.vocab_size].astype(jnp.float32)
+    target_BC1 = jnp.sum(jnp.where(_is_target(cfg, targets_BC), logits_BCV, 0.0), axis=-1, keepdims=True)
+    losses_BC = jnp.log(sum_BC) - softcapped(target_BC1, cfg)[..., 0]
+    return jnp.where(targets_BC >= 0, losses_BC, 0.0), capped_BCV, exp_BCV, sum_BC
 
 
 def _is_target(cfg: GPTConfig, targets_BC: jax.Array) -> jax.Array:
@@ -89,8 +93,10 @@ def _weighted_forward(
     def step(dkernel_DV: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         x_BCD, targets_BC, weights_BC = chunk
         logits_BCV, backward = head(x_BCD)
-        capped_BCV = softcapped(logits_BCV, cfg)
-        losses_BC, exp_BCV, sum_BC = _losses(cfg, capped_BCV, targets_BC)
+        losses_BC, capped_BCV, exp_BCV, sum_BC = _losses(cfg, logits_BCV, targets_BC)
+        if not cfg.loss_chunk:  # On a GPU capping twice is cheaper than keeping capped logits of all positions.
+            capped_BCV = softcapped(jax.lax.optimization_barrier(logits_BCV), cfg)
+            exp_BCV = jnp.exp(capped_BCV)
         weights_BC = jnp.where(targets_BC >= 0, weights_BC, 0.0)
         softmax_BCV = exp_BCV * (weights_BC / sum_BC)[..., None]
         dcapped_BCV = softmax_BCV - jnp.where(_is_target(cfg, targets_BC), weights_BC[..., None], 0.0)

@@ -15,13 +15,16 @@ from pathlib import Path
 NVIDIA = Path("/proc/driver/nvidia/version")
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
-GPU_FLAGS = {  # communication behind computation, in few large pieces
+GPU_FLAGS = {
+    # Each product on its own by cuBLAS: else XLA does not see which are in fp8, and drops their rounding (fp8.py).
+    "xla_gpu_enable_triton_gemm": "false",
+    "xla_gpu_dot_merger_threshold_mb": "0",
+    # Communication behind computation, in few large pieces.
     "xla_gpu_enable_latency_hiding_scheduler": "true",
     "xla_gpu_all_gather_combine_threshold_bytes": str(128 * 2**20),
     "xla_gpu_reduce_scatter_combine_threshold_bytes": str(128 * 2**20),
     "xla_gpu_all_reduce_combine_threshold_bytes": str(128 * 2**20),
     "xla_gpu_enable_pipelined_all_gather": "true",
-    "xla_gpu_dot_merger_threshold_mb": "0",  # products that were merged are not recognised as fp8
 }
 GPU_ENVIRONMENT = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92", "NCCL_NVLS_ENABLE": "1"}
 """JAX by itself takes three quarters of a GPU's memory. NVLink's own sums where there is a switch that makes them."""

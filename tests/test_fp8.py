@@ -189,18 +189,20 @@ def test_a_device_without_fp8_is_one_clear_line(platform, capability):
         fp8.precision(CFG, device(platform, capability))
 
 
-def test_a_gpu_program_without_fp8_products_is_an_error():
+def test_a_gpu_program_that_lacks_an_fp8_product_is_an_error():
     call = (
         "  %cublas-lt-matmul.{} = (bf16[8,16]{{1,0}}, s8[33]{{0}}) custom-call(f8e4m3fn[8,16]{{1,0}} %a, %b, %c, %d), "
     )
-    with_fp8 = "".join(call.format(i) + 'custom_call_target="__cublas$lt$matmul$f8"\n' for i in range(3))
-    without = call.format(0) + 'custom_call_target="__cublas$lt$matmul", metadata={op_name="f8"}\n'
-    assert fp8.fp8_products(with_fp8 + without) == 3
-    fp8.check_compiled(CFG, device("gpu", "9.0"), with_fp8)
-    fp8.check_compiled(CFG, device("cpu"), without)
-    fp8.check_compiled(PLAIN, device("gpu", "9.0"), without)
-    with pytest.raises(UserError, match="without one fp8 product"):
-        fp8.check_compiled(CFG, device("gpu", "9.0"), without)
+    enough = "".join(call.format(i) + 'custom_call_target="__cublas$lt$matmul$f8"\n' for i in range(21))
+    other = call.format(0) + 'custom_call_target="__cublas$lt$matmul", metadata={op_name="f8"}\n'
+    assert fp8.fp8_products(enough + other) == fp8.expected_products(CFG) == 21  # three of each of seven matrices
+    fp8.check_compiled(CFG, device("gpu", "9.0"), enough)
+    fp8.check_compiled(CFG, device("cpu"), other)
+    fp8.check_compiled(PLAIN, device("gpu", "9.0"), other)
+    with pytest.raises(UserError, match=r"made 20 fp8 products .* 21 are needed"):
+        fp8.check_compiled(CFG, device("gpu", "9.0"), enough.split("\n", 1)[1] + other)
+    narrow_keys = dataclasses.replace(CFG, n_kv_head=1)
+    assert fp8.expected_products(narrow_keys) == 15  # k and v are 128 x 64
 
 
 def test_a_run_keeps_to_what_it_was_begun_with(tmp_path):
