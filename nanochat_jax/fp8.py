@@ -10,7 +10,6 @@ that of a microbatch's tensor on one shard of `data`, which is whole over the ot
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -61,31 +60,18 @@ def matmul(x: jax.Array, kernel_KN: jax.Array, path: str) -> jax.Array:
 
 def _forward(x: jax.Array, kernel_KN: jax.Array, path: str) -> tuple[jax.Array, tuple[Scaled, Scaled]]:
     values_KN, unscale = quantize(kernel_KN, E4M3)
-    return _linear(x, (gathered(values_KN, path), unscale))  # rounded before it goes over `fsdp`
-
-
-def _backward(path: str, saved: tuple[Scaled, Scaled], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
-    dx, dw_KN = _linear_gradients(saved, grad)
-    return dx, shard(dw_KN, *match(path, PARAM_SPECS))
-
-
-def linear(x: jax.Array, w_KN: Scaled) -> tuple[jax.Array, Callable[[jax.Array], tuple[jax.Array, jax.Array]]]:
-    """x [..., K] @ w, and the function from its gradient to those of x and of w (float32)."""
-    out, saved = _linear(x, w_KN)
-    return out, functools.partial(_linear_gradients, saved)
-
-
-def _linear(x: jax.Array, w_KN: Scaled) -> tuple[jax.Array, tuple[Scaled, Scaled]]:
+    w_KN = gathered(values_KN, path), unscale  # rounded before it goes over `fsdp`
     x_MK = quantize(x.reshape(-1, x.shape[-1]), E4M3)
     return product(x_MK, w_KN, (1, 0), x.dtype).reshape(*x.shape[:-1], -1), (x_MK, w_KN)
 
 
-def _linear_gradients(saved: tuple[Scaled, Scaled], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _backward(path: str, saved: tuple[Scaled, Scaled], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
     x_MK, w_KN = saved
     g_MN = quantize(grad.reshape(-1, grad.shape[-1]), E5M2)
     exact = jax.lax.Precision.HIGHEST  # cuBLAS else sums in less than float32, good enough for the forward pass only
     dx = product(g_MN, w_KN, (1, 1), grad.dtype, exact).reshape(*grad.shape[:-1], -1)
-    return dx, product(x_MK, g_MN, (0, 0), grad.dtype, exact).astype(jnp.float32)
+    dw_KN = product(x_MK, g_MN, (0, 0), grad.dtype, exact)
+    return dx, shard(dw_KN.astype(jnp.float32), *match(path, PARAM_SPECS))
 
 
 matmul.defvjp(_forward, _backward)
@@ -96,7 +82,7 @@ def precision(cfg: GPTConfig, device: jax.Device) -> str:
     if not cfg.fp8:
         return cfg.compute_dtype
     if device.platform == "cpu":
-        return f"{cfg.compute_dtype}, matrices train in fp8 (emulated)"
+        return f"{cfg.compute_dtype}, layers train in fp8 (emulated)"
     # Kinds of GPU from other vendors are no numbers.
     capability = str(getattr(device, "compute_capability", "none")) if device.platform == "gpu" else "none"
     if not capability.replace(".", "").isdigit() or float(capability) < CAPABILITY:
@@ -104,7 +90,7 @@ def precision(cfg: GPTConfig, device: jax.Device) -> str:
             f"--fp8: {device.device_kind} has compute capability {capability}, {CAPABILITY} is needed (Ada, Hopper "
             "or later): leave --fp8 out"
         )
-    return f"{cfg.compute_dtype}, matrices train in fp8"
+    return f"{cfg.compute_dtype}, layers train in fp8"
 
 
 def fp8_products(hlo_text: str) -> int:
@@ -113,10 +99,10 @@ def fp8_products(hlo_text: str) -> int:
 
 
 def expected_products(cfg: GPTConfig) -> int:
-    """How many fp8 products a training step has at least: three for each matrix that `fits`."""
+    """How many fp8 products a training step has at least: three for each matrix of a layer that `fits`."""
     width, queries, keys = cfg.n_embd, cfg.n_head * cfg.head_dim, cfg.n_kv_head * cfg.head_dim
     layer = (width, queries), (width, keys), (width, keys), (queries, width), (width, 4 * width), (4 * width, width)
-    return 3 * sum(fits(*kernel) for kernel in ((width, cfg.padded_vocab_size), *cfg.n_layer * layer))
+    return 3 * cfg.n_layer * sum(fits(*kernel) for kernel in layer)
 
 
 def check_compiled(cfg: GPTConfig, device: jax.Device, hlo_text: str) -> None:

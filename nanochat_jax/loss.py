@@ -7,12 +7,10 @@ that pass runs over so many positions of a row at a time, and [B, T, V] never ex
 """
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from nanochat_jax import fp8
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.model import SOFTCAP, Params, check_length, hidden, softcapped
 from nanochat_jax.sharding import gathered, shard
@@ -92,7 +90,7 @@ def _weighted_forward(
 
     def step(dkernel_DV: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         x_BCD, targets_BC, weights_BC = chunk
-        logits_BCV, backward = head(x_BCD)
+        logits_BCV = x_BCD @ kernel_DV
         losses_BC, capped_BCV, exp_BCV, sum_BC = _losses(cfg, logits_BCV, targets_BC)
         if not cfg.loss_chunk:  # On a GPU capping twice is cheaper than keeping capped logits of all positions.
             capped_BCV = softcapped(jax.lax.optimization_barrier(logits_BCV), cfg)
@@ -102,10 +100,11 @@ def _weighted_forward(
         dcapped_BCV = softmax_BCV - jnp.where(_is_target(cfg, targets_BC), weights_BC[..., None], 0.0)
         dlogits_BCV = dcapped_BCV * (1.0 - jnp.square(capped_BCV / SOFTCAP))  # the derivative of the cap
         padding = [(0, 0), (0, 0), (0, cfg.padded_vocab_size - cfg.vocab_size)]
-        dx_BCD, here_DV = backward(jnp.pad(dlogits_BCV.astype(x_BCD.dtype), padding))
+        dlogits_BCV = jnp.pad(dlogits_BCV.astype(x_BCD.dtype), padding)
+        dx_BCD = jnp.einsum("BCV,DV->BCD", dlogits_BCV, kernel_DV)
+        here_DV = jnp.einsum("BCD,BCV->DV", x_BCD, dlogits_BCV, preferred_element_type=jnp.float32)
         return dkernel_DV + here_DV, (dx_BCD, losses_BC)
 
-    head = _head(cfg, kernel_DV)
     chunks = _chunked(cfg, x_BTD, targets_BT, weights_BT)
     zeros_DV = shard(jnp.zeros(kernel_DV.shape, jnp.float32), None, "tensor")
     if chunks[0].shape[0] == 1:
@@ -115,22 +114,6 @@ def _weighted_forward(
         dkernel_DV, outs = jax.lax.scan(step, zeros_DV, chunks)
         dx_BTD, losses_BT = (_whole(x, targets_BT.shape[1]) for x in outs)
     return jnp.sum(losses_BT * weights_BT), (dx_BTD, dkernel_DV.astype(kernel_DV.dtype), losses_BT)
-
-
-def _head(cfg: GPTConfig, kernel_DV: jax.Array) -> Callable[[jax.Array], tuple[jax.Array, Callable]]:
-    """hidden states -> (logits, (gradient of the logits -> gradients of hidden states and kernel)); in fp8 as asked."""
-    if cfg.fp8 and fp8.fits(*kernel_DV.shape):
-        quantized = fp8.quantize(kernel_DV, fp8.E4M3)
-        return lambda x_BCD: fp8.linear(x_BCD, quantized)
-
-    def plain(x_BCD: jax.Array) -> tuple[jax.Array, Callable]:
-        def backward(grad_BCV: jax.Array) -> tuple[jax.Array, jax.Array]:
-            dx_BCD = jnp.einsum("BCV,DV->BCD", grad_BCV, kernel_DV)
-            return dx_BCD, jnp.einsum("BCD,BCV->DV", x_BCD, grad_BCV, preferred_element_type=jnp.float32)
-
-        return x_BCD @ kernel_DV, backward
-
-    return plain
 
 
 def _weighted_backward(cfg: GPTConfig, grads: tuple[jax.Array, ...], dloss: jax.Array) -> tuple[jax.Array | None, ...]:
