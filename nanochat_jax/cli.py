@@ -184,7 +184,7 @@ class ConvertOptions(Options):
 class BenchOptions(Options):
     """Options of `bench`."""
 
-    what: tyro.conf.Positional[Literal["train", "attention", "loader", "tokenizer", "decode"]] = tyro.MISSING
+    what: tyro.conf.Positional[Literal["train", "attention", "loader", "tokenizer", "decode", "sandbox"]] = tyro.MISSING
     """The part to measure."""
     json: Flag = False
     """End stdout with one line of JSON that holds every figure."""

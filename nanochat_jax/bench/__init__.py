@@ -1,4 +1,4 @@
-"""Measurements of single parts on this machine: `python -m nanochat_jax bench train|attention|loader|tokenizer|decode`.
+"""Measurements of single parts on this machine: `python -m nanochat_jax bench PART`.
 
 Each part is a module with `figures(config, settings, log)`, a dict for JSON whose rates follow from the times beside
 them. What compares this program with another, or runs many measurements in a row, is in bench/ beside the package.

@@ -5,6 +5,7 @@ package is visible inside. Standard library only. PROCESSES 0: no limit; outside
 processes of the user.
 """
 
+import os
 import resource
 import sys
 import types
@@ -12,19 +13,22 @@ import types
 
 def main(memory: int, cpu_seconds: int, file_bytes: int, processes: int) -> None:
     """Limits cannot be raised again by a process without rights."""
+    source = sys.stdin.read()
+    # The position in the file tells sandbox.py that the program was reached. Closing sys.stdin would leave it open.
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     limits = {
-        resource.RLIMIT_AS: memory,
-        resource.RLIMIT_CPU: cpu_seconds,
-        resource.RLIMIT_FSIZE: file_bytes,
-        resource.RLIMIT_NOFILE: 64,
-        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_AS: (memory, memory),
+        # SIGXCPU, which says what it was, comes at the first; SIGKILL at the second.
+        resource.RLIMIT_CPU: (cpu_seconds, cpu_seconds + 1),
+        resource.RLIMIT_FSIZE: (file_bytes, file_bytes),
+        resource.RLIMIT_NOFILE: (64, 64),
+        # Not 0: where the kernel hands core dumps to a program of the host, only 1 stops it, see core(5).
+        resource.RLIMIT_CORE: (1, 1),
     }
     if processes:
-        limits[resource.RLIMIT_NPROC] = processes
+        limits[resource.RLIMIT_NPROC] = (processes, processes)
     for kind, limit in limits.items():
-        resource.setrlimit(kind, (limit, limit))
-    source = sys.stdin.read()
-    sys.stdin.close()
+        resource.setrlimit(kind, limit)
     sys.argv = ["program.py"]
     program = types.ModuleType("__main__")
     sys.modules["__main__"] = program

@@ -1,16 +1,15 @@
 """HumanEval (arXiv 2107.03374): Python functions from docstrings, judged by tests. Set: openai/openai_humaneval.
 
-The programs run in the sandbox only. A secret printed after the tests shows that they were reached: a program that
-leaves early with status 0 has not passed.
+The programs run in the sandbox only, each in another process than its tests: it sees the arguments of calls, never the
+tests, and a program that leaves early with status 0 has not passed.
 """
 
 from __future__ import annotations
 
 import re
-import secrets
 
 from nanochat_jax.config import DataConfig
-from nanochat_jax.inference.sandbox import require_isolation, run_program
+from nanochat_jax.inference.sandbox import require_isolation, run_tests
 from nanochat_jax.tasks.hub import load_rows
 from nanochat_jax.tasks.task import Task, dialogue, one_of
 
@@ -38,19 +37,12 @@ def conversation(row: dict) -> dict:
 
 
 def passes(conversation: dict, completion: str, unsafe_sandbox: bool) -> bool:
-    """Whether the program reaches the end of its tests."""
-    secret = secrets.token_hex(16)
-    program = "\n\n".join(
-        [
-            imports(conversation["messages"][0]["content"]),
-            code(completion),
-            conversation["test"],
-            f"check({conversation['entry_point']})",
-            f"print({secret!r}, flush=True)",
-        ]
-    )
-    result = run_program(program, unsafe=unsafe_sandbox)
-    return result.ok and result.stdout.endswith(f"{secret}\n")
+    """Whether the program's function passes the tests."""
+    prompt = conversation["messages"][0]["content"]
+    source = f"{imports(prompt)}\n\n{code(completion)}"
+    # The tests may use functions that stand in the prompt before the one that is asked for.
+    tests = f"{prompt}\n\n{conversation['test']}"
+    return run_tests(source, tests, conversation["entry_point"], unsafe=unsafe_sandbox).ok
 
 
 def imports(prompt: str) -> str:
