@@ -22,6 +22,9 @@ MAX_RESULT = 40
 # What an expression may be spelled with, looked at before Python's parser sees anything.
 LEXICON = re.compile(r"""(?:[\d\s.+\-*/%()]|(?<=[\d.])[eE](?=[-+\d])|'[^'\\\n]*'|"[^"\\\n]*"|\.count\b|\blen\b)+""")
 
+# Texts, and the commas between digits.
+TEXT_OR_COMMA = re.compile(r"""('[^']*'|"[^"]*")|(?<=\d),(?=\d)""")
+
 BINARY = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -38,9 +41,11 @@ class Refused(Exception):
 
 
 def evaluate_tool(expression: str) -> str | None:
-    """The result as Python prints it, or None where the expression is refused or fails. Commas are removed first."""
-    text = expression.replace(",", "").strip()
-    if len(text) > MAX_LENGTH or not LEXICON.fullmatch(text):
+    """The result as Python prints it, or None where the expression is refused or fails. 1,200 is 1200."""
+    if len(expression) > MAX_LENGTH:
+        return None
+    text = TEXT_OR_COMMA.sub(r"\1", expression).strip()
+    if not LEXICON.fullmatch(text):
         return None
     try:
         value = typed(evaluate(ast.parse(text, mode="eval").body, 0), int | float)
