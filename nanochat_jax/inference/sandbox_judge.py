@@ -99,7 +99,7 @@ def judge(text: str, source: str, tests: str, entry_point: str) -> None:
             raise RuntimeError(value)
         return value
 
-    names = {"__name__": "tests"}
+    names = {"__name__": "__main__"}
     exec(compile(tests, "tests.py", "exec"), names)
     names[entry_point] = candidate
     names["check"](candidate)

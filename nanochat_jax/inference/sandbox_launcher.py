@@ -41,7 +41,7 @@ MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 8, 4096, 163
 MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV = 1, 2, 4
 AT_FDCWD, AT_RECURSIVE, MNT_DETACH, SYS_MOUNT_SETATTR = -100, 0x8000, 2, 442
 PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, SECCOMP_MODE_FILTER = 1, 22, 38, 2
-# Numbers that are the same everywhere: the module `signal` would take a tenth of the time of a whole program to import.
+# The same on all machines that have a filter; importing the module `signal` takes a tenth of a whole program's time.
 SIGINT, SIGKILL, SIGXCPU = 2, 9, 24
 INNER_ID, NOBODY = 1000, 65534
 # A folder that every Linux has and the command does not need, to build the new root on.
