@@ -18,6 +18,9 @@ from nanochat_jax.optim import (
     labels,
     make_optimizer,
     muon,
+    polar_by_gram,
+    polar_express,
+    polar_iterated,
 )
 from nanochat_jax.zero import from_portable, to_portable, view
 
@@ -75,6 +78,35 @@ def test_muon_equals_the_transcription(shape):
         # decays, is undecided: at most a few elements, by no more than the decay.
         assert (off > 1e-5).mean() < 0.005
         assert (off <= 1e-5 + 5 * 0.02 * 0.3 * np.sqrt(max(1, shape[1] / shape[0])) * np.abs(params[i])).all()
+
+
+def low_rank(rng, shape):
+    """Rank 4 and a little noise, as gradients of few tokens are: the small singular values are what rounding hurts."""
+    x = rng.normal(size=(shape[0], 4)) @ rng.normal(size=(4, shape[1])) + 1e-4 * rng.normal(size=shape)
+    return x / (1.01 * np.linalg.norm(x))
+
+
+@pytest.mark.parametrize("shape", [(32, 128), (128, 32), (48, 96)])
+def test_polynomials_of_the_gram_matrix_are_as_exact_as_the_iteration(shape):
+    x = low_rank(np.random.default_rng(2), shape)
+    u, s, vt = np.linalg.svd(x, full_matrices=False)
+    for a, b, c in POLAR_EXPRESS:
+        s = s * (a + b * s**2 + c * s**4)
+    exact = u * s @ vt
+    off = {
+        way: np.linalg.norm(jax.jit(way)(jnp.asarray(x, jnp.float32)) - exact) / np.linalg.norm(exact)
+        for way in (polar_by_gram, polar_iterated)
+    }
+    assert off[polar_by_gram] < max(2 * off[polar_iterated], 2e-5)
+    assert off[polar_iterated] < 2e-4  # 5e-8 of the largest singular value, times the product of the first coefficients
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-4), ("bfloat16", 0.1)])
+def test_matrices_one_by_one_are_the_stack_at_once(dtype, tolerance):
+    """What a CPU runs and what the others run."""
+    x = jnp.asarray(np.stack([low_rank(np.random.default_rng(i), (32, 128)) for i in range(3)]), dtype)
+    found, expected = (np.asarray(jax.jit(way)(x), np.float32) for way in (polar_express, polar_iterated))
+    np.testing.assert_allclose(found, expected, atol=tolerance * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("group", list(ADAMW))
