@@ -7,7 +7,7 @@ automatic differentiation it transposes and pads arrays of scores.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ Saved = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, list[jax.Ar
 
 def blocks(length: int, window: int) -> Iterator[tuple[slice, slice]]:
     """Each block of queries and the keys that it can see; small blocks waste less of a narrow window."""
-    block = 128 if window >= length else 64
+    block = 128 if window >= 256 else 64
     for start in range(0, length, block):
         stop = min(start + block, length)
         yield slice(start, stop), slice(max(0, start - window), stop)
@@ -36,47 +36,75 @@ def _attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, window: 
 
 
 def _forward(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, window: int) -> tuple[jax.Array, Saved]:
-    # Heads before positions: the products become batched matrix products over contiguous panels.
-    q_BKGTH = _grouped(q_BTNH * jnp.asarray(q_BTNH.shape[-1] ** -0.5, q_BTNH.dtype), k_BSKH.shape[2])
-    k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
-    outs, totals, weights = [], [], []
-    for rows, keys in blocks(q_BTNH.shape[1], window):
-        scores = _dot("BKGTH,BKSH->BKGTS", q_BKGTH[..., rows, :], k_BKSH[..., keys, :])
-        i_T1, j_1S = jnp.arange(rows.start, rows.stop)[:, None], jnp.arange(keys.start, keys.stop)[None, :]
-        visible_TS = (j_1S <= i_T1) & (j_1S >= i_T1 - window)
-        scores = jnp.where(visible_TS[None, None, None], scores, MASKED)
-        weights_BKGTS = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
-        totals.append(jnp.sum(weights_BKGTS, axis=-1, keepdims=True))
-        weights.append(weights_BKGTS.astype(v_BKSH.dtype))
-        outs.append(_dot("BKGTS,BKSH->BKGTH", weights[-1], v_BKSH[..., keys, :]) / totals[-1])
-    out_BKGTH = jnp.concatenate(outs, axis=3).astype(q_BTNH.dtype)
-    saved = q_BKGTH, k_BKSH, v_BKSH, out_BKGTH, jnp.concatenate(totals, axis=3), weights
-    return _ungrouped(out_BKGTH), saved
+    q_PGTH = _grouped(q_BTNH * jnp.asarray(q_BTNH.shape[-1] ** -0.5, q_BTNH.dtype), k_BSKH.shape[2])
+    k_PSH, v_PSH = (_grouped(x, x.shape[2])[:, 0] for x in (k_BSKH, v_BSKH))
+    out_PGTH, *sums = _each_head(functools.partial(_head_forward, window), q_PGTH, k_PSH, v_PSH)
+    return _ungrouped(out_PGTH, q_BTNH.shape), (q_PGTH, k_PSH, v_PSH, out_PGTH, *sums)
 
 
 def _backward(window: int, saved: Saved, grad_BTNH: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    q_BKGTH, k_BKSH, v_BKSH, out_BKGTH, totals_BKGT1, weights = saved
-    # The weights were kept as they are before division by their sums, which the gradient takes on instead.
-    grad = _grouped(grad_BTNH, k_BKSH.shape[1]).astype(jnp.float32) / totals_BKGT1
-    delta_BKGT1 = jnp.sum(grad * out_BKGTH.astype(jnp.float32), axis=-1, keepdims=True)
-    grad_BKGTH = grad.astype(grad_BTNH.dtype)
-    # Of keys and values the gradients grow transposed: so it is q and the gradient that are, not the scores.
-    dk_BKHS = dv_BKHS = jnp.zeros((*k_BKSH.shape[:2], k_BKSH.shape[3], k_BKSH.shape[2]), jnp.float32)
-    dqs = []
-    for (rows, keys), weights_BKGTS in zip(blocks(grad_BTNH.shape[1], window), weights, strict=True):
-        g, q = grad_BKGTH[..., rows, :], q_BKGTH[..., rows, :]
-        dweights = _dot("BKGTH,BKSH->BKGTS", g, v_BKSH[..., keys, :])
-        dscores = weights_BKGTS.astype(jnp.float32) * (dweights - delta_BKGT1[..., rows, :])
-        dscores = dscores.astype(q.dtype)
-        dqs.append(_dot("BKGTS,BKSH->BKGTH", dscores, k_BKSH[..., keys, :]))
-        dk_BKHS = dk_BKHS.at[..., keys].add(_dot("BKGTH,BKGTS->BKHS", q, dscores))
-        dv_BKHS = dv_BKHS.at[..., keys].add(_dot("BKGTH,BKGTS->BKHS", g, weights_BKGTS))
-    dq_BKGTH = jnp.concatenate(dqs, axis=3) * grad_BTNH.shape[-1] ** -0.5
-    dk_BSKH, dv_BSKH = (x.transpose(0, 3, 1, 2).astype(k_BKSH.dtype) for x in (dk_BKHS, dv_BKHS))
-    return _ungrouped(dq_BKGTH.astype(grad_BTNH.dtype)), dk_BSKH, dv_BSKH
+    q_PGTH = saved[0]
+    batch, length, _, width = grad_BTNH.shape
+    kv_heads = q_PGTH.shape[0] // batch
+    grads = _each_head(functools.partial(_head_backward, window), *saved, _grouped(grad_BTNH, kv_heads))
+    kv_shape = batch, length, kv_heads, width
+    return tuple(_ungrouped(x, shape) for x, shape in zip(grads, (grad_BTNH.shape, kv_shape, kv_shape), strict=True))
 
 
 _attention.defvjp(_forward, _backward)
+
+
+def _each_head(one: Callable, *arrays: jax.Array) -> tuple:
+    """`one` of each pair of row and key head. A CPU does single products faster than batches of them."""
+    return jax.lax.platform_dependent(
+        *arrays, cpu=lambda *xs: jax.lax.map(lambda x: one(*x), xs), default=lambda *xs: jax.vmap(one)(*xs)
+    )
+
+
+def _head_forward(window: int, q_GTH: jax.Array, k_SH: jax.Array, v_SH: jax.Array) -> tuple:
+    """Output [G, T, H]; what the backward pass wants: sums of the weights [G, T, 1], weights of each block."""
+    outs, totals, weights = [], [], []
+    for rows, keys in blocks(q_GTH.shape[1], window):
+        scores_GTS = _dot("GTH,SH->GTS", q_GTH[:, rows], k_SH[keys])
+        i_T1, j_1S = jnp.arange(rows.start, rows.stop)[:, None], jnp.arange(keys.start, keys.stop)[None, :]
+        visible_TS = (j_1S <= i_T1) & (j_1S >= i_T1 - window)
+        scores_GTS = jnp.where(visible_TS[None], scores_GTS, MASKED)
+        weights_GTS = jnp.exp(scores_GTS - jnp.max(scores_GTS, axis=-1, keepdims=True))
+        totals.append(jnp.sum(weights_GTS, axis=-1, keepdims=True))
+        weights.append(weights_GTS.astype(v_SH.dtype))
+        outs.append(_dot("GTS,SH->GTH", weights[-1], v_SH[keys]) / totals[-1])
+    return jnp.concatenate(outs, axis=1).astype(q_GTH.dtype), jnp.concatenate(totals, axis=1), weights
+
+
+def _head_backward(
+    window: int,
+    q_GTH: jax.Array,
+    k_SH: jax.Array,
+    v_SH: jax.Array,
+    out_GTH: jax.Array,
+    totals_GT1: jax.Array,
+    weights: list[jax.Array],
+    grad_GTH: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of q before its scaling [G, T, H], of keys and of values [1, S, H]."""
+    dtype = grad_GTH.dtype
+    # The weights were kept as they are before division by their sums, which the gradient takes on instead.
+    grad_GTH = grad_GTH.astype(jnp.float32) / totals_GT1
+    delta_GT1 = jnp.sum(grad_GTH * out_GTH.astype(jnp.float32), axis=-1, keepdims=True)
+    grad_GTH = grad_GTH.astype(dtype)
+    # Of keys and values the gradients grow transposed: so it is q and the gradient that are, not the scores.
+    dk_HS = dv_HS = jnp.zeros(k_SH.shape[::-1], jnp.float32)
+    dqs = []
+    for (rows, keys), weights_GTS in zip(blocks(q_GTH.shape[1], window), weights, strict=True):
+        grad, q = grad_GTH[:, rows], q_GTH[:, rows]
+        dweights_GTS = _dot("GTH,SH->GTS", grad, v_SH[keys])
+        dscores_GTS = weights_GTS.astype(jnp.float32) * (dweights_GTS - delta_GT1[:, rows])
+        dscores_GTS = dscores_GTS.astype(dtype)
+        dqs.append(_dot("GTS,SH->GTH", dscores_GTS, k_SH[keys]))
+        dk_HS = dk_HS.at[:, keys].add(_dot("GTH,GTS->HS", q, dscores_GTS))
+        dv_HS = dv_HS.at[:, keys].add(_dot("GTH,GTS->HS", grad, weights_GTS))
+    dq_GTH = jnp.concatenate(dqs, axis=1) * q_GTH.shape[-1] ** -0.5
+    return dq_GTH.astype(dtype), dk_HS.T[None].astype(dtype), dv_HS.T[None].astype(dtype)
 
 
 def _dot(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -84,10 +112,13 @@ def _dot(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _grouped(x_BTNH: jax.Array, kv_heads: int) -> jax.Array:
+    """[B * K, G, T, H], the query heads of a key head together."""
     batch, length, heads, width = x_BTNH.shape
-    return x_BTNH.reshape(batch, length, kv_heads, heads // kv_heads, width).transpose(0, 2, 3, 1, 4)
+    x_BTKGH = x_BTNH.reshape(batch, length, kv_heads, heads // kv_heads, width)
+    return x_BTKGH.transpose(0, 2, 3, 1, 4).reshape(batch * kv_heads, -1, length, width)
 
 
-def _ungrouped(x_BKGTH: jax.Array) -> jax.Array:
-    batch, kv_heads, group, length, width = x_BKGTH.shape
-    return x_BKGTH.transpose(0, 3, 1, 2, 4).reshape(batch, length, kv_heads * group, width)
+def _ungrouped(x_PGTH: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The inverse, to [B, T, N, H]."""
+    batch, length, heads, width = shape
+    return x_PGTH.reshape(batch, heads, length, width).swapaxes(1, 2)
