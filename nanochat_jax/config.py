@@ -187,6 +187,10 @@ class RLConfig(StageConfig):
     """Sampling temperature of the rollouts."""
     top_k: int = 50
     """Tokens considered at each position of a rollout; 0: all."""
+    clip: float = 0.0
+    """PPO's epsilon: probabilities over the sampler's count from 1 - clip to 1 + clip; 0: no such ratio."""
+    updates_per_batch: int = 1
+    """Optimizer steps on the answers of one step, each over all of them; more than 1 need `clip`."""
     eval_examples: int = 400
     """Held-out questions for pass@k."""
     pass_k: int = 8

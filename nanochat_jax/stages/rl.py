@@ -5,7 +5,8 @@
 Each step samples several answers to several questions in one batch through the engine, over all devices; an answer's
 advantage is its reward minus the mean over its question. The objective is sum(log-probability * advantage) over the
 tokens the model itself wrote, divided by their number in a microbatch, averaged over microbatches: no KL term, no
-ratio, one update a step. Left out: PPO clipping and several updates a batch.
+ratio, one update a step. With --rl.clip 0.2 it is PPO's clipped ratio times the advantage, normalized alike, and
+--rl.updates-per-batch may be more than one.
 """
 
 from __future__ import annotations
@@ -23,16 +24,17 @@ from nanochat_jax.config import Config, RLConfig
 from nanochat_jax.data.position import digest
 from nanochat_jax.distributed import gather_json, leaders
 from nanochat_jax.errors import UserError
+from nanochat_jax.inference.decoding import empty_cache, prepare
 from nanochat_jax.inference.engine import Completion, Engine, SamplingParams, bucket
 from nanochat_jax.inference.shared import make_engine
 from nanochat_jax.memory import train_rows, with_loss_chunk
 from nanochat_jax.metrics import Console
-from nanochat_jax.model import empty_cache, flops_per_token
+from nanochat_jax.model import flops_per_token, param_shapes
 from nanochat_jax.optim import Schedule
 from nanochat_jax.run import finished
 from nanochat_jax.sharding import data_shards, put_batch
 from nanochat_jax.stages.finetune import continued
-from nanochat_jax.stages.policy import SHORTEST, policy_batch
+from nanochat_jax.stages.policy import SHORTEST, clipped, policy_batch
 from nanochat_jax.stages.samples import write_samples
 from nanochat_jax.stages.session import Log, Session, due, is_done, open_session, params_from
 from nanochat_jax.tasks import Task, load
@@ -48,6 +50,7 @@ def run(config: Config, workdir: Path, log: Log, force: bool = False) -> None:
     if is_done(workdir, "rl", log):
         return
     settings = config.rl
+    check_updates(settings)
     session = open_session(config, workdir, "rl", settings, log, force)
     train_task = load(settings.task, "train", config.data, config.seed)
     held_out = load(settings.task, "val", config.data, config.seed)
@@ -71,13 +74,19 @@ def run(config: Config, workdir: Path, log: Log, force: bool = False) -> None:
     session.begin(schedule, start, samples_a_step=samples, questions=f"{len(train_task):,} ({digest(train_task)})")
     console = Console("rl", steps)
     engine = make_engine(
-        session.state.params, session.cfg, session.tokenizer, max_rows=samples, max_len=max_len, mesh=session.mesh
+        session.state.params,
+        session.cfg,
+        session.tokenizer,
+        max_rows=samples,
+        max_len=max_len,
+        mesh=session.mesh,
+        logprobs=settings.clip > 0,
     )
     last = steps if settings.stop_after is None else min(steps, settings.stop_after)
 
     def measure() -> None:
         if session.owes("pass_at_k", settings.eval_every, last):
-            engine.params = session.state.params
+            engine.use(session.state.params)
             rates = pass_at_k(held_out, engine, session.tokenizer, settings, config.seed)
             session.validated(rates["1"], higher_is_better=True)
             session.metrics.write("pass_at_k", step=session.step, **{"pass": rates})
@@ -87,7 +96,7 @@ def run(config: Config, workdir: Path, log: Log, force: bool = False) -> None:
         stop.measure(measure)
         while not stop.now(session.step) and session.step < last:
             step, clock = session.step, time.perf_counter()
-            engine.params = session.state.params
+            engine.use(session.state.params)
             order = (step * settings.questions_per_step + np.arange(settings.questions_per_step)) % len(train_task)
             questions = [train_task[int(i)] for i in order]
             prompts = [session.tokenizer.render_for_completion(question) for question in questions]
@@ -95,7 +104,7 @@ def run(config: Config, workdir: Path, log: Log, force: bool = False) -> None:
             rewards = graded(train_task, questions, answers)
             sampled = time.perf_counter()
             batch = policy_batch(prompts, answers, rewards, settings.normalize_over, session.tokenizer.bos_id)
-            metrics, tokens = update(session, batch, schedule, step)
+            metrics, compared, tokens = update(session, batch, schedule, step)
             place = f"questions {order[0]} to {order[-1]} of {len(train_task)}"
             checked = session.checked(step, metrics, place)
             done = time.perf_counter()
@@ -103,11 +112,13 @@ def run(config: Config, workdir: Path, log: Log, force: bool = False) -> None:
             written = sum(len(answer.ids) for answer in answers)
             prompted = sum(len(prompt) for prompt in prompts)
             session.meta["tokens"] += tokens
-            # A sampled token costs a forward pass, a third of a trained one.
-            session.meta["flops"] += flops_per_token(session.cfg) * (tokens + (written + prompted) / 3)
+            # A sampled token costs a forward pass, a third of a trained one; so does a ratio.
+            forward = written + prompted + (tokens if settings.clip else 0)
+            session.meta["flops"] += flops_per_token(session.cfg) * (tokens + forward / 3)
             calls = [call for answer in answers for call in answer.tool_calls]
             values = {
                 **checked,
+                **{name: float(value) for name, value in compared.items()},
                 "reward": float(rewards.mean()),
                 "response_tokens": written / len(answers),
                 "tool_valid": sum(call["result"] is not None for call in calls) / max(len(calls), 1),
@@ -131,6 +142,20 @@ def run(config: Config, workdir: Path, log: Log, force: bool = False) -> None:
         if leaders(finished(workdir, "sft_continued")) is None:
             return
     session.finish(task=settings.task, seconds=seconds)
+
+
+def check_updates(settings: RLConfig) -> None:
+    """UserError where clipping or the number of updates cannot be meant."""
+    clip, updates = settings.clip, settings.updates_per_batch
+    if not 0 <= clip < 1:
+        raise UserError(f"--rl.clip {clip} is outside 0 (off) to below 1; PPO's usual value is 0.2")
+    if updates < 1:
+        raise UserError(f"--rl.updates-per-batch {updates} is below 1, one update a step")
+    if updates > 1 and not clip:
+        raise UserError(
+            f"--rl.updates-per-batch {updates} needs --rl.clip, such as 0.2: after the first update the answers are "
+            "those of another policy"
+        )
 
 
 def sampling(settings: RLConfig, seed: int, step: int) -> list[SamplingParams]:
@@ -157,9 +182,10 @@ def graded(task: Task, questions: Sequence[dict], answers: Sequence[Completion])
 
 
 def fit_update(session: Session, samples: int, max_len: int) -> None:
-    """Settle the samples in a microbatch and the chunk of the loss, the engine's cache being there at the same time."""
+    """Settle the samples in a microbatch and the chunk of the loss, beside the engine's weights and cache."""
     shards = data_shards(session.mesh)
     each = -(-samples // shards)
+    weights = jax.eval_shape(functools.partial(prepare, cfg=session.cfg), param_shapes(session.cfg))
     cache = jax.eval_shape(functools.partial(empty_cache, session.cfg, each, max_len))
     rows = train_rows(
         session.config,
@@ -171,30 +197,46 @@ def fit_update(session: Session, samples: int, max_len: int) -> None:
         session.log,
         length=bucket(max_len, 2**30, SHORTEST),
         weights=True,
-        taken=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)),
+        taken=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((weights, cache))),
     )
     session.stage = dataclasses.replace(session.stage, device_batch_size=rows)
     session.cfg = with_loss_chunk(session.config, session.cfg, rows, session.mesh)
 
 
-def update(session: Session, batch: dict[str, np.ndarray], schedule: Schedule, step: int) -> tuple[dict, int]:
-    """One optimizer step on a policy batch, whatever its number of rows; (metrics, tokens put through the model)."""
+def update(session: Session, batch: dict[str, np.ndarray], schedule: Schedule, step: int) -> tuple[dict, dict, int]:
+    """The optimizer steps on a policy batch, whatever its number of rows: one, or with clipping `updates_per_batch`.
+
+    All have the rates of `step`. Returns the metrics ("loss" before the first, "grad_norm" of the last); with clipping
+    what `clipped` found (the gaps before the first, the rest before the last), else {}; and the tokens trained on.
+    """
     rows, length = batch["inputs"].shape
     if rows == 0:
-        return {"loss": 0.0, "grad_norm": 0.0}, 0
-    here = session.stage.device_batch_size * data_shards(session.mesh)
+        return {"loss": 0.0, "grad_norm": 0.0}, {}, 0
+    settings = session.stage
+    here = settings.device_batch_size * data_shards(session.mesh)
     microbatches = bucket(-(-rows // here), 2**30, 1)
     padding = microbatches * here - rows
-    fill = {"inputs": 0, "targets": -1, "weights": 0.0}
+    fill = {"inputs": 0, "targets": -1, "weights": 0.0, "logprobs": 0.0}
     whole = {
         name: np.pad(x, ((0, padding), (0, 0)), constant_values=fill[name]).reshape(microbatches, here, length)
         for name, x in batch.items()
     }
+    first = {}
     with jax.set_mesh(session.mesh):
-        session.state, metrics = train_step(
-            session.state, put_batch(whole, session.mesh, leading=1), schedule.hyper(step), cfg=session.cfg
-        )
-    return metrics, microbatches * here * length
+        policy = put_batch(whole, session.mesh, leading=1)
+        targets = {name: policy[name] for name in ("inputs", "targets", "weights")}
+        for _ in range(settings.updates_per_batch):
+            if settings.clip:
+                targets["weights"], last = clipped(session.state.params, policy, settings.clip, cfg=session.cfg)
+                first = first or last
+            session.state, metrics = train_step(session.state, targets, schedule.hyper(step), cfg=session.cfg)
+    compared = {}
+    if settings.clip:
+        # A checkpoint is judged by the loss of the parameters it holds; what a later update spoils shows in the norm.
+        metrics["loss"] = first["loss"]
+        compared = {name: last[name] for name in ("ratio", "clip_fraction")}
+        compared |= {name: first[name] for name in ("logprob_gap", "logprob_gap_max")}
+    return metrics, compared, settings.updates_per_batch * microbatches * here * length
 
 
 def pass_at_k(task: Task, engine: Engine, tokenizer: Tokenizer, settings: RLConfig, seed: int) -> dict[str, float]:
