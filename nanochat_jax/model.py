@@ -1,4 +1,4 @@
-"""The GPT of nanochat in Flax Linen: forward pass, initial values, counts, and the KV cache for decoding.
+"""The GPT of nanochat in Flax Linen: forward pass, initial values, counts. With a KV cache: inference/decoding.py.
 
 Dimensions: B batch, T query position, S key position, D model width, N query heads, K key/value heads, H head width,
 F = 4D, V padded vocabulary, L layers. Weights are [in, out]. Parameters are a nested dict with one array a leaf, e.g.
@@ -29,14 +29,13 @@ GATE_CHANNELS = 12
 BATCH_AXES = ("data", "fsdp")
 
 Params = dict
-Cache = dict
 Angles = tuple[jax.Array, jax.Array]
 
 
-def rms(x: jax.Array) -> jax.Array:
-    """Root-mean-square norm over the last axis, no gain, computed in float32, in x's dtype."""
+def rms(x: jax.Array, axis: int = -1) -> jax.Array:
+    """Root-mean-square norm over an axis, no gain, computed in float32, in x's dtype."""
     x32 = x.astype(jnp.float32)
-    return (x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + EPS)).astype(x.dtype)
+    return (x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=axis, keepdims=True) + EPS)).astype(x.dtype)
 
 
 def scaled(scalar: jax.Array, x: jax.Array) -> jax.Array:
@@ -44,12 +43,15 @@ def scaled(scalar: jax.Array, x: jax.Array) -> jax.Array:
     return (scalar * x.astype(jnp.float32)).astype(x.dtype)
 
 
+def rope_angles(positions: jax.Array, head_dim: int, base: float) -> jax.Array:
+    """Angles in radians, float32 [..., H / 2], for integer `positions` [...] (RoFormer, arXiv 2104.09864)."""
+    inverse = 1.0 / base ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    return positions[..., None].astype(jnp.float32) * inverse.reshape((1,) * positions.ndim + (-1,))
+
+
 def rope(positions: jax.Array, head_dim: int, base: float, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
     """What `rotate` multiplies with: cos and signed sin [..., 1, H] in `dtype` for integer `positions` [...]."""
-    inverse = 1.0 / base ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angle = jnp.expand_dims(positions, (-1, -2)).astype(jnp.float32) * inverse.reshape(
-        (1,) * (positions.ndim + 1) + (-1,)
-    )
+    angle = rope_angles(positions, head_dim, base)[..., None, :]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     tables = jnp.concatenate([cos, cos], axis=-1).astype(dtype), jnp.concatenate([sin, -sin], axis=-1).astype(dtype)
     # Else the compiler computes the cosines again wherever they are used, for every head of every layer.
@@ -190,9 +192,7 @@ class Attention(nn.Module):
     layer: int
 
     @nn.compact
-    def __call__(
-        self, h_BTD: jax.Array, ve_BTE: jax.Array | None, positions_BT: jax.Array, angles: Angles, cache: Cache | None
-    ) -> tuple[jax.Array, Cache | None]:
+    def __call__(self, h_BTD: jax.Array, ve_BTE: jax.Array | None, angles: Angles) -> jax.Array:
         cfg = self.cfg
         batch, length, width = h_BTD.shape
         linear = functools.partial(Linear, initial=uniform((3 / width) ** 0.5), fp8=cfg.fp8)
@@ -207,23 +207,8 @@ class Attention(nn.Module):
         q_BTNH = cfg.qk_scale * rms(rotate(q_BTNH, *angles))
         k_BTKH = cfg.qk_scale * rms(rotate(k_BTKH, *angles))
         window = cfg.windows[self.layer]
-        if cache is not None and length == 1:
-            rows_B1 = jnp.arange(batch)[:, None]
-            cache = {
-                "k": cache["k"].at[rows_B1, :, positions_BT].set(k_BTKH, mode="drop"),
-                "v": cache["v"].at[rows_B1, :, positions_BT].set(v_BTKH, mode="drop"),
-            }
-        elif cache is not None:
-            cache = {
-                "k": cache["k"].at[:, :, :length].set(k_BTKH.swapaxes(1, 2)),
-                "v": cache["v"].at[:, :, :length].set(v_BTKH.swapaxes(1, 2)),
-            }
-        if cache is not None and length == 1:
-            y_BTNH = attend_cache(q_BTNH, cache["k"], cache["v"], positions_BT[:, 0], window)
-        else:
-            y_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, window, cfg.attention)
-        out = Linear(width, nn.initializers.zeros, cfg.fp8, name="proj")(y_BTNH.reshape(batch, length, -1))
-        return out, cache
+        y_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, window, cfg.attention)
+        return Linear(width, nn.initializers.zeros, cfg.fp8, name="proj")(y_BTNH.reshape(batch, length, -1))
 
 
 def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, window: int, impl: str) -> jax.Array:
@@ -239,21 +224,6 @@ def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, window: int,
     return jax.shard_map(local, in_specs=(spec, spec, spec), out_specs=spec, axis_names=set(axes), check_vma=False)(
         q_BTNH, k_BTKH, v_BTKH
     )
-
-
-def attend_cache(
-    q_B1NH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, position_B: jax.Array, window: int
-) -> jax.Array:
-    """One query a row, at `position_B`, over the cached keys its window reaches. Returns [B, 1, N, H]."""
-    batch, _, heads, width = q_B1NH.shape
-    kv_heads = k_BKSH.shape[1]
-    q_BKGH = q_B1NH.reshape(batch, kv_heads, heads // kv_heads, width)
-    scores_BKGS = jnp.einsum("BKGH,BKSH->BKGS", q_BKGH, k_BKSH, preferred_element_type=jnp.float32) * width**-0.5
-    j_1S = jnp.arange(k_BKSH.shape[2])[None, :]
-    visible_BS = (j_1S <= position_B[:, None]) & (j_1S >= position_B[:, None] - window)
-    weights_BKGS = jax.nn.softmax(jnp.where(visible_BS[:, None, None], scores_BKGS, -1e30), axis=-1)
-    out = jnp.einsum("BKGS,BKSH->BKGH", weights_BKGS.astype(v_BKSH.dtype), v_BKSH)
-    return out.reshape(q_B1NH.shape)
 
 
 class MLP(nn.Module):
@@ -275,13 +245,10 @@ class Block(nn.Module):
     layer: int
 
     @nn.compact
-    def __call__(
-        self, x_BTD: jax.Array, ve_BTE: jax.Array | None, positions_BT: jax.Array, angles: Angles, cache: Cache | None
-    ) -> tuple[jax.Array, Cache | None]:
-        y_BTD, cache = Attention(self.cfg, self.layer, name="attn")(rms(x_BTD), ve_BTE, positions_BT, angles, cache)
-        x_BTD = x_BTD + y_BTD
+    def __call__(self, x_BTD: jax.Array, ve_BTE: jax.Array | None, angles: Angles) -> jax.Array:
+        x_BTD = x_BTD + Attention(self.cfg, self.layer, name="attn")(rms(x_BTD), ve_BTE, angles)
         x_BTD = x_BTD + MLP(self.cfg.fp8, name="mlp")(rms(x_BTD))
-        return shard(x_BTD, BATCH_AXES, None, None), cache
+        return shard(x_BTD, BATCH_AXES, None, None)
 
 
 class GPT(nn.Module):
@@ -290,38 +257,17 @@ class GPT(nn.Module):
     cfg: GPTConfig
 
     @nn.compact
-    def __call__(
-        self,
-        tokens_BT: jax.Array,
-        cache: Cache | None = None,
-        start_B: jax.Array | None = None,
-        count_B: jax.Array | None = None,
-    ) -> tuple[jax.Array, Cache | None]:
-        """Hidden states [B, T, D] in the compute dtype, and the cache with the new keys and values.
-
-        Without a cache: rows start at position 0. With one: row b's tokens stand at positions start_B[b] + [0, T), of
-        which the first count_B[b] are real (the rest is padding, overwritten before it is ever visible). T > 1
-        fills an empty cache (prefill), T == 1 continues it (decode).
-        """
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        """Hidden states [B, T, D] in the compute dtype; rows start at position 0."""
         cfg = self.cfg
-        batch, length = tokens_BT.shape
         dtype = jnp.dtype(cfg.compute_dtype)
         wide = (cfg.padded_vocab_size, cfg.n_embd)
         x_BTD = Embedding(*wide, nn.initializers.normal(0.8), cfg.compute_dtype, name="wte")(tokens_BT)
         x_BTD = shard(rms(x_BTD.astype(dtype)), BATCH_AXES, None, None)
-        positions_BT = jnp.arange(length)[None, :] + (0 if start_B is None else start_B[:, None])
-        angles = rope(positions_BT, cfg.head_dim, cfg.rope_base, dtype)
+        angles = rope(jnp.arange(tokens_BT.shape[1])[None, :], cfg.head_dim, cfg.rope_base, dtype)
 
-        new_cache = None
-        if cache is not None:
-            last_B = jnp.full((batch,), length - 1) if count_B is None else jnp.maximum(count_B - 1, 0)
-            new_cache = {"prev": x_BTD[jnp.arange(batch), last_B]}
         if cfg.smear:
-            # What stands before a row's first token: nothing (prefill, training) or the cached embedding (decode).
-            before_B1D = (
-                jnp.zeros_like(x_BTD[:, :1]) if cache is None or length > 1 else cache["prev"][:, None].astype(dtype)
-            )
-            previous_BTD = jnp.concatenate([before_B1D, x_BTD[:, :-1]], axis=1)
+            previous_BTD = jnp.concatenate([jnp.zeros_like(x_BTD[:, :1]), x_BTD[:, :-1]], axis=1)
             gate_BT1 = jax.nn.sigmoid(Linear(1, uniform(0.02, 0.0), name="smear_gate")(x_BTD[..., :SMEAR_CHANNELS]))
             smear = self.param("smear_lambda", nn.initializers.zeros, (1,), jnp.float32)
             x_BTD = x_BTD + smear[0].astype(dtype) * gate_BT1 * previous_BTD
@@ -332,8 +278,7 @@ class GPT(nn.Module):
             x0s = self.param("x0_lambda", ramp(0.20, 0.05), (cfg.n_layer,), jnp.float32)
         kv_width = cfg.n_kv_head * cfg.head_dim
         middle_BTD = x_BTD
-        # Decoding has no backward pass to save memory for.
-        block = nn.remat(Block) if cfg.remat and cache is None else Block
+        block = nn.remat(Block) if cfg.remat else Block
         for i in range(cfg.n_layer):
             if cfg.lambdas:
                 x_BTD = scaled(resid[i], x_BTD) + scaled(x0s[i], x0_BTD)
@@ -342,10 +287,7 @@ class GPT(nn.Module):
                 init = uniform((3 / cfg.n_embd) ** 0.5)
                 table = Embedding(cfg.padded_vocab_size, kv_width, init, cfg.compute_dtype, name=f"value_embed_{i}")
                 ve_BTE = table(tokens_BT).astype(dtype)
-            layer_cache = None if cache is None else cache[f"h_{i}"]
-            x_BTD, layer_cache = block(cfg, i, name=f"h_{i}")(x_BTD, ve_BTE, positions_BT, angles, layer_cache)
-            if cache is not None:
-                new_cache[f"h_{i}"] = layer_cache
+            x_BTD = block(cfg, i, name=f"h_{i}")(x_BTD, ve_BTE, angles)
             if i == cfg.n_layer // 2:
                 middle_BTD = x_BTD
         if self.is_initializing():
@@ -353,7 +295,7 @@ class GPT(nn.Module):
         if cfg.backout:
             backout = self.param("backout_lambda", nn.initializers.constant(0.2), (1,), jnp.float32)
             x_BTD = x_BTD - backout[0].astype(dtype) * middle_BTD
-        return rms(x_BTD), new_cache
+        return rms(x_BTD)
 
 
 def ramp(first: float, last: float) -> nn.initializers.Initializer:
@@ -376,7 +318,7 @@ def param_shapes(cfg: GPTConfig) -> Params:
 
 def hidden(params: Params, cfg: GPTConfig, tokens_BT: jax.Array) -> jax.Array:
     """Final hidden states [B, T, D] of whole rows."""
-    return GPT(cfg).apply({"params": params}, tokens_BT)[0]
+    return GPT(cfg).apply({"params": params}, tokens_BT)
 
 
 def logits_of(params: Params, cfg: GPTConfig, hidden_BTD: jax.Array) -> jax.Array:
@@ -400,17 +342,6 @@ def check_length(cfg: GPTConfig, length: int) -> None:
     """ValueError where a sequence would pass the rotary table's end."""
     if length > cfg.max_positions:
         raise ValueError(f"sequence of {length} tokens; positions reach 10 x sequence_len = {cfg.max_positions}")
-
-
-def empty_cache(cfg: GPTConfig, rows: int, length: int) -> Cache:
-    """A KV cache for `rows` rows of up to `length` tokens, with smear's previous embedding, in the compute dtype.
-
-    Keys and values are [B, K, S, H], heads before positions: a decode step then reads contiguous panels.
-    """
-    dtype = jnp.dtype(cfg.compute_dtype)
-    shape = (rows, cfg.n_kv_head, length, cfg.head_dim)
-    layers = {f"h_{i}": {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)} for i in range(cfg.n_layer)}
-    return {"prev": jnp.zeros((rows, cfg.n_embd), dtype), **layers}
 
 
 def count_params(cfg: GPTConfig) -> dict[str, int]:

@@ -18,7 +18,8 @@ from nanochat_jax import cli, model, run
 from nanochat_jax.config import GPTConfig, ModelConfig
 from nanochat_jax.convert import read_tokenizer
 from nanochat_jax.errors import UserError
-from nanochat_jax.model import GPT, count_params, empty_cache, flops_per_token, param_shapes
+from nanochat_jax.inference.decoding import empty_cache, prepare, step
+from nanochat_jax.model import count_params, flops_per_token, param_shapes
 from nanochat_jax.sharding import make_mesh
 from nanochat_jax.tokenizer import SPECIALS
 from nanochat_jax.torch_file import read_state_dict
@@ -201,15 +202,12 @@ def test_first_release_keeps_its_logits(tmp_path, tokenizer):
     np.testing.assert_allclose(forward(params, cfg, jnp.asarray(tokens)[None])[0], expected, atol=3e-5)
 
     # Token by token the cache must agree, though there is no smear to keep an embedding for.
-    @jax.jit
-    def step(cache, token, position):
-        x, cache = GPT(cfg).apply({"params": params}, token[None, None], cache, position[None])
-        return model.logits_of(params, cfg, x)[0, 0], cache
-
-    cache = empty_cache(cfg, 1, 8)
+    weights, cache = prepare(params, cfg), empty_cache(cfg, 1, 8)
+    advance = jax.jit(step, static_argnames="cfg")
     for position in range(8):
-        logits, cache = step(cache, jnp.int32(tokens[position]), jnp.int32(position))
-        np.testing.assert_allclose(logits, expected[position], atol=3e-5)
+        at = jnp.asarray([position])
+        logits_VB, cache = advance(weights, cache, tokens[at], at, jnp.zeros(1, int), jnp.ones(1, bool), cfg=cfg)
+        np.testing.assert_allclose(logits_VB[:, 0], expected[position], atol=3e-5)
 
 
 def test_counts_leave_out_what_an_architecture_lacks():

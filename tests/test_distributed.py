@@ -371,7 +371,7 @@ def work():
     drawn = [SamplingParams(temperature=1.0, max_tokens=6, seed=i) for i in range(3)]
     assert [a.ids for a in shared.generate(prompts, drawn, 2)] == [a.ids for a in alone.generate(prompts, drawn, 2)]
     np.testing.assert_allclose(shared.logits_at(prompts), alone.logits_at(prompts), atol=1e-5)
-    shared.params = jax.tree.map(lambda x: x * 0, params)
+    shared.use(jax.tree.map(lambda x: x * 0, params))
     assert not shared.logits_at(prompts).any()
 
 sys.exit(cli.guarded(work))

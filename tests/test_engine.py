@@ -1,6 +1,8 @@
 """The engine: greedy is exact, rows do not see each other, tools are called, streams cancel, sampling obeys its knobs."""
 
 import threading
+from itertools import pairwise
+from random import Random
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +13,9 @@ from nanochat_jax.config import GPTConfig, ModelConfig
 from nanochat_jax.errors import UserError
 from nanochat_jax.inference import sampling as steps
 from nanochat_jax.inference.engine import Engine, Row, SamplingParams, bucket
-from nanochat_jax.inference.sampling import sample
-from nanochat_jax.model import forward, init_params
+from nanochat_jax.inference.sampling import FEW, Method, sample
+from nanochat_jax.inference.text import TextStream
+from nanochat_jax.model import forward, init_params, param_shapes
 from nanochat_jax.sharding import make_mesh
 
 
@@ -74,44 +77,141 @@ def test_samples_of_a_prompt_differ_and_repeat_with_the_seed(model, tokenizer, p
     assert first == [answer.ids for answer in engine.generate(prompts[:1], how, samples=4)]
 
 
-def test_rows_over_a_mesh_say_the_same(model, tokenizer, prompts):
+def knobs_at_random(random, i):
+    """Some greedy, some with top-k, top-p, min-p, a repetition penalty, in any combination."""
+    return SamplingParams(
+        temperature=random.choice([0.0, 0.7, 1.0]),
+        top_k=random.choice([0, 0, 20, 90]),
+        top_p=random.choice([1.0, 1.0, 0.8]),
+        min_p=random.choice([0.0, 0.05]),
+        repetition_penalty=random.choice([1.0, 1.0, 1.3]),
+        max_tokens=random.randint(1, 40),
+        seed=1000 + i,
+    )
+
+
+def test_no_row_depends_on_its_neighbours_with_joins_and_leaves_at_random(model, tokenizer, prompts):
+    """Streams that begin and are broken off at random, whole requests between them: token for token as one at a time."""
     params, cfg = model
-    how = SamplingParams(0.0, max_tokens=6)
-    alone = [a.ids for a in Engine(params, cfg, tokenizer, max_rows=4).generate(prompts, how)]
-    engine = Engine(params, cfg, tokenizer, max_rows=4, mesh=make_mesh("4"))
-    assert [a.ids for a in engine.generate(prompts, how)] == alone
-
-
-def test_compilations_are_bounded(model, tokenizer, prompts):
-    params, cfg = model
-    engine = Engine(params, cfg, tokenizer, max_rows=2)
-    engine.generate(prompts, SamplingParams(0.0, max_tokens=4))
-    prefills, decodes = steps.prefill._cache_size(), steps.decode._cache_size()
-    longer = [prompt + prompt[1:] for prompt in prompts[:3]]
-    engine.generate(longer + prompts, SamplingParams(0.0, max_tokens=9))
-    assert steps.decode._cache_size() == decodes
-    assert steps.prefill._cache_size() <= prefills + 2
-
-
-def test_the_tool_is_called_and_its_answer_forced(model, tokenizer):
-    """Tokens are dealt to a row as if drawn: the expression goes to the calculator, the result comes back masked."""
-    params, cfg = model
+    random = Random(5)
+    requests = [(random.choice(prompts)[: random.randint(1, 20)], knobs_at_random(random, i)) for i in range(24)]
     engine = Engine(params, cfg, tokenizer, max_rows=1)
-    special = {name: tokenizer.special_id(f"<|{name}|>") for name in ("python_start", "python_end")}
-    row = Row((1, 2, 3), SamplingParams(max_tokens=50))
-    said = [special["python_start"], *tokenizer.encode("12+7"), special["python_end"]]
-    for token in said:
-        engine._advance(row, token)
-    forced = list(row.forced)
-    assert tokenizer.decode(forced) == "<|output_start|>19<|output_end|>"
-    for _ in forced:
-        engine._advance(row, 5)
-    engine._advance(row, tokenizer.encode("x")[0])
-    engine._advance(row, tokenizer.special_id("<|assistant_end|>"))
-    answer = row.completion
-    assert answer.mask == [1] * len(said) + [0] * len(forced) + [1]
-    assert answer.tool_calls == [{"expression": "12+7", "result": "19"}]
-    assert answer.finish_reason == "stop" and answer.ids[-1] == tokenizer.encode("x")[0]
+    alone = [engine.generate([prompt], how)[0] for prompt, how in requests]
+    engine = Engine(params, cfg, tokenizer, max_rows=4)
+    rows, got, waiting = {}, {}, list(range(24))
+    while len(got) < 24:
+        for _ in range(random.randint(0, 3)):
+            if waiting:
+                i = waiting.pop(0)
+                rows[i] = engine._row(*requests[i], None)
+                engine._waiting.append([rows[i]])
+        if random.random() < 0.2:
+            broken = engine.stream(prompts[0], SamplingParams(max_tokens=30, seed=i))
+            next(broken)
+            broken.close()
+        engine.step()
+        for i, row in list(rows.items()):
+            if row.done:
+                got[i] = rows.pop(i).completion
+    for i, answer in enumerate(alone):
+        assert got[i].ids == answer.ids and got[i].finish_reason == answer.finish_reason, i
+
+
+def test_samples_that_share_a_prompt_say_what_rows_of_their_own_say(model, tokenizer, prompts):
+    """Also fewer samples than share a prompt, more prompts than fit, and a stream beside them."""
+    params, cfg = model
+    how = SamplingParams(1.0, top_k=20, max_tokens=25, seed=9)
+    alone = Engine(params, cfg, tokenizer, max_rows=4)
+    together = Engine(params, cfg, tokenizer, max_rows=6, samples=3, max_new=25)
+    assert together.cache_bytes < Engine(params, cfg, tokenizer, max_rows=6).cache_bytes
+    for samples in (3, 2, 5):
+        want = [a.ids for a in alone.generate(prompts, how, samples)]
+        assert [a.ids for a in together.generate(prompts, how, samples)] == want
+    text = "".join(event.get("text", "") for event in together.stream(prompts[0], how))
+    assert text == "".join(event.get("text", "") for event in alone.stream(prompts[0], how))
+
+
+@pytest.mark.parametrize("spec", ["4", "data=2,tensor=2", "fsdp=2,tensor=2"])
+def test_rows_over_a_mesh_say_the_same(model, tokenizer, prompts, spec):
+    params, cfg = model
+    how = [SamplingParams(0.0, max_tokens=20), *[SamplingParams(1.0, max_tokens=20, seed=i) for i in range(4)]]
+    alone = [a.ids for a in Engine(params, cfg, tokenizer, max_rows=4).generate(prompts, how)]
+    engine = Engine(params, cfg, tokenizer, max_rows=4, mesh=make_mesh(spec))
+    assert [a.ids for a in engine.generate(prompts, how)] == alone
+    shared = Engine(params, cfg, tokenizer, max_rows=8, mesh=make_mesh(spec), samples=2, max_new=20)
+    twice = [a.ids for a in Engine(params, cfg, tokenizer, max_rows=8).generate(prompts, how, samples=2)]
+    assert [a.ids for a in shared.generate(prompts, how, samples=2)] == twice
+
+
+def test_int8_weights_answer_alike_on_any_mesh(model, tokenizer, prompts):
+    params, cfg = model
+    how = SamplingParams(0.0, max_tokens=20)
+    alone = Engine(params, cfg, tokenizer, max_rows=4, quantize="int8")
+    assert "int8" in alone.describe()
+    one = Engine(params, cfg, tokenizer, max_rows=1, quantize="int8")
+    want = [one.generate([prompt], how)[0].ids for prompt in prompts]
+    assert [a.ids for a in alone.generate(prompts, how)] == want
+
+
+def test_log_probabilities_are_the_models_own(model, tokenizer, prompts):
+    params, cfg = model
+    engine = Engine(params, cfg, tokenizer, max_rows=4, logprobs=True)
+    how = SamplingParams(0.7, top_k=5, max_tokens=10, repetition_penalty=1.4)
+    run = jax.jit(forward, static_argnums=1)
+    for prompt, answer in zip(prompts, engine.generate(prompts, how), strict=True):
+        whole = np.zeros((1, 96), np.int32)
+        whole[0, : len(prompt) + len(answer.ids)] = [*prompt, *answer.ids]
+        logprobs = jax.nn.log_softmax(run(params, cfg, whole)[0])
+        at = len(prompt) - 1 + np.arange(len(answer.ids))
+        np.testing.assert_allclose(answer.logprobs, logprobs[at, np.asarray(answer.ids, int)], atol=1e-4)
+
+
+def test_compilations_are_counted_and_bounded(model, tokenizer, prompts):
+    params, cfg = model
+    before = steps.prefill._cache_size() + steps.decode._cache_size()
+    engine = Engine(params, cfg, tokenizer, max_rows=3, max_len=90)
+    random = Random(1)
+    for i in range(12):
+        chosen = random.choices(prompts, k=random.randint(1, 5))
+        engine.generate([(p * 9)[: random.randint(1, 80)] for p in chosen], [knobs_at_random(random, i)] * len(chosen))
+    made = steps.prefill._cache_size() + steps.decode._cache_size() - before
+    assert made == len(engine.compiled) <= engine.most_compilations()
+
+
+def rigged(tokenizer, *chains):
+    """A model that goes on after a token with the one behind it in `chains`."""
+    cfg = GPTConfig.from_depth(ModelConfig(1, 512, 512, None, 96, "L"), tokenizer.vocab_size)
+    params = jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), param_shapes(cfg))
+    wte, head = np.zeros((cfg.padded_vocab_size, 512), np.float32), np.zeros((512, cfg.padded_vocab_size), np.float32)
+    wte[np.arange(cfg.vocab_size), np.arange(cfg.vocab_size)] = 1
+    for here, there in (pair for chain in chains for pair in pairwise(chain)):
+        assert head[here].max() == 0, "a token is followed by one token"
+        head[here, there] = 1
+    return params | {
+        "wte": {"embedding": jnp.asarray(wte)},
+        "lm_head": {"kernel": jnp.asarray(head)},
+        "resid_lambda": jnp.ones(1),
+    }, cfg
+
+
+def test_the_tool_is_called_and_its_answer_forced(tokenizer):
+    """The expression goes to the calculator, the result comes back masked, and the model goes on after it."""
+    special = {name: tokenizer.special_id(f"<|{name}|>") for name in ("python_start", "python_end", "output_end")}
+    call = [special["python_start"], *tokenizer.encode("12+7"), special["python_end"]]
+    after = tokenizer.encode("x")[0]
+    said = [0, *call], [special["output_end"], after, tokenizer.special_id("<|assistant_end|>")]
+    params, cfg = rigged(tokenizer, *said)
+    engine = Engine(params, cfg, tokenizer, max_rows=2, logprobs=True)
+    for answer in engine.generate([[0], [0]], SamplingParams(0.0, max_tokens=50)):
+        output = tokenizer.decode(answer.ids[len(call) : -1])
+        assert answer.ids[: len(call)] == call and output == "<|output_start|>19<|output_end|>"
+        assert answer.ids[-1] == after and answer.finish_reason == "stop"
+        forced = len(answer.ids) - len(call) - 1
+        assert answer.mask == [1] * len(call) + [0] * forced + [1]
+        assert [p == 0 for p in answer.logprobs] == [False] * len(call) + [True] * forced + [False]
+        assert answer.tool_calls == [{"expression": "12+7", "result": "19"}]
+    events = list(engine.stream([0], SamplingParams(0.0, max_tokens=50)))
+    assert [event["type"] for event in events] == ["tool", "text", "done"] and events[1]["text"] == "x"
 
 
 def test_a_failing_expression_forces_nothing(model, tokenizer):
@@ -120,8 +220,42 @@ def test_a_failing_expression_forces_nothing(model, tokenizer):
     row = Row((1,), SamplingParams(max_tokens=50))
     start, end = (tokenizer.special_id(f"<|python_{side}|>") for side in ("start", "end"))
     for token in (start, *tokenizer.encode("1/0"), end):
-        engine._advance(row, token)
+        engine._advance(row, token, True, 0.0)
     assert not row.forced and row.completion.tool_calls == [{"expression": "1/0", "result": None}]
+
+
+@pytest.mark.parametrize(
+    ("pieces", "stop", "expected", "stopped"),
+    [
+        (["one ST", "OP two"], ["STOP"], "one ", True),
+        (["one ST", "ART two"], ["STOP"], "one START two", False),
+        (["abcab", "cd rest"], ["abcd"], "abc", True),
+        (["x second first"], ["first", "second"], "x ", True),
+        (["ends in ST"], ["STOP"], "ends in ST", False),
+        ([b"caf\xc3", b"\xa9 \xf0\x9f", b"\x90\x8b!"], [], "café 🐋!", False),
+        ([b"half \xf0\x9f"], [], "half \ufffd", False),
+        ([b"\xc3", b"\xa9STOP"], ["éS"], "", True),
+    ],
+)
+def test_text_is_whole_characters_up_to_a_stop_string(pieces, stop, expected, stopped):
+    stream = TextStream(stop)
+    sent = [stream.feed(piece if isinstance(piece, bytes) else piece.encode()) for piece in pieces]
+    assert all("\ufffd" not in text for text in sent)
+    assert "".join(sent) + stream.flush() == expected and stream.stopped == stopped
+
+
+def test_a_stop_string_ends_an_answer_before_it(model, tokenizer, prompts):
+    params, cfg = model
+    engine = Engine(params, cfg, tokenizer, max_rows=2)
+    free = engine.generate(prompts[:1], SamplingParams(0.0, max_tokens=30))[0]
+    stop = free.text[10:13]
+    how = SamplingParams(0.0, max_tokens=30, stop=("never said", stop))
+    whole = engine.generate(prompts[:1], how)[0]
+    assert whole.text == free.text[: free.text.index(stop)] and whole.finish_reason == "stop"
+    assert len(whole.ids) < len(free.ids)
+    events = list(engine.stream(prompts[0], how))
+    assert "".join(event.get("text", "") for event in events) == whole.text
+    assert events[-1]["finish_reason"] == "stop"
 
 
 def test_streams_share_the_batch_and_say_what_generate_says(model, tokenizer, prompts):
@@ -144,6 +278,19 @@ def test_streams_share_the_batch_and_say_what_generate_says(model, tokenizer, pr
     for i, answer in enumerate(engine.generate(prompts, how)):
         plain = [token for token in answer.ids if token not in tokenizer.special_ids]
         assert texts[i] == tokenizer.decode_bytes(plain).decode("utf-8", "replace")
+
+
+def test_requests_that_do_not_fit_wait_in_order(model, tokenizer, prompts):
+    params, cfg = model
+    engine = Engine(params, cfg, tokenizer, max_rows=1)
+    rows = [engine._row(prompt, SamplingParams(0.0, max_tokens=3), None) for prompt in prompts]
+    engine._waiting.extend([row] for row in rows)
+    ended = []
+    while len(ended) < len(rows):
+        engine.step()
+        assert len(engine._rows) <= 1
+        ended += [row for row in rows if row.done and row not in ended]
+    assert ended == rows
 
 
 def test_closing_a_stream_frees_its_row(model, tokenizer, prompts):
@@ -178,22 +325,24 @@ def test_what_does_not_fit_is_an_error(model, tokenizer):
     assert answer.finish_reason in ("length", "stop") and len(answer.ids) <= 7
 
 
-jitted_sample = jax.jit(sample, static_argnums=3)
+jitted_sample = jax.jit(sample, static_argnums=4)
 
 
-def draw(logits, n, candidates, **knobs):
-    defaults = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+def draw(logits, n, method=None, seen=None, **knobs):
+    defaults = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "penalty": 1.0}
     kinds = {"top_k": np.int32}
     rows = {k: np.full(n, knobs.get(k, v), kinds.get(k, np.float32)) for k, v in defaults.items()}
     rows["seed"] = np.arange(n, dtype=np.int32)
-    return np.asarray(jitted_sample(jnp.tile(logits[None], (n, 1)), rows, np.zeros(n, np.int32), candidates))
+    seen = np.zeros((n, len(logits)), bool) if seen is None else np.tile(seen, (n, 1))
+    method = method or Method(plain=True, candidates=len(logits), penalized="penalty" in knobs)
+    return np.asarray(jitted_sample(jnp.tile(logits[:, None], (1, n)), seen, rows, np.zeros(n, np.int32), method))
 
 
 def test_sampling_follows_the_probabilities():
     logits = jnp.log(jnp.asarray([0.5, 0.25, 0.125, 0.125]))
-    drawn = draw(logits, 4000, 4)
+    drawn = draw(logits, 4000)
     np.testing.assert_allclose(np.bincount(drawn, minlength=4) / 4000, [0.5, 0.25, 0.125, 0.125], atol=0.03)
-    cold = draw(logits, 4000, 4, temperature=0.5)
+    cold = draw(logits, 4000, temperature=0.5)
     np.testing.assert_allclose(np.bincount(cold, minlength=4)[0] / 4000, 0.25 / 0.34375, atol=0.03)
 
 
@@ -204,13 +353,31 @@ def test_sampling_follows_the_probabilities():
         ({"top_p": 0.7}, {0, 1}),
         ({"top_p": 0.4}, {0}),
         ({"min_p": 0.3}, {0, 1}),
+        ({"min_p": 0.3, "top_k": 3}, {0, 1}),
         ({"temperature": 0.0}, {0}),
         ({}, {0, 1, 2, 3}),
     ],
 )
 def test_sampling_keeps_to_what_is_allowed(knobs, allowed):
     logits = jnp.log(jnp.asarray([0.5, 0.25, 0.14, 0.11]))
-    assert set(draw(logits, 500, 4, **knobs).tolist()) == allowed
+    assert set(draw(logits, 500, **knobs).tolist()) == allowed
+
+
+def test_a_draw_is_the_same_whatever_its_neighbours_need():
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=300).astype(np.float32)) * 2
+    few = draw(logits, 200, Method(candidates=FEW), top_k=30)
+    assert (few == draw(logits, 200, Method(True, 300), top_k=30)).all()
+    plain = draw(logits, 200, Method(plain=True))
+    assert (plain == draw(logits, 200, Method(True, FEW, True, True))).all() and len(set(plain.tolist())) > 20
+
+
+def test_words_that_were_said_become_less_likely():
+    logits = jnp.asarray([2.0, 1.5, -1.0, -1.2])
+    seen = np.asarray([True, False, True, False])
+    assert set(draw(logits, 50, seen=seen, temperature=0.0, penalty=1.5).tolist()) == {1}
+    assert set(draw(logits, 50, seen=seen, temperature=0.0, penalty=1.2).tolist()) == {0}
+    negative = jnp.asarray([-1.0, -1.1, -9.0, -9.0])
+    assert set(draw(negative, 50, seen=seen, temperature=0.0, penalty=1.5).tolist()) == {1}
 
 
 def test_buckets():

@@ -2,30 +2,47 @@
 
 It holds a KV cache of `max_rows` rows. Whoever waits for tokens drives it: `generate` and every open `stream` call
 `step` under one lock, and a step serves all rows, so that several threads share each decode without a scheduler thread.
+A step decodes up to CHUNK tokens of every row on the device; while the host looks at what was written the device is
+already at the next ones, unless a row has ended, waits for a tool, or somebody wants to join.
+
 When the model closes a python block, the expression in it is evaluated (`tools.py`) and the result is forced into the
 row, as the reference does; forced tokens carry mask 0.
 """
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.errors import UserError
-from nanochat_jax.inference.sampling import FEW, decode, last_logits, prefill
+from nanochat_jax.inference.decoding import cache_spec, empty_cache, prepare
+from nanochat_jax.inference.sampling import (
+    CHUNK,
+    FEW,
+    FORCED,
+    METHODS,
+    Method,
+    Rows,
+    Written,
+    decode,
+    last_logits,
+    prefill,
+)
+from nanochat_jax.inference.text import TextStream
 from nanochat_jax.inference.tools import evaluate_tool
-from nanochat_jax.model import Params, empty_cache
-from nanochat_jax.sharding import data_shards
+from nanochat_jax.model import BATCH_AXES, Params
+from nanochat_jax.sharding import data_shards, path_of
 from nanochat_jax.tokenizer import Tokenizer
 
 PREFILL_TOKENS = 16384
@@ -34,7 +51,9 @@ PREFILL_TOKENS = 16384
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to draw tokens. temperature 0: greedy; top_k 0, top_p 1, min_p 0: off; the rest in tokens."""
+    """How to draw tokens. temperature 0: greedy; top_k 0, top_p 1, min_p 0, repetition_penalty 1: off; max_tokens in
+    tokens. `stop`: texts that end the answer, before them.
+    """
 
     temperature: float = 1.0
     top_k: int = 0
@@ -42,6 +61,8 @@ class SamplingParams:
     min_p: float = 0.0
     max_tokens: int = 256
     seed: int = 0
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -50,20 +71,28 @@ class SamplingParams:
             ("top_p", 1e-6, 1),
             ("min_p", 0, 1),
             ("max_tokens", 1, 2**31 - 1),
+            ("repetition_penalty", 0.01, 100),
         ):
             if not low <= getattr(self, name) <= high:
                 raise UserError(f"{name} {getattr(self, name)} is outside {low} to {high}")
+        if not all(self.stop):
+            raise UserError("a stop string is empty: leave it out")
 
 
 @dataclass
 class Completion:
-    """What the model answered: its ids (end marker left out), mask 0 where a tool wrote, and the calls it made."""
+    """What the model answered: its ids (end marker left out), mask 0 where a tool wrote, and the calls it made.
+
+    logprobs, of an engine that was asked for them: natural logarithm of the probability of each token under the model
+    itself (temperature 1, nothing left out), 0 where a tool wrote.
+    """
 
     ids: list[int] = field(default_factory=list)
     mask: list[int] = field(default_factory=list)
     text: str = ""
     finish_reason: str = ""
     tool_calls: list[dict] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -72,17 +101,29 @@ class Row:
 
     prompt: tuple[int, ...]
     sampling: SamplingParams
+    text: TextStream | None = None
     completion: Completion = field(default_factory=Completion)
-    forced: deque = field(default_factory=deque)
+    forced: list[int] = field(default_factory=list)
     expression: list[int] | None = None
     events: deque = field(default_factory=deque)
-    slot: int | None = None
-    next_token: int = 0
-    position: int = 0
+    slot: int = -1
 
     @property
     def done(self) -> bool:
         return bool(self.completion.finish_reason)
+
+    @property
+    def position(self) -> int:
+        """Of the newest token, which is to be fed next."""
+        return len(self.prompt) + len(self.completion.ids) - 1
+
+
+class Flight(NamedTuple):
+    """A decode that the device is at: what it writes, where the rows then are, and whose they were when it began."""
+
+    written: Written
+    rows: Rows
+    owners: dict[int, Row]
 
 
 class Engine:
@@ -97,19 +138,56 @@ class Engine:
         max_rows: int,
         max_len: int | None = None,
         mesh: Mesh | None = None,
+        samples: int = 1,
+        max_new: int | None = None,
+        quantize: str = "none",
+        logprobs: bool = False,
     ) -> None:
-        """A cache of `max_rows` rows (rounded up to the mesh's data shards) of `max_len` tokens, prompt included."""
+        """A cache of `max_rows` rows (rounded up to the mesh's data shards) of `max_len` tokens, prompt included.
+
+        With `samples` > 1 every so many rows continue one prompt, whose keys and values they share; a row then keeps
+        `max_new` tokens of its own. Such rows join and leave together. `quantize`: "none", or "int8" weights.
+        """
         shards = 1 if mesh is None else data_shards(mesh)
-        self.params, self.cfg, self.tokenizer, self.mesh = params, cfg, tokenizer, mesh
-        self.max_rows = -(-max_rows // shards) * shards
+        unit = shards * samples
+        self.cfg, self.tokenizer, self.mesh, self.samples = cfg, tokenizer, mesh, samples
+        self.max_rows = -(-max_rows // unit) * unit
         self.max_len = min(max_len or cfg.sequence_len, cfg.max_positions)
+        self.max_new = min(max_new or self.max_len, self.max_len)
+        self.compiled: set[tuple] = set()
+        """What was compiled for: function and static shapes."""
+        self._quantize, self._logprobs = quantize, logprobs
         self._shards = shards
         self._lock = threading.RLock()
-        self._waiting: deque[Row] = deque()
+        self._waiting: deque[list[Row]] = deque()
         self._rows: dict[int, Row] = {}
-        self._cache = self._place(empty_cache(cfg, self.max_rows, self.max_len))
+        self._flight: Flight | None = None
+        shapes = jax.eval_shape(self._empty_cache)
+        self.cache_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+        self._cache = jax.jit(self._empty_cache, out_shardings=self._cache_shardings(shapes))()
         names = ("bos", "assistant_end", "python_start", "python_end", "output_start", "output_end")
         self._token = {name: tokenizer.special_id(f"<|{name}|>") for name in names}
+        self.use(params)
+
+    def use(self, params: Params) -> None:
+        """Generate with these parameters from now on."""
+        with self._context():
+            self.weights = prepare(params, self.cfg, self._quantize, self.mesh)
+
+    def describe(self) -> str:
+        """One line: rows, lengths, memory."""
+        weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.weights))
+        share = f", {self.samples} samples of a prompt together" if self.samples > 1 else ""
+        return (
+            f"engine: {self.max_rows} rows of {self.max_len:,} tokens{share}, KV cache {self.cache_bytes / 2**20:,.0f} "
+            f"MiB, weights {weights / 2**20:,.0f} MiB{' (int8)' if self._quantize == 'int8' else ''}; more wait"
+        )
+
+    def most_compilations(self) -> int:
+        """How many there can be: prefills by length, prompts and rows of them, decodes by what sampling has to do."""
+        lengths = len({self._length(length) for length in range(1, self.max_len)})
+        counts = len({self._round(bucket(rows, self.max_rows, 1)) for rows in range(1, self.max_rows + 1)})
+        return lengths * counts * (counts + 1) // 2 + METHODS
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParams | Sequence[SamplingParams], samples: int = 1
@@ -120,16 +198,26 @@ class Engine:
         """
         each = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)
         rows = [
-            self._row(prompt, replace(how, seed=how.seed + j))
+            self._row(prompt, replace(how, seed=how.seed + j), TextStream(how.stop) if how.stop else None)
             for prompt, how in zip(prompts, each, strict=True)
             for j in range(samples)
         ]
-        with self._lock:
-            self._waiting.extend(rows)
-            while not all(row.done for row in rows):
-                self.step()
+        units = [
+            rows[first + at : first + min(at + self.samples, samples)]
+            for first in range(0, len(rows), samples)
+            for at in range(0, samples, self.samples)
+        ]
+        try:
+            with self._lock:
+                self._waiting.extend(units)
+                while not all(row.done for row in rows):
+                    self.step()
+        finally:
+            for row in rows:
+                self._cancel(row)
         for row in rows:
-            row.completion.text = self.tokenizer.decode(row.completion.ids)
+            text = self.tokenizer.decode(row.completion.ids)
+            row.completion.text = text[: min((text.find(s) for s in row.sampling.stop if s in text), default=None)]
         return [row.completion for row in rows]
 
     def stream(self, prompt: Sequence[int], sampling: SamplingParams) -> Iterator[dict]:
@@ -138,10 +226,9 @@ class Engine:
         {"type": "text", "text"} with whole characters only, {"type": "tool", "expression", "result"} (result None: it
         failed), and last {"type": "done", "finish_reason", "usage": {"prompt_tokens", "completion_tokens"}}.
         """
-        row = self._row(prompt, sampling)
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        row = self._row(prompt, sampling, TextStream(sampling.stop))
         with self._lock:
-            self._waiting.append(row)
+            self._waiting.append([row])
         try:
             while True:
                 with self._lock:
@@ -149,15 +236,9 @@ class Engine:
                         self.step()
                     events = [row.events.popleft() for _ in range(len(row.events))]
                     done = row.done
-                for kind, value in events:
-                    if kind == "tool":
-                        yield {"type": "tool", **value}
-                    elif text := decoder.decode(self.tokenizer.decode_bytes([value])):
-                        yield {"type": "text", "text": text}
+                yield from events
                 if done:
                     break
-            if text := decoder.decode(b"", final=True):
-                yield {"type": "text", "text": text}
             usage = {"prompt_tokens": len(row.prompt), "completion_tokens": len(row.completion.ids)}
             yield {"type": "done", "finish_reason": row.completion.finish_reason, "usage": usage}
         finally:
@@ -169,101 +250,194 @@ class Engine:
         rows = self._round(bucket(len(prompts), len(prompts) * 4, 1))
         tokens, counts = padded(prompts, rows, longest)
         with self._context():
-            out = last_logits(self.params, self._place(tokens), self._place(counts), cfg=self.cfg)
+            out = last_logits(self.weights, self._place(tokens), self._place(np.maximum(counts, 1)), cfg=self.cfg)
         return np.asarray(out)[: len(prompts)]
 
     def step(self) -> None:
-        """Let waiting requests join where rows are free, then decode one token in every running row."""
+        """Let waiting requests join where rows are free, then take in what all running rows have written."""
         with self._lock:
-            # A prefill costs about as much for one row as for a few: wait until several rows are free or none runs.
-            free = self.max_rows - len(self._rows)
-            if self._waiting and (free >= max(1, self.max_rows // 4) or free >= len(self._waiting)):
+            if self._flight is None:
                 self._join()
-            if self._rows:
-                self._decode()
+                self._flight = self._launch(None) if self._rows else None
+            if self._flight is None:
+                return
+            flight, self._flight = self._flight, None
+            written, active = jax.device_get((flight.written, flight.rows["active"]))
+            room = self._waiting and self._free_groups()
+            if not room and all(active[slot] and not row.done for slot, row in flight.owners.items()):
+                self._flight = self._launch(flight.rows)
+            for i in range(written.count):
+                for slot, row in flight.owners.items():
+                    if written.tokens[i, slot] >= 0 and not row.done:
+                        drawn, logprob = bool(written.drawn[i, slot]), float(written.logprobs[i, slot])
+                        self._advance(row, int(written.tokens[i, slot]), drawn, logprob)
 
-    def _row(self, prompt: Sequence[int], sampling: SamplingParams) -> Row:
+    def _row(self, prompt: Sequence[int], sampling: SamplingParams, text: TextStream | None) -> Row:
         if not prompt or len(prompt) >= self.max_len:
             raise UserError(f"a prompt of {len(prompt)} tokens; 1 to {self.max_len - 1} fit: shorten it")
-        return Row(tuple(prompt), sampling)
+        return Row(tuple(prompt), sampling, text)
+
+    def _free_groups(self) -> list[int]:
+        """Groups of `samples` rows in which none is running."""
+        taken = {slot // self.samples for slot in self._rows}
+        return [group for group in range(self.max_rows // self.samples) if group not in taken]
 
     def _join(self) -> None:
-        slots = [slot for slot in range(self.max_rows) if slot not in self._rows]
-        rows: list[Row] = []
-        prompts: dict[tuple[int, ...], int] = {}
-        longest = 0
-        while self._waiting and len(rows) < len(slots):
-            prompt = self._waiting[0].prompt
-            length = bucket(max(longest, len(prompt)), self.max_len, 32)
-            distinct = len(prompts) + (prompt not in prompts)
-            if rows and self._round(bucket(distinct, self.max_rows, 1)) * length > PREFILL_TOKENS:
+        # A prefill costs about as much for one row as for a few: wait until several are free, or all that is needed.
+        groups = self._free_groups()
+        total = self.max_rows // self.samples
+        while self._waiting and groups and len(groups) >= min(len(self._waiting), max(1, total // 4)):
+            self._prefill(groups)
+            groups = self._free_groups()
+
+    def _prefill(self, groups: list[int]) -> None:
+        """Read the prompts of as many waiting requests as fit into the free groups and into one prefill."""
+        units: list[list[Row]] = []
+        prompts: dict[object, int] = {}
+        longest = 1
+        sharing = self.samples > 1
+        while self._waiting and len(units) < len(groups):
+            prompt = self._waiting[0][0].prompt
+            # Rows that share keep one copy a group; else equal prompts are read once.
+            name = len(units) if sharing else prompt
+            length = max(longest, len(prompt) - 1)
+            count = self._round(bucket(len(prompts) + (name not in prompts), self.max_rows, 1))
+            if units and count * self._length(length) > PREFILL_TOKENS:
                 break
             longest = length
-            prompts.setdefault(prompt, len(prompts))
-            rows.append(self._waiting.popleft())
-        tokens, counts = padded(list(prompts), self._round(bucket(len(prompts), self.max_rows, 1)), longest)
-        size = self._round(bucket(len(rows), self.max_rows, 1))
+            prompts.setdefault(name, len(prompts))
+            units.append(self._waiting.popleft())
+        read = [None] * len(prompts)
+        place = np.full(self._round(bucket(len(prompts), self.max_rows, 1)), len(groups) + self.max_rows, np.int32)
+        size = self._round(bucket(sum(map(len, units)), self.max_rows, 1))
         source, slot = np.zeros(size, np.int32), np.full(size, self.max_rows, np.int32)
-        for i, row in enumerate(rows):
-            row.slot, row.position = slots[i], len(row.prompt)
-            source[i], slot[i] = prompts[row.prompt], row.slot
-            self._rows[row.slot] = row
-        knobs, candidates = self._knobs(rows, size)
+        i = 0
+        for group, (at, unit) in zip(groups, enumerate(units), strict=False):
+            index = prompts[at if sharing else unit[0].prompt]
+            read[index], place[index] = unit[0].prompt, group
+            for j, row in enumerate(unit):
+                row.slot = group * self.samples + j
+                self._rows[row.slot] = row
+                source[i], slot[i] = index, row.slot
+                i += 1
+        tokens, counts = padded([prompt[:-1] for prompt in read], len(place), self._length(longest))
+        last = np.zeros(len(place), np.int32)
+        last[: len(read)] = [prompt[-1] for prompt in read]
+        self.compiled.add(("prefill", tokens.shape, size))
         with self._context():
-            drawn, self._cache = prefill(
-                self.params,
+            self._cache = prefill(
+                self.weights,
                 self._cache,
                 self._place(tokens),
                 self._place(counts),
+                self._place(last),
                 source,
                 slot,
-                knobs,
+                place,
                 cfg=self.cfg,
-                candidates=candidates,
+                shared=sharing,
             )
-        for row, token in zip(rows, np.asarray(drawn), strict=False):
-            self._advance(row, int(token))
 
-    def _decode(self) -> None:
-        tokens, positions = np.zeros(self.max_rows, np.int32), np.zeros(self.max_rows, np.int32)
-        for slot, row in self._rows.items():
-            tokens[slot], positions[slot] = row.next_token, row.position
-        knobs, candidates = self._knobs(self._rows, self.max_rows)
+    def _length(self, longest: int) -> int:
+        return bucket(longest, max(self.max_len - 1, 1), 32)
+
+    def _launch(self, rows: Rows | None) -> Flight:
+        """Begin to decode: from where the host has the rows, or from where the device left them."""
+        if rows is None:
+            rows = jax.tree.map(self._place, self._host_rows())
+        # Whoever waits for the first token of an answer gets it without waiting for more.
+        limit = 1 if any(not row.completion.ids for row in self._rows.values()) else CHUNK
+        method = self._method()
+        ends = np.asarray([self._token["assistant_end"], self._token["bos"]], np.int32)
+        self.compiled.add(("decode", method))
         with self._context():
-            drawn, self._cache = decode(
-                self.params,
+            written, rows, self._cache = decode(
+                self.weights,
                 self._cache,
-                self._place(tokens),
-                self._place(positions),
-                self._place(knobs),
+                rows,
+                np.int32(limit),
+                np.bool_(bool(self._waiting)),
+                ends,
+                np.int32(self._token["python_end"]),
                 cfg=self.cfg,
-                candidates=candidates,
+                method=method,
             )
-        drawn = np.asarray(drawn)
-        for slot, row in list(self._rows.items()):
-            row.position += 1
-            self._advance(row, int(drawn[slot]))
+        return Flight(written, rows, dict(self._rows))
 
-    def _advance(self, row: Row, drawn: int) -> None:
-        """Take a row's next token, forced or drawn, and see what follows from it: a tool call, the end."""
+    def _method(self) -> Method:
+        """What sampling has to be able to do for the rows at hand."""
+        hows = [row.sampling for row in self._rows.values()]
+        drawing = [how for how in hows if how.temperature > 0]
+        restricted = [how for how in drawing if how.top_k > 0 or how.top_p < 1]
+        few = all(0 < how.top_k <= FEW for how in restricted)
+        return Method(
+            plain=len(restricted) < len(drawing),
+            candidates=0 if not restricted else FEW if few else self.cfg.vocab_size,
+            penalized=any(how.repetition_penalty != 1 for how in hows),
+            logprobs=self._logprobs,
+        )
+
+    def _host_rows(self) -> Rows:
+        """Where every row is, as numpy arrays; rows not in use are not active."""
+        ints = ("token", "position", "first", "budget", "taken", "owed", "top_k", "seed")
+        rows = {name: np.zeros(self.max_rows, np.int32) for name in ints}
+        rows |= {name: np.ones(self.max_rows, np.float32) for name in ("top_p", "penalty")}
+        rows |= {name: np.zeros(self.max_rows, np.float32) for name in ("temperature", "min_p")}
+        rows |= {"active": np.zeros(self.max_rows, bool), "forced": np.zeros((self.max_rows, FORCED), np.int32)}
+        for slot, row in self._rows.items():
+            how, done = row.sampling, row.completion.ids
+            values = {
+                "token": done[-1] if done else row.prompt[-1],
+                "position": row.position,
+                "first": len(row.prompt) - 1 if self.samples > 1 else 0,
+                "budget": self._most(row) - len(done),
+                "owed": len(row.forced),
+                "top_k": min(how.top_k, self.cfg.vocab_size),
+                "seed": how.seed & 0x7FFFFFFF,
+                "top_p": how.top_p,
+                "penalty": how.repetition_penalty,
+                "temperature": how.temperature,
+                "min_p": how.min_p,
+                "active": True,
+            }
+            for name, value in values.items():
+                rows[name][slot] = value
+            rows["forced"][slot, : len(row.forced)] = row.forced
+        return rows
+
+    def _most(self, row: Row) -> int:
+        """Tokens a row may write: as asked, and as its slots in the cache allow (the last one is never fed)."""
+        return min(row.sampling.max_tokens, self.max_new, self.max_len - len(row.prompt) + 1)
+
+    def _advance(self, row: Row, token: int, drawn: bool, logprob: float) -> None:
+        """Take a row's next token, drawn or forced, and see what follows from it: a tool call, the end."""
         completion = row.completion
-        token, mask = (row.forced.popleft(), 0) if row.forced else (drawn, 1)
-        if mask and token in (self._token["assistant_end"], self._token["bos"]):
+        if drawn and token in (self._token["assistant_end"], self._token["bos"]):
             self._finish(row, "stop")
             return
         completion.ids.append(token)
-        completion.mask.append(mask)
-        row.next_token = token
-        if mask and token == self._token["python_start"]:
+        completion.mask.append(int(drawn))
+        if self._logprobs:
+            completion.logprobs.append(logprob)
+        if not drawn:
+            row.forced.pop(0)
+        elif token == self._token["python_start"]:
             row.expression = []
-        elif mask and token == self._token["python_end"] and row.expression is not None:
+        elif token == self._token["python_end"] and row.expression is not None:
             self._call_tool(row)
         elif row.expression is not None:
             row.expression.append(token)
-        elif mask and token not in self.tokenizer.special_ids:
-            row.events.append(("token", token))
-        if len(completion.ids) >= row.sampling.max_tokens or row.position >= self.max_len:
+        elif row.text and token not in self.tokenizer.special_ids:
+            self._say(row, row.text.feed(self.tokenizer.decode_bytes([token])))
+            if row.text.stopped:
+                self._finish(row, "stop")
+                return
+        if len(completion.ids) >= self._most(row):
             self._finish(row, "length")
+
+    def _say(self, row: Row, text: str) -> None:
+        if text:
+            row.events.append({"type": "text", "text": text})
 
     def _call_tool(self, row: Row) -> None:
         expression = self.tokenizer.decode(row.expression)
@@ -271,52 +445,55 @@ class Engine:
         result = evaluate_tool(expression)
         call = {"expression": expression, "result": result}
         row.completion.tool_calls.append(call)
-        row.events.append(("tool", call))
+        if row.text:
+            self._say(row, row.text.flush())
+        row.events.append({"type": "tool", **call})
         if result is not None:
-            row.forced.extend([self._token["output_start"], *self.tokenizer.encode(result), self._token["output_end"]])
+            forced = [self._token["output_start"], *self.tokenizer.encode(result), self._token["output_end"]]
+            row.forced = forced[:FORCED]
 
     def _finish(self, row: Row, reason: str) -> None:
         row.completion.finish_reason = reason
-        if row.slot is not None:
-            self._rows.pop(row.slot, None)
+        self._rows.pop(row.slot, None)
+        if row.text:
+            self._say(row, row.text.flush())
 
     def _cancel(self, row: Row) -> None:
         with self._lock:
             if not row.done:
-                if row in self._waiting:
-                    self._waiting.remove(row)
+                for unit in self._waiting:
+                    if row in unit:
+                        self._waiting.remove(unit)
+                        break
                 self._finish(row, "cancelled")
-
-    def _knobs(self, rows: Sequence[Row] | dict[int, Row], size: int) -> tuple[dict[str, np.ndarray], int]:
-        knobs = {
-            "temperature": np.zeros(size, np.float32),
-            "top_k": np.ones(size, np.int32),
-            "top_p": np.ones(size, np.float32),
-            "min_p": np.zeros(size, np.float32),
-            "seed": np.zeros(size, np.int32),
-        }
-        candidates = 1
-        for i, row in rows.items() if isinstance(rows, dict) else enumerate(rows):
-            how = row.sampling
-            for name in ("temperature", "top_p", "min_p"):
-                knobs[name][i] = getattr(how, name)
-            knobs["top_k"][i] = min(how.top_k, self.cfg.vocab_size)
-            knobs["seed"][i] = how.seed & 0x7FFFFFFF
-            if how.temperature > 0:
-                candidates = max(candidates, FEW if 0 < how.top_k <= FEW else self.cfg.vocab_size)
-        return knobs, candidates
 
     def _round(self, rows: int) -> int:
         return -(-rows // self._shards) * self._shards
 
+    def _empty_cache(self) -> dict:
+        sharing = self.samples > 1
+        own = self.max_new if sharing else self.max_len
+        return empty_cache(
+            self.cfg,
+            self.max_rows,
+            own,
+            self.max_rows // self.samples if sharing else 0,
+            self.max_len if sharing else 0,
+        )
+
+    def _cache_shardings(self, shapes: dict) -> dict | None:
+        if self.mesh is None:
+            return None
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: NamedSharding(self.mesh, cache_spec(path_of(path))), shapes
+        )
+
     def _context(self) -> object:
         return jax.set_mesh(self.mesh) if self.mesh is not None else contextlib.nullcontext()
 
-    def _place(self, tree: object) -> object:
-        """Arrays whose first axis is rows, cut over the mesh's data shards."""
-        if self.mesh is None:
-            return tree
-        return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(self.mesh, P(("data", "fsdp")))), tree)
+    def _place(self, x: np.ndarray) -> jax.Array:
+        """An array whose first axis is rows, cut over the mesh's data shards."""
+        return jnp.asarray(x) if self.mesh is None else jax.device_put(x, NamedSharding(self.mesh, P(BATCH_AXES)))
 
 
 def bucket(size: int, limit: int, smallest: int) -> int:
@@ -328,8 +505,8 @@ def bucket(size: int, limit: int, smallest: int) -> int:
 
 
 def padded(prompts: Sequence[Sequence[int]], rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts as int32 [rows, length], padded on the right with 0, and their lengths [rows]; missing rows have 1."""
-    tokens, counts = np.zeros((rows, length), np.int32), np.ones(rows, np.int32)
+    """Prompts as int32 [rows, length], padded on the right with 0, and their lengths [rows]."""
+    tokens, counts = np.zeros((rows, length), np.int32), np.zeros(rows, np.int32)
     for i, prompt in enumerate(prompts):
         tokens[i, : len(prompt)], counts[i] = prompt, len(prompt)
     return tokens, counts

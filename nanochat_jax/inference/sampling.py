@@ -1,107 +1,232 @@
-"""The jitted steps of generation: prefill prompts into cache rows, decode one token in every row, sample.
+"""The jitted steps of generation: prefill prompts into the cache, decode several tokens of all rows, sample.
 
 Every row has its own length, sampling parameters and seed. A row's random key comes from its seed and the position of
-the token drawn, so what a row says does not depend on its neighbours or on when it joined.
+the token drawn, so what a row says does not depend on its neighbours, on when it joined or on how many tokens are
+decoded at once.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from nanochat_jax.config import GPTConfig
-from nanochat_jax.model import GPT, Cache, Params, check_length, empty_cache, logits_of
+from nanochat_jax.inference.decoding import Cache, Weights, logits_of, read, squeezed, standing, step, unsqueezed
 
 FEW = 64
-"""Candidates kept where every row restricts itself to at most so many (top-k): sorting the vocabulary is slow."""
+"""Candidates kept where every row with a top-k restricts itself to at most so many: sorting the vocabulary is slow."""
+CHUNK = 16
+"""Tokens of a row decoded at once, at most."""
+FORCED = 64
+"""Tokens that can be forced into a row at once."""
 
 Knobs = dict
-"""Per row: "temperature", "top_p", "min_p" float32 [B], "top_k", "seed" int32 [B]."""
+"""Per row: "temperature", "top_p", "min_p", "penalty" float32 [B], "top_k", "seed" int32 [B]."""
 
 
-def sample(logits_BV: jax.Array, knobs: Knobs, positions_B: jax.Array, candidates: int) -> jax.Array:
-    """One token a row, int32 [B]: top-k, then top-p (arXiv 1904.09751), then min-p (arXiv 2407.01082), then a draw.
+class Method(NamedTuple):
+    """What the rows at hand need of `sample`; compiled for each combination in use.
 
-    Temperature 0 takes the most likely token. `candidates` (static): how many of the best tokens are looked at: at
-    least every row's top_k, or the vocabulary where a row has none; 1 where every row is greedy.
+    `plain`: some row draws from the whole vocabulary. `candidates`: how many of the best tokens are looked at for rows
+    with top-k or top-p, at least every row's top_k, 0 where there is no such row. `penalized`: some row's words count
+    against their repetition. `logprobs`: log-probabilities are wanted.
     """
-    if candidates == 1:
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    best_BC, tokens_BC = jax.lax.top_k(logits_BV, min(candidates, logits_BV.shape[-1]))
-    count = best_BC.shape[-1]
-    temperature_B1 = knobs["temperature"][:, None]
-    scaled_BC = best_BC / jnp.maximum(temperature_B1, 1e-6)
-    top_k_B1 = jnp.where(knobs["top_k"] > 0, knobs["top_k"], count)[:, None]
-    keep_BC = jnp.arange(count)[None, :] < top_k_B1
-    probs_BC = jax.nn.softmax(jnp.where(keep_BC, scaled_BC, -jnp.inf), axis=-1)
-    before_BC = jnp.cumsum(probs_BC, axis=-1) - probs_BC
-    keep_BC &= before_BC < knobs["top_p"][:, None]
-    keep_BC &= probs_BC >= knobs["min_p"][:, None] * probs_BC[:, :1]
-    keep_BC |= jnp.arange(count)[None, :] == 0
 
-    def noise(seed: jax.Array, position: jax.Array) -> jax.Array:
-        return jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), position), (count,))
-
-    noise_BC = jax.vmap(noise)(knobs["seed"], positions_B)
-    drawn_B = jnp.argmax(jnp.where(keep_BC, scaled_BC + noise_BC, -jnp.inf), axis=-1)
-    choice_B = jnp.where(knobs["temperature"] > 0, drawn_B, 0)
-    return jnp.take_along_axis(tokens_BC, choice_B[:, None], axis=-1)[:, 0].astype(jnp.int32)
+    plain: bool = False
+    candidates: int = 0
+    penalized: bool = False
+    logprobs: bool = False
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "candidates"), donate_argnames="cache")
+METHODS = 12
+"""Methods that one engine can come to need: plain or not, candidates none, few or all, penalized or not."""
+
+
+def sample(logits_VB: jax.Array, seen_BV: jax.Array, knobs: Knobs, positions_B: jax.Array, method: Method) -> jax.Array:
+    """One token a row, int32 [B]: repetition penalty (CTRL, arXiv 1909.05858), then top-k, then top-p (arXiv
+    1904.09751), then min-p (arXiv 2407.01082), then a draw; temperature 0 takes the most likely token.
+    """
+    if method.penalized:
+        penalty_1B = knobs["penalty"][None]
+        discouraged_VB = jnp.where(logits_VB > 0, logits_VB / penalty_1B, logits_VB * penalty_1B)
+        logits_VB = jnp.where(seen_BV.T, discouraged_VB, logits_VB)
+    token_B = jnp.argmax(logits_VB, axis=0).astype(jnp.int32)
+    keys_B = jax.vmap(lambda seed, at: jax.random.fold_in(jax.random.key(seed), at))(knobs["seed"], positions_B)
+    temperature_B = jnp.maximum(knobs["temperature"], 1e-6)
+    restricted_B = (knobs["top_k"] > 0) | (knobs["top_p"] < 1)
+    drawn = knobs["temperature"] > 0
+
+    def noise(count: int) -> jax.Array:
+        return jax.vmap(lambda key: jax.random.gumbel(key, (count,)))(keys_B)
+
+    if method.plain:
+        scaled_VB = logits_VB / temperature_B[None]
+        least_B = jnp.max(scaled_VB, axis=0) + jnp.log(jnp.maximum(knobs["min_p"], 1e-30))
+        noisy_VB = jnp.where(scaled_VB >= least_B[None], scaled_VB + noise(len(logits_VB)).T, -jnp.inf)
+        token_B = jnp.where(drawn & ~restricted_B, jnp.argmax(noisy_VB, axis=0).astype(jnp.int32), token_B)
+    if method.candidates:
+        best_BC, tokens_BC = jax.lax.top_k(logits_VB.T, min(method.candidates, len(logits_VB)))
+        scaled_BC = best_BC / temperature_B[:, None]
+        rank_1C = jnp.arange(best_BC.shape[1])[None]
+        keep_BC = rank_1C < jnp.where(knobs["top_k"] > 0, knobs["top_k"], len(logits_VB))[:, None]
+        probs_BC = jax.nn.softmax(jnp.where(keep_BC, scaled_BC, -jnp.inf), axis=-1)
+        before_BC = jnp.cumsum(probs_BC, axis=-1) - probs_BC
+        keep_BC &= before_BC < knobs["top_p"][:, None]
+        keep_BC &= probs_BC >= knobs["min_p"][:, None] * probs_BC[:, :1]
+        keep_BC |= rank_1C == 0
+        noisy_BC = jnp.where(keep_BC, scaled_BC + noise(best_BC.shape[1]), -jnp.inf)
+        choice_B1 = jnp.argmax(noisy_BC, axis=-1)[:, None]
+        ranked_B = jnp.take_along_axis(tokens_BC, choice_B1, axis=-1)[:, 0].astype(jnp.int32)
+        token_B = jnp.where(drawn & restricted_B, ranked_B, token_B)
+    return token_B
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "shared"), donate_argnames="cache")
 def prefill(
-    params: Params,
+    weights: Weights,
     cache: Cache,
     tokens_PT: jax.Array,
     counts_P: jax.Array,
+    last_P: jax.Array,
     source_R: jax.Array,
     slot_R: jax.Array,
-    knobs: Knobs,
+    place_P: jax.Array,
     *,
     cfg: GPTConfig,
-    candidates: int,
-) -> tuple[jax.Array, Cache]:
-    """Run P prompts once and put them into R cache rows, several of which may share a prompt; draw their first tokens.
+    shared: bool,
+) -> Cache:
+    """Run P prompts once, all but their last token, and put them into R rows, several of which may share a prompt.
 
-    tokens_PT is padded on the right, counts_P are the true lengths, row i takes prompt source_R[i] into cache row
-    slot_R[i] (a slot past the end is dropped: padding). knobs are per R. Returns int32 [R] and the cache.
+    tokens_PT is padded on the right, counts_P >= 0 are the true lengths, last_P the tokens that the rows begin with.
+    Row slot_R[i] takes prompt source_R[i]; a slot past the end is dropped: padding. `shared`: keys and values go to the
+    shared prompt place_P[j] instead of into each row.
     """
-    prompts, length = tokens_PT.shape
-    zeros = jnp.zeros((prompts,), jnp.int32)
-    model = GPT(cfg)
-    x_PTD, filled = model.apply({"params": params}, tokens_PT, empty_cache(cfg, prompts, length), zeros, counts_P)
-    last_PD = x_PTD[jnp.arange(prompts), jnp.maximum(counts_P - 1, 0)]
-    logits_RV = logits_of(params, cfg, last_PD)[source_R]
+    prompts = read(weights, cfg, tokens_PT)
+    (length,) = tokens_PT.shape[1:]
+    newest_P = counts_P - 1
 
-    def put(row: jax.Array, new: jax.Array) -> jax.Array:
-        if row.ndim == 2:
-            return row.at[slot_R].set(new[source_R], mode="drop")
-        return row.at[slot_R, :, :length].set(new[source_R], mode="drop")
+    def ring(new_PTKH: jax.Array, slots: int) -> jax.Array:
+        """The newest `slots` positions of each prompt where a ring has them: [P, K, S, H]."""
+        index_PS = jnp.clip(standing(newest_P, slots), 0, length - 1)
+        return jnp.take_along_axis(new_PTKH, index_PS[:, :, None, None], axis=1).swapaxes(1, 2)
 
-    return sample(logits_RV, knobs, counts_P[source_R], candidates), jax.tree.map(put, cache, filled)
+    def filled(panels: dict[str, jax.Array], i: int) -> dict[str, jax.Array]:
+        new = {"k": prompts.keys[i], "v": prompts.values[i]}
+        at, order = (place_P, slice(None)) if shared else (slot_R, source_R)
+        return {
+            name: panel.at[at].set(ring(new[name], panel.shape[2])[order], mode="drop")
+            for name, panel in panels.items()
+        }
+
+    into = "shared" if shared else "own"
+    prev_PD = prompts.embedding_PTD[jnp.arange(len(counts_P)), jnp.maximum(newest_P, 0)]
+    real_PT = jnp.arange(length)[None] < counts_P[:, None]
+    held_PT = jnp.where(real_PT, tokens_PT, cfg.vocab_size)
+    seen_PV = jnp.zeros((len(counts_P), cfg.vocab_size), bool)
+    for held in (held_PT, last_P[:, None]):
+        seen_PV = seen_PV.at[jnp.arange(len(counts_P))[:, None], held].set(True, mode="drop")
+    return cache | {
+        into: [filled(panels, i) for i, panels in enumerate(cache[into])],
+        "prev": cache["prev"].at[slot_R].set(prev_PD[source_R].astype(cache["prev"].dtype), mode="drop"),
+        "seen": cache["seen"].at[slot_R].set(seen_PV[source_R], mode="drop"),
+    }
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "candidates"), donate_argnames="cache")
+Rows = dict
+"""Where each row is, [B]: "token" int32 to be fed at "position" int32, "first" int32 (see `decoding.step`), "budget"
+int32 tokens it may still write, "active" bool; "forced" int32 [B, FORCED] of which [taken, owed) are still to be
+written; and `Knobs`.
+"""
+
+
+class Written(NamedTuple):
+    """What `decode` wrote: how many tokens at most, and of each [CHUNK, B]: the token (-1: nothing), whether the model
+    drew it, and its log-probability (0 where not asked for, or not drawn).
+    """
+
+    count: jax.Array
+    tokens: jax.Array
+    drawn: jax.Array
+    logprobs: jax.Array
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "method"), donate_argnames=("cache", "rows"))
 def decode(
-    params: Params,
+    weights: Weights,
     cache: Cache,
-    tokens_B: jax.Array,
-    positions_B: jax.Array,
-    knobs: Knobs,
+    rows: Rows,
+    limit: jax.Array,
+    hurry: jax.Array,
+    ends: jax.Array,
+    marker: jax.Array,
     *,
     cfg: GPTConfig,
-    candidates: int,
-) -> tuple[jax.Array, Cache]:
-    """Feed one token a row at its position and draw the next, int32 [B]; the cache is updated in place."""
-    x_B1D, cache = GPT(cfg).apply({"params": params}, tokens_B[:, None], cache, positions_B)
-    return sample(logits_of(params, cfg, x_B1D[:, 0]), knobs, positions_B + 1, candidates), cache
+    method: Method,
+) -> tuple[Written, Rows, Cache]:
+    """Up to `limit` <= CHUNK tokens in every row.
+
+    A row stops after one of the tokens `ends` or when its budget is spent, and pauses after the token `marker`, which
+    the host has to look at. All stop early when an eighth of the running rows wait for that, or, in a `hurry`, when a
+    row has ended.
+    """
+    batch = len(rows["token"])
+    running = jnp.sum(rows["active"])
+    blank = jnp.full((CHUNK, batch), -1, jnp.int32)
+    written = Written(jnp.int32(0), blank, jnp.zeros((CHUNK, batch), bool), jnp.zeros((CHUNK, batch), jnp.float32))
+
+    def proceed(carry: tuple) -> jax.Array:
+        written, rows, _, paused, ended = carry
+        waits = (paused > 0) & (8 * paused >= running - ended)
+        return (written.count < limit) & jnp.any(rows["active"]) & ~waits & ~(hurry & (ended > 0))
+
+    def one(carry: tuple) -> tuple:
+        written, rows, cache, paused, ended = carry
+        active = rows["active"]
+        logits_VB, cache = step(weights, cache, rows["token"], rows["position"], rows["first"], active, cfg)
+        drawn = rows["taken"] >= rows["owed"]
+        chosen = sample(logits_VB, cache["seen"], rows, rows["position"] + 1, method)
+        token = jnp.where(drawn, chosen, rows["forced"][jnp.arange(batch), jnp.minimum(rows["taken"], FORCED - 1)])
+        logprob = jnp.zeros(batch, jnp.float32)
+        if method.logprobs:
+            logprob = logits_VB[token, jnp.arange(batch)] - jax.nn.logsumexp(logits_VB, axis=0)
+        over = active & drawn & jnp.isin(token, ends)
+        wrote = active & ~over
+        waits = wrote & drawn & (token == marker)
+        budget = rows["budget"] - wrote
+        if method.penalized:
+            cache = cache | {"seen": cache["seen"].at[jnp.arange(batch), token].max(wrote)}
+        now = written.count
+        return (
+            Written(
+                now + 1,
+                written.tokens.at[now].set(jnp.where(active, token, -1)),
+                written.drawn.at[now].set(active & drawn),
+                written.logprobs.at[now].set(jnp.where(wrote & drawn, logprob, 0.0)),
+            ),
+            rows
+            | {
+                "token": jnp.where(wrote, token, rows["token"]),
+                "position": rows["position"] + wrote,
+                "budget": budget,
+                "taken": rows["taken"] + (wrote & ~drawn),
+                "active": wrote & ~waits & (budget > 0),
+            },
+            cache,
+            paused + jnp.sum(waits),
+            ended + jnp.sum(over | (wrote & (budget <= 0))),
+        )
+
+    alone = batch == 1 and "shared" not in cache
+    carry = (written, rows, squeezed(cache) if alone else cache, jnp.int32(0), jnp.int32(0))
+    written, rows, cache, _, _ = jax.lax.while_loop(proceed, one, carry)
+    return written, rows, unsqueezed(cache) if alone else cache
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
-def last_logits(params: Params, tokens_PT: jax.Array, counts_P: jax.Array, *, cfg: GPTConfig) -> jax.Array:
-    """Logits float32 [P, V] after the last true token of each right-padded prompt."""
-    check_length(cfg, tokens_PT.shape[1])
-    x_PTD = GPT(cfg).apply({"params": params}, tokens_PT)[0]
-    return logits_of(params, cfg, x_PTD[jnp.arange(tokens_PT.shape[0]), counts_P - 1])
+def last_logits(weights: Weights, tokens_PT: jax.Array, counts_P: jax.Array, *, cfg: GPTConfig) -> jax.Array:
+    """Logits float32 [P, vocabulary] after the last true token of each right-padded prompt."""
+    hidden_DPT = read(weights, cfg, tokens_PT).hidden_DPT
+    return logits_of(weights, cfg, hidden_DPT[:, jnp.arange(tokens_PT.shape[0]), counts_P - 1]).T

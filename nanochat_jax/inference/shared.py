@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,11 +25,11 @@ from nanochat_jax.tokenizer import Tokenizer
 
 
 def make_engine(
-    params: Params, cfg: GPTConfig, tokenizer: Tokenizer, *, max_rows: int, max_len: int | None = None, mesh: Mesh
+    params: Params, cfg: GPTConfig, tokenizer: Tokenizer, *, max_rows: int, mesh: Mesh, **options: Any
 ) -> Engine:
-    """An engine for parameters on `mesh`, `max_rows` being those of all processes."""
+    """An engine for parameters on `mesh`, `max_rows` being those of all processes; `options` as of `Engine`."""
     kind = SharedEngine if is_shared() else Engine
-    return kind(params, cfg, tokenizer, max_rows=max_rows, max_len=max_len, mesh=mesh)
+    return kind(params, cfg, tokenizer, max_rows=max_rows, mesh=mesh, **options)
 
 
 def own_copy(params: Params, mesh: Mesh) -> tuple[Params, Mesh]:
@@ -59,22 +60,17 @@ class SharedEngine(Engine):
         tokenizer: Tokenizer,
         *,
         max_rows: int,
-        max_len: int | None = None,
         mesh: Mesh,
+        **options: Any,
     ) -> None:
         """`params` and `mesh` are those of all processes."""
         self._everywhere = mesh
         rows = -(-max_rows // jax.process_count())
-        super().__init__(params, cfg, tokenizer, max_rows=rows, max_len=max_len, mesh=own_copy({}, mesh)[1])
+        super().__init__(params, cfg, tokenizer, max_rows=rows, mesh=own_copy({}, mesh)[1], **options)
 
-    @property
-    def params(self) -> Params:
-        """This process's copy; to be set to parameters on the mesh of all."""
-        return self._params
-
-    @params.setter
-    def params(self, params: Params) -> None:
-        self._params = own_copy(params, self._everywhere)[0]
+    def use(self, params: Params) -> None:
+        """See `Engine.use`; parameters on the mesh of all."""
+        super().use(own_copy(params, self._everywhere)[0])
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParams | Sequence[SamplingParams], samples: int = 1

@@ -1,4 +1,4 @@
-"""From the engine's events to OpenAI's chat completion objects, whole or in chunks, with stop strings on the way.
+"""From the engine's events (`Engine.stream`) to OpenAI's chat completion objects, whole or in chunks.
 
 Two fields go beyond OpenAI's: `tool` ({"expression", "result"}, a tool call that already ran) in a delta, or `tools` in
 a whole message; and `truncated_messages`, how many old messages no longer fit the context, in the first chunk.
@@ -6,7 +6,6 @@ a whole message; and `truncated_messages`, how many old messages no longer fit t
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import time
@@ -14,51 +13,7 @@ import uuid
 from collections.abc import Iterator
 
 from nanochat_jax.errors import UserError
-from nanochat_jax.inference.engine import Engine, SamplingParams
 from nanochat_jax.server.context import Prompt
-from nanochat_jax.tokenizer import Tokenizer
-
-
-def answer_events(
-    engine: Engine, tokenizer: Tokenizer, prompt: Prompt, sampling: SamplingParams, stop: tuple[str, ...] = ()
-) -> Iterator[dict]:
-    """The engine's text and tool events, then one {"type": "done", "finish_reason", "completion_tokens"}.
-
-    A stop string ends the answer before it; text that may be the beginning of one is held back until that is known.
-    Closing this generator, as the web server does when the client goes away, cancels the generation.
-    """
-    sampling = dataclasses.replace(sampling, max_tokens=prompt.max_tokens)
-    held, written = "", ""
-    events = engine.stream(prompt.ids, sampling)
-    try:
-        for event in events:
-            if event["type"] == "text":
-                held += event["text"]
-                at = min((held.find(s) for s in stop if s in held), default=-1)
-                send = held[:at] if at >= 0 else held[: len(held) - _may_begin_stop(held, stop)]
-                written, held = written + send, held[len(send) :]
-                if send:
-                    yield {"type": "text", "text": send}
-                if at >= 0:
-                    count = len(tokenizer.encode(written))
-                    yield {"type": "done", "finish_reason": "stop", "completion_tokens": count}
-                    return
-                continue
-            if held:
-                yield {"type": "text", "text": held}
-                held = ""
-            if event["type"] == "done":
-                count = event["usage"]["completion_tokens"]
-                yield {"type": "done", "finish_reason": event["finish_reason"], "completion_tokens": count}
-            else:
-                yield event
-    finally:
-        events.close()
-
-
-def _may_begin_stop(text: str, stop: tuple[str, ...]) -> int:
-    """Length of the longest end of `text` that is a proper beginning of a stop string."""
-    return max((n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
 
 
 def completion(events: Iterator[dict], prompt: Prompt, model_name: str) -> dict:
@@ -76,7 +31,7 @@ def completion(events: Iterator[dict], prompt: Prompt, model_name: str) -> dict:
     return {
         **_envelope("chat.completion", model_name),
         "choices": [choice],
-        "usage": _usage(prompt, done["completion_tokens"]),
+        "usage": _usage(prompt, done["usage"]["completion_tokens"]),
         "truncated_messages": prompt.dropped,
     }
 
@@ -97,7 +52,7 @@ def sse_chunks(events: Iterator[dict], prompt: Prompt, model_name: str) -> Itera
             elif event["type"] == "tool":
                 yield line({"tool": {"expression": event["expression"], "result": event["result"]}})
             else:
-                yield line({}, event["finish_reason"], usage=_usage(prompt, event["completion_tokens"]))
+                yield line({}, event["finish_reason"], usage=_usage(prompt, event["usage"]["completion_tokens"]))
     except UserError as error:
         yield f"data: {json.dumps(error_body(str(error), 400))}\n\n"
     except Exception:

@@ -15,6 +15,7 @@ import socket
 import sys
 import threading
 import time
+from dataclasses import replace
 
 from flask import Flask, Response, jsonify, render_template, request
 from tqdm import tqdm
@@ -23,7 +24,7 @@ from werkzeug.serving import make_server
 
 from nanochat_jax.errors import UserError
 from nanochat_jax.inference.engine import Engine, SamplingParams, bucket
-from nanochat_jax.server.answer import answer_events, completion, error_body, sse_chunks
+from nanochat_jax.server.answer import completion, error_body, sse_chunks
 from nanochat_jax.server.context import fit
 from nanochat_jax.server.request import ApiError, parse_request
 from nanochat_jax.tokenizer import Tokenizer
@@ -77,7 +78,8 @@ def create_app(
         prompt = fit(chat_request.messages, tokenizer, engine.max_len, chat_request.sampling.max_tokens)
         if not places.acquire(blocking=False):
             raise ApiError(f"{max_requests} requests are waiting already; try again soon", status=503)
-        events = answer_events(engine, tokenizer, prompt, chat_request.sampling, chat_request.stop)
+        # Closing this generator, as the server does when the client goes away, cancels the generation.
+        events = engine.stream(prompt.ids, replace(chat_request.sampling, max_tokens=prompt.max_tokens))
         if not chat_request.stream:
             try:
                 return completion(events, prompt, model_name)
@@ -125,10 +127,11 @@ def serve(app: Flask, host: str = "127.0.0.1", port: int = 8000) -> None:
 
 def warm_up(engine: Engine) -> None:
     """Compiles what a lone request with the page's sampling needs, for every length of prompt, before anyone waits."""
-    lengths = sorted({bucket(length, engine.max_len, 32) for length in range(1, engine.max_len)})
+    lengths = sorted({bucket(length, engine.max_len - 1, 32) for length in range(1, engine.max_len)})
     sampling = SamplingParams(temperature=0.8, top_k=50, max_tokens=2)
     for length in tqdm(lengths, desc="compiling", unit="prompt length", disable=None):
-        engine.generate([[0] * min(length, engine.max_len - 1)], sampling)
+        engine.generate([[0] * min(length + 1, engine.max_len - 1)], sampling)
+    print(f"{len(engine.compiled)} compilations, {engine.most_compilations()} at most", file=sys.stderr)
 
 
 def _is_loopback(host: str) -> bool:

@@ -35,7 +35,6 @@ class ChatRequest:
 
     messages: list[dict]
     sampling: SamplingParams
-    stop: tuple[str, ...]
     stream: bool
 
 
@@ -60,8 +59,10 @@ def parse_request(body: Any, model_name: str, max_len: int) -> ChatRequest:
         min_p=_number(body, "min_p", float, 0, 1, 0.0),
         max_tokens=_number(body, limit, int, 1, max_len, min(512, max_len)),
         seed=_number(body, "seed", int, 0, 2**31 - 1, secrets.randbelow(2**31)),
+        repetition_penalty=_number(body, "repetition_penalty", float, 0.01, 100, 1.0),
+        stop=_stop(body.get("stop")),
     )
-    return ChatRequest(_messages(body.get("messages")), sampling, _stop(body.get("stop")), bool(body.get("stream")))
+    return ChatRequest(_messages(body.get("messages")), sampling, bool(body.get("stream")))
 
 
 def _number(body: dict, name: str, kind: type, low: float, high: float, default: float) -> Any:

@@ -1,0 +1,327 @@
+"""The GPT as it generates: the forward pass of model.py on weights prepared once, and the KV cache.
+
+Arrays have their features first, x_DC, C being the columns: rows when decoding, prompts by positions in a prefill. A
+product is then weight [out, in] @ x [in, columns]. A CPU reads each weight once and copies nothing (with rows first, as
+in training, it repacks the weights for every token); a GPU does not mind. Weights are cast to the compute dtype once,
+or quantized to int8, instead of at every token.
+
+What a layer keeps of a row is a ring: position p stands in slot p mod S, S being the window and one, or the longest
+row. Rows that continue one prompt can share its keys and values ("shared", see `empty_cache`).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from nanochat_jax.config import GPTConfig
+from nanochat_jax.model import BATCH_AXES, GATE_CHANNELS, SMEAR_CHANNELS, SOFTCAP, Params, attend, rms, rope_angles
+from nanochat_jax.sharding import match, path_of, shard
+
+Weights = dict
+Cache = dict
+INT8_MAX = 127
+
+WEIGHT_SPECS: tuple[tuple[str, P], ...] = (
+    (r"(qkv|fc|ve_gate|head)(/values)?", P("tensor", None)),
+    (r"(qkv|fc)/scales", P("tensor")),
+    (r"(out|down)(/values)?", P(None, "tensor")),
+    (r"(out|down)/scales", P()),
+    (r"value_embed_\d+", P(None, "tensor")),
+    (r"wte|smear_gate|\w+_lambda", P()),
+)
+
+
+class Int8(NamedTuple):
+    """A weight matrix rounded to 8 bits, one scale for each output: values [out, in] int8, scales [out] float32."""
+
+    values: jax.Array
+    scales: jax.Array
+
+
+def quantized(weight_OI: jax.Array) -> Int8:
+    """The nearest Int8, each row's largest magnitude at 127."""
+    largest_O = jnp.max(jnp.abs(weight_OI.astype(jnp.float32)), axis=1)
+    scales_O = jnp.maximum(largest_O, 1e-30) / INT8_MAX
+    return Int8(jnp.round(weight_OI / scales_O[:, None]).astype(jnp.int8), scales_O)
+
+
+def product(weight: jax.Array | Int8, x_IC: jax.Array) -> jax.Array:
+    """weight [O, I] @ x [I, ...], in x's dtype. For Int8 each column of x is rounded to 8 bits too, by its largest
+    magnitude, and products of integers are summed exactly (LLM.int8, arXiv 2208.07339, without its outliers).
+    """
+    over = (((1,), (0,)), ((), ()))
+    if not isinstance(weight, Int8):
+        return jax.lax.dot_general(weight, x_IC, over)
+    scales_C = jnp.maximum(jnp.max(jnp.abs(x_IC.astype(jnp.float32)), axis=0), 1e-30) / INT8_MAX
+    x8_IC = jnp.round(x_IC / scales_C[None]).astype(jnp.int8)
+    columns = x8_IC.shape[1:]
+    if columns == (1,):  # XLA has no fast product of int8 with a single column on a CPU
+        x8_IC = jnp.concatenate([x8_IC, x8_IC], axis=1)
+    y_OC = jax.lax.dot_general(weight.values, x8_IC, over, preferred_element_type=jnp.int32)
+    y_OC = y_OC[:, : columns[0], ...].astype(jnp.float32)
+    return (y_OC * scales_C[None] * weight.scales.reshape(-1, *[1] * len(columns))).astype(x_IC.dtype)
+
+
+def _prepared(params: Params, cfg: GPTConfig, quantize: str) -> Weights:
+    dtype = jnp.dtype(cfg.compute_dtype)
+
+    def turned(kernel_IO: jax.Array) -> jax.Array:
+        return kernel_IO.astype(dtype).T
+
+    rounded = quantized if quantize == "int8" else lambda weight: weight
+    weights: Weights = {"wte": params["wte"]["embedding"], "head": turned(params["lm_head"]["kernel"])}
+    weights |= {name: value for name, value in params.items() if name.endswith("_lambda")}
+    weights |= {name: value["embedding"] for name, value in params.items() if name.startswith("value_embed_")}
+    if cfg.smear:
+        weights["smear_gate"] = turned(params["smear_gate"]["kernel"])
+    for i in range(cfg.n_layer):
+        attn, mlp = params[f"h_{i}"]["attn"], params[f"h_{i}"]["mlp"]
+        # The queries, the key and the value of a key/value head are neighbours, which a mesh cuts by such heads.
+        heads = [turned(attn[name]["kernel"]).reshape(cfg.n_kv_head, -1, cfg.n_embd) for name in ("q", "k", "v")]
+        layer = {
+            "qkv": jnp.concatenate(heads, axis=1).reshape(-1, cfg.n_embd),
+            "out": turned(attn["proj"]["kernel"]),
+            "fc": turned(mlp["fc"]["kernel"]),
+            "down": turned(mlp["proj"]["kernel"]),
+        }
+        weights[f"h_{i}"] = {name: rounded(weight) for name, weight in layer.items()}
+        if cfg.has_value_embedding(i):
+            weights[f"h_{i}"]["ve_gate"] = turned(attn["ve_gate"]["kernel"])
+    return weights
+
+
+def prepare(params: Params, cfg: GPTConfig, quantize: str = "none", mesh: Mesh | None = None) -> Weights:
+    """Weights for this module from parameters as they are trained; `quantize` "int8": the layers' large matrices.
+
+    Over a mesh they are cut over `tensor` and whole on every device otherwise.
+    """
+    make = functools.partial(_prepared, cfg=cfg, quantize=quantize)
+    shardings = None
+    if mesh is not None:
+        shardings = jax.tree_util.tree_map_with_path(
+            lambda path, _: NamedSharding(mesh, match(path_of(path), WEIGHT_SPECS)), jax.eval_shape(make, params)
+        )
+    return jax.jit(make, out_shardings=shardings)(params)
+
+
+def empty_cache(cfg: GPTConfig, rows: int, length: int, prompts: int = 0, prompt_length: int = 0) -> Cache:
+    """Room for `rows` rows of `length` tokens each; with `prompts` also for as many prompts of `prompt_length` tokens,
+    prompt i being that of the rows // prompts rows from i * rows // prompts on, which then keep their own tokens only.
+
+    Keys and values [rows, K, S, H] in the compute dtype, heads before slots: a decode step reads contiguous panels.
+    "prev" [rows, D]: smear's previous embedding; "seen" [rows, vocabulary]: whether a row has held a token.
+    """
+    dtype = jnp.dtype(cfg.compute_dtype)
+
+    def panels(count: int, length: int) -> list[dict[str, jax.Array]]:
+        slots = [min(length, window + 1) for window in cfg.windows]
+        shapes = [(count, cfg.n_kv_head, s, cfg.head_dim) for s in slots]
+        return [{name: jnp.zeros(shape, dtype) for name in ("k", "v")} for shape in shapes]
+
+    cache = {
+        "prev": jnp.zeros((rows, cfg.n_embd), dtype),
+        "seen": jnp.zeros((rows, cfg.vocab_size), bool),
+        "own": panels(rows, length),
+    }
+    return cache | ({"shared": panels(prompts, prompt_length)} if prompts else {})
+
+
+def cache_spec(path: str) -> P:
+    """How an array of the cache is cut over a mesh: rows, and key/value heads."""
+    return P(BATCH_AXES, "tensor") if path[-2:] in ("/k", "/v") else P(BATCH_AXES)
+
+
+def standing(last_B: jax.Array, slots: int) -> jax.Array:
+    """The position in each slot of a ring whose newest is last_B: int32 [B, S], below 0 where there is none yet."""
+    last_B1 = last_B[:, None]
+    return last_B1 - (last_B1 - jnp.arange(slots)[None]) % slots
+
+
+Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
+"""(layer, q [K, G, H, *C], k [K, H, *C], v [K, H, *C]) -> [K, G, H, *C]; G query heads share a key/value head."""
+
+
+def hidden(
+    weights: Weights,
+    cfg: GPTConfig,
+    tokens_C: jax.Array,
+    positions_C: jax.Array,
+    previous: Callable[[jax.Array], jax.Array],
+    attention: Attend,
+) -> tuple[jax.Array, jax.Array]:
+    """Final hidden states and token embeddings, both [D, *C], by the numerics of `model.GPT`.
+
+    previous(embeddings [D, *C]) -> those one position earlier, for smear.
+    """
+    dtype = jnp.dtype(cfg.compute_dtype)
+    columns = tokens_C.shape
+
+    def looked_up(table_VE: jax.Array) -> jax.Array:
+        return jnp.moveaxis(table_VE[tokens_C].astype(dtype), -1, 0)
+
+    def scaled(scalar: jax.Array, x: jax.Array) -> jax.Array:
+        return (scalar * x.astype(jnp.float32)).astype(dtype)
+
+    def spread(x_DC: jax.Array) -> jax.Array:
+        return shard(x_DC, None, BATCH_AXES, *[None] * (len(columns) - 1))
+
+    def rotated(x_KGHC: jax.Array) -> jax.Array:
+        one, two = jnp.split(x_KGHC, 2, axis=2)
+        turned = jnp.concatenate([one * cos + two * sin, two * cos - one * sin], axis=2)
+        return cfg.qk_scale * rms(turned, axis=2)
+
+    angles_HC = jnp.moveaxis(rope_angles(positions_C, cfg.head_dim, cfg.rope_base), -1, 0)
+    # Else the compiler computes the cosines again wherever they are used.
+    tables = jax.lax.optimization_barrier((jnp.cos(angles_HC).astype(dtype), jnp.sin(angles_HC).astype(dtype)))
+    cos, sin = (table[None, None] for table in tables)
+    embedding_DC = x_DC = spread(rms(looked_up(weights["wte"]), axis=0))
+    if cfg.smear:
+        gate_1C = jax.nn.sigmoid(product(weights["smear_gate"], x_DC[:SMEAR_CHANNELS]))
+        x_DC = x_DC + weights["smear_lambda"][0].astype(dtype) * gate_1C * previous(x_DC)
+    x0_DC = middle_DC = x_DC
+    for i in range(cfg.n_layer):
+        layer = weights[f"h_{i}"]
+        if cfg.lambdas:
+            x_DC = scaled(weights["resid_lambda"][i], x_DC) + scaled(weights["x0_lambda"][i], x0_DC)
+        h_DC = rms(x_DC, axis=0)
+        qkv = product(layer["qkv"], h_DC).reshape(cfg.n_kv_head, -1, cfg.head_dim, *columns)
+        v_KHC = qkv[:, -1]
+        if cfg.has_value_embedding(i):
+            gate_KC = 3 * jax.nn.sigmoid(product(layer["ve_gate"], h_DC[:GATE_CHANNELS]))
+            v_KHC = v_KHC + gate_KC[:, None] * looked_up(weights[f"value_embed_{i}"]).reshape(v_KHC.shape)
+        qk = rotated(qkv[:, :-1])
+        y_KGHC = attention(i, qk[:, :-1], qk[:, -1], v_KHC)
+        x_DC = x_DC + product(layer["out"], y_KGHC.reshape(-1, *columns))
+        h_FC = product(layer["fc"], rms(x_DC, axis=0))
+        x_DC = spread(x_DC + product(layer["down"], jnp.square(jax.nn.relu(h_FC))))
+        if i == cfg.n_layer // 2:
+            middle_DC = x_DC
+    if cfg.backout:
+        x_DC = x_DC - weights["backout_lambda"][0].astype(dtype) * middle_DC
+    return rms(x_DC, axis=0), embedding_DC
+
+
+def logits_of(weights: Weights, cfg: GPTConfig, x_DC: jax.Array) -> jax.Array:
+    """Logits [vocabulary, *C] float32. A transpose right behind the product would make the slow one of it on a CPU."""
+    logits_VC = product(weights["head"], x_DC)[: cfg.vocab_size]
+    return SOFTCAP * jnp.tanh(logits_VC.astype(jnp.float32) / SOFTCAP)
+
+
+class Prompts(NamedTuple):
+    """What a prefill computes of P prompts: final hidden states [D, P, T], token embeddings [P, T, D], and each
+    layer's keys and values [P, T, K, H].
+    """
+
+    hidden_DPT: jax.Array
+    embedding_PTD: jax.Array
+    keys: list[jax.Array]
+    values: list[jax.Array]
+
+
+def read(weights: Weights, cfg: GPTConfig, tokens_PT: jax.Array) -> Prompts:
+    """Runs whole prompts from position 0."""
+    keys, values = [], []
+
+    def attention(i: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        q_PTNH = q.reshape(-1, *q.shape[2:]).transpose(2, 3, 0, 1)
+        k_PTKH, v_PTKH = k.transpose(2, 3, 0, 1), v.transpose(2, 3, 0, 1)
+        keys.append(k_PTKH)
+        values.append(v_PTKH)
+        y_PTNH = attend(q_PTNH, k_PTKH, v_PTKH, cfg.windows[i], cfg.attention)
+        return y_PTNH.transpose(2, 3, 0, 1).reshape(q.shape)
+
+    positions_PT = jnp.broadcast_to(jnp.arange(tokens_PT.shape[1]), tokens_PT.shape)
+    x_DPT, embedding_DPT = hidden(
+        weights, cfg, tokens_PT, positions_PT, lambda x: jnp.pad(x, ((0, 0), (0, 0), (1, 0)))[:, :, :-1], attention
+    )
+    return Prompts(x_DPT, jnp.moveaxis(embedding_DPT, 0, -1), keys, values)
+
+
+def written(panel_BKSH: jax.Array, new_BKH: jax.Array, slots_B: jax.Array) -> jax.Array:
+    """The panel with one new key or value a row, in place."""
+    if panel_BKSH.ndim == 3:  # a lone row, see `squeezed`
+        return jax.lax.dynamic_update_slice_in_dim(panel_BKSH, new_BKH[0][:, None], slots_B[0], 1)
+    return panel_BKSH.at[jnp.arange(len(slots_B)), :, slots_B].set(
+        new_BKH, mode="promise_in_bounds", unique_indices=True, indices_are_sorted=True
+    )
+
+
+def squeezed(cache: Cache) -> Cache:
+    """The cache of a single row with panels [K, S, H]. XLA drops the dimension of one anyway, but not everywhere alike,
+    and then copies every panel for every token.
+    """
+    return cache | {"own": [jax.tree.map(lambda panel: panel[0], panels) for panels in cache["own"]]}
+
+
+def unsqueezed(cache: Cache) -> Cache:
+    """What `squeezed` was made from."""
+    return cache | {"own": [jax.tree.map(lambda panel: panel[None], panels) for panels in cache["own"]]}
+
+
+def step(
+    weights: Weights,
+    cache: Cache,
+    tokens_B: jax.Array,
+    positions_B: jax.Array,
+    first_B: jax.Array,
+    active_B: jax.Array,
+    cfg: GPTConfig,
+) -> tuple[jax.Array, Cache]:
+    """Feeds one token a row at its position: logits [vocabulary, B] float32 of the next, and the cache with it.
+
+    first_B: where a row's own slots begin, what is before being its shared prompt (0 where nothing is shared). A row
+    that is not active may be fed again: it leaves "prev" as it was.
+    """
+    own = list(cache["own"])
+    groups = cache["shared"][0]["k"].shape[0] if "shared" in cache else 1
+
+    def attention(i: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        window = cfg.windows[i]
+        q_BKGH, k_BKH, v_BKH = q.transpose(3, 0, 1, 2), k.transpose(2, 0, 1), v.transpose(2, 0, 1)
+        batch, kv_heads, per_kv, width = q_BKGH.shape
+        slots = own[i]["k"].shape[-2]
+        own[i] = {
+            "k": written(own[i]["k"], k_BKH, positions_B % slots),
+            "v": written(own[i]["v"], v_BKH, positions_B % slots),
+        }
+        stands_BS = standing(positions_B, slots)
+        visible_BS = (stands_BS >= first_B[:, None]) & (stands_BS >= positions_B[:, None] - window)
+
+        def scores(q: jax.Array, k: jax.Array) -> jax.Array:
+            return jnp.einsum("...KGH,...KSH->...KGS", q, k, preferred_element_type=jnp.float32) * width**-0.5
+
+        alone = own[i]["k"].ndim == 3
+        scores_BKGS = scores(q_BKGH[0], own[i]["k"])[None] if alone else scores(q_BKGH, own[i]["k"])
+        scores_BKGS = jnp.where(visible_BS[:, None, None], scores_BKGS, -1e30)
+        if "shared" in cache:
+            # All rows of a prompt are queries of one product with its keys.
+            shared = cache["shared"][i]
+            length = shared["k"].shape[2]
+            stands_BS = standing(first_B - 1, length)
+            visible_BS = (stands_BS >= 0) & (stands_BS >= positions_B[:, None] - window)
+            q_PKMH = q_BKGH.reshape(groups, -1, *q_BKGH.shape[1:]).swapaxes(1, 2).reshape(groups, kv_heads, -1, width)
+            of_prompt = scores(q_PKMH, shared["k"]).reshape(groups, kv_heads, -1, per_kv, length).swapaxes(1, 2)
+            of_prompt = jnp.where(visible_BS[:, None, None], of_prompt.reshape(batch, kv_heads, per_kv, length), -1e30)
+            scores_BKGS = jnp.concatenate([scores_BKGS, of_prompt], axis=-1)
+        weights_BKGS = jax.nn.softmax(scores_BKGS, axis=-1).astype(v_BKH.dtype)
+        own_BKGS = weights_BKGS[0] if alone else weights_BKGS[..., :slots]
+        y_BKGH = jnp.einsum("...KGS,...KSH->...KGH", own_BKGS, own[i]["v"]).reshape(q_BKGH.shape)
+        if "shared" in cache:
+            p_PKMS = weights_BKGS[..., slots:].reshape(groups, -1, kv_heads, per_kv, length).swapaxes(1, 2)
+            y_PKMH = jnp.einsum("PKMS,PKSH->PKMH", p_PKMS.reshape(groups, kv_heads, -1, length), shared["v"])
+            y_BKGH += y_PKMH.reshape(groups, kv_heads, -1, per_kv, width).swapaxes(1, 2).reshape(y_BKGH.shape)
+        return y_BKGH.transpose(1, 2, 3, 0)
+
+    def previous(x_DB: jax.Array) -> jax.Array:
+        return jnp.where(positions_B[None] > 0, cache["prev"].T, 0).astype(x_DB.dtype)
+
+    x_DB, embedding_DB = hidden(weights, cfg, tokens_B, positions_B, previous, attention)
+    prev_BD = jnp.where(active_B[:, None], embedding_DB.T, cache["prev"])
+    return logits_of(weights, cfg, x_DB), cache | {"prev": prev_BD, "own": own}
