@@ -178,9 +178,10 @@ def _rl(config: Config, cfg: GPTConfig, per_token: int) -> dict[str, Any]:
     steps = questions // rl.questions_per_step if rl.num_iterations is None else rl.num_iterations
     samples = rl.questions_per_step * rl.samples_per_question
     stage = _stage("rl", steps, rl.stop_after, samples * (length + rl.max_new_tokens), per_token)
-    # A forward pass is a third of the training FLOPs.
+    # A forward pass is a third of the training FLOPs; so are the ratios that clipping needs.
     rollouts = stage["steps"] * samples * (rl.max_new_tokens + length / rl.samples_per_question) * per_token / 3
-    return stage | {"flops": stage["flops"] + rollouts, "rollout_flops": rollouts}
+    updates = stage["flops"] * rl.updates_per_batch * (4 / 3 if rl.clip else 1)
+    return stage | {"flops": updates + rollouts, "rollout_flops": rollouts}
 
 
 def _rows(config: Config, stage: dict[str, Any]) -> int:

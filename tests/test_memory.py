@@ -194,9 +194,12 @@ def test_stages_take_the_choice(monkeypatch):
     )  # fmt: skip
     assert Session.rows(session, 24 * 64) == (3, 8)
     assert said[0].startswith("mid: device-batch-size auto: 4 rows a device (4.00 GiB of 5.00 GiB; 6 would need")
-    # Samples of rl stand beside the engine's cache: 2 x 2 layers x 48 channels x 4 bytes x 6 samples x 2**18 tokens.
-    fit_update(session, 12, 2**18)
-    assert session.stage.device_batch_size == 3 and "3 rows a device (3.00 GiB of 3.87 GiB" in said[1]
+    # Samples of rl stand beside the engine's cache, a row of which is keys and values, smear's embedding, words seen.
+    row = 2 * sum(min(60, window + 1) for window in CFG.windows) * 48 * 4 + 48 * 4 + CFG.vocab_size
+    fit_update(session, 2 * 3 * 8000, 60)
+    assert session.stage.device_batch_size == 3
+    left = float(said[1].split(" of ")[1].split(" GiB")[0])
+    assert left == pytest.approx(5 - 3 * 8000 * row / 2**30, abs=0.01) and left < 4
     assert session.cfg.loss_chunk == memory.HEAD_TOKENS // 3
     session.stage = BaseConfig(device_batch_size=7)
     with pytest.raises(UserError, match="7 on 2 data shards does not divide"):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,6 +74,8 @@ def run(config: Config, workdir: Path, log: Log, force: bool = False) -> None:
     start = functools.partial(params_from, session, workdir, "sft")
     session.begin(schedule, start, samples_a_step=samples, questions=f"{len(train_task):,} ({digest(train_task)})")
     console = Console("rl", steps)
+    # The samples of a question share their prompt in the cache, where such groups divide over the mesh.
+    together = math.gcd(settings.samples_per_question, settings.pass_k)
     engine = make_engine(
         session.state.params,
         session.cfg,
@@ -80,8 +83,11 @@ def run(config: Config, workdir: Path, log: Log, force: bool = False) -> None:
         max_rows=samples,
         max_len=max_len,
         mesh=session.mesh,
+        samples=1 if samples % (together * data_shards(session.mesh)) else together,
+        max_new=settings.max_new_tokens,
         logprobs=settings.clip > 0,
     )
+    log(engine.describe())
     last = steps if settings.stop_after is None else min(steps, settings.stop_after)
 
     def measure() -> None:
