@@ -1,8 +1,10 @@
-"""Two programs that train in turns: what a child says after its steps, and how a parent asks for more.
+"""Two programs that work in turns: what a child says after its steps, and how a parent asks for more.
 
-A child does one step unasked and says, as a line of JSON, {"seconds": [...], "cpu_seconds", "losses": [...],
-"peak_bytes", "uncounted_seconds", "facts"}; then, for each line with a number N that it reads, N more steps and the
-same of those. It stops at the end of its input. Between turns it waits, so that the other has the machine. Standard
+A child that trains does one step unasked and says, as a line of JSON, {"seconds": [...], "cpu_seconds",
+"losses": [...], "peak_bytes", "uncounted_seconds", "facts"}; then, for each line with a number N that it reads, N more
+steps and the same of those. One that answers says its facts, and then, for each line with options, what it made of them
+(`answer`).
+A child stops at the end of its input. Between turns it waits, so that the other has the machine. Standard
 library only: the child of the reference has an environment of its own.
 """
 
@@ -58,6 +60,21 @@ class Turns:
         self._clock = time.perf_counter()
 
 
+def answer(work: Callable[..., Any], facts: dict[str, Any]) -> None:
+    """The child's side where each turn is a work of its own: JSON options in, JSON results out."""
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    print(json.dumps(facts), file=replies, flush=True)
+    for line in sys.stdin:
+        print(json.dumps(work(**json.loads(line))), file=replies, flush=True)
+
+
+def held_to(threads: int) -> None:
+    """Keeps this process and its threads to so many of its CPUs, where the system can."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+
+
 class Child:
     """The parent's side of one child, started at once."""
 
@@ -84,16 +101,27 @@ class Child:
 
     def steps(self, count: int) -> dict[str, Any]:
         """`count` more steps."""
-        with contextlib.suppress(BrokenPipeError):
-            print(count, file=self._process.stdin, flush=True)
+        return self._ask(str(count))
+
+    def facts(self) -> dict[str, Any]:
+        """What a child that answers says first."""
         return self._reply()
+
+    def work(self, **options: Any) -> Any:
+        """What a child that answers makes of a piece of work."""
+        return self._ask(json.dumps(options))
 
     def end(self) -> None:
         """Lets it stop."""
         self._process.kill()
         self._process.communicate()
 
-    def _reply(self) -> dict[str, Any]:
+    def _ask(self, line: str) -> Any:
+        with contextlib.suppress(BrokenPipeError):
+            print(line, file=self._process.stdin, flush=True)
+        return self._reply()
+
+    def _reply(self) -> Any:
         """Exits with one line where there is none."""
         line = self._process.stdout.readline()
         if not line:

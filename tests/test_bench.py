@@ -5,12 +5,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
 
 from nanochat_jax import cli, metrics
-from nanochat_jax.bench import attention, measure
+from nanochat_jax.bench import attention, decode, measure
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.model import flops_per_token
 
@@ -115,6 +116,35 @@ def test_decoding_is_what_the_answer_takes_longer_than_the_prompt(bench):
     assert record["decode_step_ms"] == pytest.approx(answer / 16)
     assert record["decode_tok_per_sec"] == pytest.approx(3 * 16 * 1000 / answer)
     assert record["prefill_tok_per_sec"] == pytest.approx(3 * 32 * 1000 / record["prefill_median_ms"])
+    assert record["compilations"] == 2 and figures["engines"][0].startswith("engine: 3 rows of 64 tokens")
+    (arrived,) = figures["arrivals"]
+    assert arrived["rows"] == 3 and arrived["lowest_ratio"] <= arrived["ratio"] <= arrived["highest_ratio"]
+    assert arrived["tok_per_sec"] == pytest.approx(arrived["ratio"] * arrived["one_row_tok_per_sec"])
+
+
+def test_arrivals_are_answered_whole_and_runs_that_compile_do_not_count():
+    started, lengths = [], []
+
+    class Engine:
+        """Answers at once; its first two runs compile."""
+
+        def __init__(self, rows):
+            self.max_rows, self.compiled = rows, set()
+
+        def stream(self, prompt, sampling):
+            started.append(self.max_rows)
+            if self.max_rows > 1 and started.count(self.max_rows) <= 2 * decode.REQUESTS:
+                self.compiled.add(len(started))
+            lengths.append((len(prompt), sampling.max_tokens))
+            yield {}
+
+    several = Engine(4)
+    (record,) = decode.arrivals(Engine(1), [several], SimpleNamespace(sequence_len=128, vocab_size=9), seed=0)
+    assert started.count(1) == decode.ARRIVAL_RUNS * decode.REQUESTS
+    assert started.count(4) == (2 + decode.ARRIVAL_RUNS) * decode.REQUESTS
+    assert sorted(lengths[: decode.REQUESTS]) == sorted(lengths[-decode.REQUESTS :])
+    assert all(4 <= prompt <= 64 and 4 <= answer <= 32 for prompt, answer in lengths)
+    assert record["rows"] == 4 and record["compilations"] == len(several.compiled)
 
 
 @pytest.mark.parametrize(
@@ -244,6 +274,80 @@ def test_the_comparison_names_wrong_options_in_one_line(scripts, tmp_path):
         parsed(**{"--depth": 0})
 
 
+ANSWERING = """
+import json, sys
+from turns import answer
+factor, greedy = json.loads(sys.argv[1])
+calls = [0]
+def work(work, variant, **options):
+    print("not a reply")
+    if work == "greedy":
+        return greedy[variant]
+    calls[0] += 1
+    return {"seconds": factor * calls[0] * (2 if variant == "slow" else 1), "first": 7}
+answer(work, {"factor": factor})
+"""
+
+
+def test_generation_is_compared_round_by_round_and_answers_token_by_token(scripts, tmp_path):
+    import compare_decode
+    from turns import Child
+
+    (tmp_path / "child.py").write_text(ANSWERING)
+
+    def child(name, factor, greedy):
+        command = [sys.executable, tmp_path / "child.py", json.dumps([factor, greedy])]
+        return Child(name, command, tmp_path / name, os.environ | {"PYTHONPATH": str(ROOT / "bench")})
+
+    theirs = child("reference", 8, {"reference": [[1, 2, 3, 4], [5, 5, 5, 5]]})
+    ours = child("ours", 1, {"float32": [[1, 2, 3, 4], [5, 5, 5, 5]], "int8": [[1, 0, 3, 4], [5, 5, 5, 5]]})
+    try:
+        assert (theirs.facts(), ours.facts()) == ({"factor": 8}, {"factor": 1})
+        asked = {"decoding": compare_decode.Measure("decode", {}, ("fast", "slow"), steps=4)}
+        fast, slow = compare_decode.compare(2, asked, theirs, ours)
+        exact, rounded = compare_decode.agreement([[0], [1]], theirs, ours)
+    finally:
+        theirs.end()
+        ours.end()
+    # Ours is asked twice a round, (fast, slow), (slow, fast), (fast, slow), of which the first does not count.
+    assert (fast["reference_ms"], fast["ours_ms"]) == (5000, 1125) and (slow["ours_ms"]) == 2250
+    assert [fast[name] for name in ("lowest_ratio", "ratio", "highest_ratio")] == pytest.approx(
+        [4, (16 / 4 + 24 / 5) / 2, 24 / 5]
+    )
+    assert exact == {"ours": "float32", "part_at": [4, 4], "equal": [1, 1], "different_tokens": [4, 1]}
+    assert (rounded["part_at"], rounded["equal"]) == ([1, 4], [0.75, 1])
+    said = compare_decode.summary({"speeds": [fast], "greedy": [rounded]})
+    assert "ratio 4.40 (rounds 4.00 to 4.80)" in said and "equal up to [1, 4]" in said
+
+
+def test_generation_is_compared_on_prompts_that_fit(scripts):
+    import compare_decode
+
+    asked = compare_decode.measures(100)
+    assert len(asked["batch-16"].options["prompt"]) == 256 and len(asked["prefill"].options["prompt"]) == 400
+    questions = asked["rollouts"].options["prompts"]
+    assert [len(questions), len(questions[0]), len(questions[-1])] == [16, 40, 120]
+    assert max(map(max, questions)) < 100 and compare_decode.measures(100) == asked
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"--rounds": 0}, r"^error: --rounds 0: at least 1 is needed$"),
+        ({"--python": "/nowhere/python"}, r"^error: --python /nowhere/python: no such program"),
+        ({"--nanochat": "/nowhere"}, r"^error: --nanochat /nowhere: no nanochat/engine.py there"),
+    ],
+)
+def test_comparing_generation_names_wrong_options_in_one_line(scripts, tmp_path, changed, says):
+    import compare_decode
+
+    (tmp_path / "nanochat").mkdir()
+    (tmp_path / "nanochat" / "engine.py").touch()
+    options = {"--nanochat": tmp_path, "--python": sys.executable} | changed
+    with pytest.raises(SystemExit, match=says):
+        compare_decode.parse([str(x) for pair in options.items() for x in pair])
+
+
 def test_nothing_of_ours_is_found_where_the_reference_imports(scripts, tmp_path):
     """The child of the reference, started where our `kernels` would be found, refuses."""
     spec = tmp_path / "spec.json"
@@ -311,3 +415,16 @@ def test_both_learn_the_same_from_the_same(tmp_path):
     assert compared.returncode == 0, compared.stderr
     figures = json.loads(compared.stdout)
     assert figures["largest_loss_gap"] < 1e-4 and figures["tok_per_sec"]["ratio"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("NANOCHAT_CHECKOUT" not in os.environ, reason="set NANOCHAT_CHECKOUT and NANOCHAT_PYTHON")
+def test_both_generate_the_same_from_the_same():
+    command = [sys.executable, ROOT / "bench" / "compare_decode.py", "--nanochat", os.environ["NANOCHAT_CHECKOUT"]]
+    command += ["--python", os.environ["NANOCHAT_PYTHON"], "--depth", "2", "--vocab-size", "512", "--rounds", "1"]
+    command += ["--what", "batch-1", "greedy", "--json"]
+    compared = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"XLA_FLAGS": ""})
+    assert compared.returncode == 0, compared.stderr
+    figures = json.loads(compared.stdout)
+    assert figures["greedy"][0]["part_at"] == [128] * 4 and min(figures["greedy"][0]["different_tokens"]) > 8
+    assert all(record["ratio"] > 0 for record in figures["speeds"])

@@ -1,19 +1,23 @@
 """The engine: reading prompts and writing answers, with random weights of the model's shape.
 
-Every row has a prompt of its own, half the context long. Time of decoding is that of whole answers less that of the
-prompts.
+"speeds": every row has a prompt of its own, half the context long; time of decoding is that of whole answers less that
+of the prompts. "arrivals": requests of different lengths come at random times, each in a thread of its own as in the
+server, so fast that most of them wait; the same ones, one after the other in an engine of one row, are its yardstick.
 """
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
 from nanochat_jax.bench import Settings
 from nanochat_jax.bench.measure import timed
-from nanochat_jax.config import Config
+from nanochat_jax.config import Config, GPTConfig
 from nanochat_jax.inference.engine import Engine, SamplingParams
 from nanochat_jax.metrics import peak_memory_bytes
 from nanochat_jax.run import gpt_config
@@ -22,6 +26,12 @@ from nanochat_jax.train import born_params
 
 ANSWER_TOKENS = 128
 """Tokens of an answer, at most: a quarter of the context."""
+REQUESTS = 64
+"""Requests that arrive."""
+HURRY = 16
+"""How many times as fast they arrive as one row alone could answer them."""
+ARRIVAL_RUNS = 3
+"""Times that the requests arrive, after as many runs as it takes to compile for whatever happens."""
 
 
 class NoSpecials:
@@ -37,6 +47,10 @@ class NoSpecials:
         """No text."""
         return ""
 
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        """No text."""
+        return b""
+
 
 def figures(config: Config, settings: Settings, log: Callable[[str], None]) -> dict[str, Any]:
     """Tokens a second of reading and of writing for each number of rows; those of all rows together."""
@@ -46,10 +60,14 @@ def figures(config: Config, settings: Settings, log: Callable[[str], None]) -> d
     params = born_params(cfg, mesh, config.seed)
     length, answer = cfg.sequence_len // 2, min(ANSWER_TOKENS, cfg.sequence_len // 4)
     random = np.random.default_rng(config.seed)
-    records = []
+
+    def engine_of(rows: int) -> Engine:
+        return Engine(params, cfg, NoSpecials(), max_rows=rows, max_len=cfg.sequence_len, mesh=mesh)
+
+    records, engines = [], []
     for rows in settings.rows or (1, 16):
         log(f"bench decode: {rows} rows")
-        engine = Engine(params, cfg, NoSpecials(), max_rows=rows, max_len=cfg.sequence_len, mesh=mesh)
+        engine = engine_of(rows)
         prompts = random.integers(cfg.vocab_size, size=(rows, length)).tolist()
 
         def generate(count: int, engine: Engine = engine, prompts: list = prompts) -> None:
@@ -66,13 +84,80 @@ def figures(config: Config, settings: Settings, log: Callable[[str], None]) -> d
                 "prefill_tok_per_sec": rows * length / prefill.median,
                 "decode_tok_per_sec": rows * answer / seconds,
                 "decode_step_ms": 1000 * seconds / answer,
+                "compilations": len(engine.compiled),
             }
         )
+        engines.append(engine.describe())
+    log("bench decode: arrivals")
+    together = [engine_of(rows) for rows in settings.rows or (16, 32) if rows > 1]
     return {
         "prompt_tokens": length,
         "answer_tokens": answer,
         "compute_dtype": cfg.compute_dtype,
         "repeat": settings.repeat,
         "peak_bytes": peak_memory_bytes(),
+        "engines": engines,
         "speeds": records,
+        "arrivals": arrivals(engine_of(1), together, cfg, config.seed) if together else [],
     }
+
+
+def arrivals(alone: Engine, together: Sequence[Engine], cfg: GPTConfig, seed: int) -> list[dict[str, Any]]:
+    """Answer tokens a second of REQUESTS requests, prompts of a 32nd to half of the context and answers of a 32nd to a
+    quarter: one after the other, and in each engine as they arrive, from the first arrival to the last answer's end.
+    """
+    random = np.random.default_rng(seed)
+    prompts = [
+        random.integers(cfg.vocab_size, size=length).tolist()
+        for length in random.integers(cfg.sequence_len // 32, cfg.sequence_len // 2 + 1, REQUESTS)
+    ]
+    counts = random.integers(cfg.sequence_len // 32, cfg.sequence_len // 4 + 1, REQUESTS).tolist()
+    gaps = random.exponential(size=REQUESTS)
+    when = (np.cumsum(gaps) - gaps[0]) / np.sum(gaps)
+
+    def request(engine: Engine, i: int) -> None:
+        for _ in engine.stream(prompts[i], SamplingParams(top_k=50, max_tokens=counts[i], seed=i)):
+            pass
+
+    def in_turn() -> float:
+        start = time.perf_counter()
+        for i in range(REQUESTS):
+            request(alone, i)
+        return time.perf_counter() - start
+
+    def arriving(engine: Engine, within: float) -> float:
+        def later(i: int) -> None:
+            time.sleep(max(0.0, start + within * when[i] - time.perf_counter()))
+            request(engine, i)
+
+        with ThreadPoolExecutor(REQUESTS) as threads:
+            start = time.perf_counter()
+            list(threads.map(later, range(REQUESTS)))
+        return time.perf_counter() - start
+
+    def compiled_before(engine: Engine, run: Callable[[], float]) -> list[float]:
+        """Seconds of those runs in which nothing was compiled."""
+        seconds: list[float] = []
+        while len(seconds) < ARRIVAL_RUNS:
+            known = len(engine.compiled)
+            took = run()
+            seconds += [took] * (len(engine.compiled) == known)
+        return seconds
+
+    one = statistics.median(compiled_before(alone, in_turn))
+    records = []
+    for engine in together:
+        seconds = sorted(compiled_before(engine, lambda engine=engine: arriving(engine, one / HURRY)))
+        median = statistics.median(seconds)
+        records.append(
+            {
+                "rows": engine.max_rows,
+                "tok_per_sec": sum(counts) / median,
+                "one_row_tok_per_sec": sum(counts) / one,
+                "ratio": one / median,
+                "lowest_ratio": one / seconds[-1],
+                "highest_ratio": one / seconds[0],
+                "compilations": len(engine.compiled),
+            }
+        )
+    return records
