@@ -9,7 +9,7 @@ import pytest
 
 from nanochat_jax.config import GPTConfig, ModelConfig
 from nanochat_jax.inference.decoding import Int8, empty_cache, logits_of, prepare, product, quantized, read, step
-from nanochat_jax.inference.quality import corpus_bpb
+from nanochat_jax.inference.quality import corpus_bpb, token_nats
 from nanochat_jax.inference.sampling import prefill
 from nanochat_jax.model import forward, init_params
 from nanochat_jax.sharding import make_mesh
@@ -131,7 +131,10 @@ def test_int8_weights_are_the_layers_matrices_and_cost_little(params, cfg, token
     noisy = jax.tree.map(lambda p: p + 0.05 * jax.random.normal(jax.random.key(3), p.shape), params)
     whole, rounded = prepare(noisy, cfg), prepare(noisy, cfg, "int8")
     assert {name for name, leaf in rounded["h_0"].items() if isinstance(leaf, Int8)} == {"qkv", "out", "fc", "down"}
-    exact, near = (corpus_bpb(weights, cfg, tokenizer) for weights in (whole, rounded))
+    exact, near = (
+        corpus_bpb(functools.partial(token_nats, weights, cfg=cfg), cfg.sequence_len, tokenizer)
+        for weights in (whole, rounded)
+    )
     assert exact != near and abs(exact - near) < 0.01 * exact
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from nanochat_jax.config import GPTConfig, ModelConfig
 from nanochat_jax.errors import UserError
+from nanochat_jax.inference import engine as engine_module
 from nanochat_jax.inference import sampling as steps
 from nanochat_jax.inference.engine import Engine, Row, SamplingParams, bucket
 from nanochat_jax.inference.sampling import FEW, Method, sample
@@ -143,7 +144,7 @@ def test_rows_over_a_mesh_say_the_same(model, tokenizer, prompts, spec):
     assert [a.ids for a in shared.generate(prompts, how, samples=2)] == twice
 
 
-def test_int8_weights_answer_alike_on_any_mesh(model, tokenizer, prompts):
+def test_int8_rows_do_not_depend_on_their_neighbours(model, tokenizer, prompts):
     params, cfg = model
     how = SamplingParams(0.0, max_tokens=20)
     alone = Engine(params, cfg, tokenizer, max_rows=4, quantize="int8")
@@ -291,6 +292,43 @@ def test_requests_that_do_not_fit_wait_in_order(model, tokenizer, prompts):
         assert len(engine._rows) <= 1
         ended += [row for row in rows if row.done and row not in ended]
     assert ended == rows
+
+
+@pytest.mark.parametrize("failing", ["prefill", "decode"])
+def test_a_failing_step_breaks_off_what_runs_and_the_engine_goes_on(model, tokenizer, prompts, monkeypatch, failing):
+    """The device call has already taken the cache away: what ran is told so, what waited is answered right."""
+    params, cfg = model
+    how = SamplingParams(0.0, max_tokens=12)
+    engine = Engine(params, cfg, tokenizer, max_rows=2)
+    want = [answer.ids for answer in engine.generate(prompts, how)]
+    real = getattr(steps, failing)
+
+    def broken(*args, **kwargs):
+        real(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    victim = engine.stream(prompts[1], how)
+    rows = [engine._row(prompt, how, None) for prompt in prompts[:3]]
+    engine._waiting.extend([row] for row in rows)
+    monkeypatch.setattr(engine_module, failing, broken)
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    monkeypatch.setattr(engine_module, failing, real)
+    assert [row.completion.finish_reason for row in rows] == ["failed", "failed", ""]
+    assert [answer.ids for answer in engine.generate(prompts, how)] == want
+    assert rows[2].completion.ids == want[2]
+    assert list(victim)[-1]["type"] == "done"
+
+
+def test_whoever_waits_for_a_row_that_failed_is_told(model, tokenizer, prompts):
+    params, cfg = model
+    engine = Engine(params, cfg, tokenizer, max_rows=1)
+    stream = engine.stream(prompts[0], SamplingParams(1.0, max_tokens=80))
+    next(stream)
+    for row in list(engine._rows.values()):
+        engine._finish(row, "failed")
+    with pytest.raises(RuntimeError, match="broke off"):
+        list(stream)
 
 
 def test_closing_a_stream_frees_its_row(model, tokenizer, prompts):

@@ -21,7 +21,17 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nanochat_jax.config import GPTConfig
-from nanochat_jax.model import BATCH_AXES, GATE_CHANNELS, SMEAR_CHANNELS, SOFTCAP, Params, attend, rms, rope_angles
+from nanochat_jax.model import (
+    BATCH_AXES,
+    GATE_CHANNELS,
+    SMEAR_CHANNELS,
+    SOFTCAP,
+    Params,
+    attend,
+    rms,
+    rope_angles,
+    scaled,
+)
 from nanochat_jax.sharding import match, path_of, shard
 
 Weights = dict
@@ -138,7 +148,7 @@ def cache_spec(path: str) -> P:
     return P(BATCH_AXES, "tensor") if path[-2:] in ("/k", "/v") else P(BATCH_AXES)
 
 
-def standing(last_B: jax.Array, slots: int) -> jax.Array:
+def ring_positions(last_B: jax.Array, slots: int) -> jax.Array:
     """The position in each slot of a ring whose newest is last_B: int32 [B, S], below 0 where there is none yet."""
     last_B1 = last_B[:, None]
     return last_B1 - (last_B1 - jnp.arange(slots)[None]) % slots
@@ -165,9 +175,6 @@ def hidden(
 
     def looked_up(table_VE: jax.Array) -> jax.Array:
         return jnp.moveaxis(table_VE[tokens_C].astype(dtype), -1, 0)
-
-    def scaled(scalar: jax.Array, x: jax.Array) -> jax.Array:
-        return (scalar * x.astype(jnp.float32)).astype(dtype)
 
     def spread(x_DC: jax.Array) -> jax.Array:
         return shard(x_DC, None, BATCH_AXES, *[None] * (len(columns) - 1))
@@ -244,7 +251,7 @@ def read(weights: Weights, cfg: GPTConfig, tokens_PT: jax.Array) -> Prompts:
     return Prompts(x_DPT, jnp.moveaxis(embedding_DPT, 0, -1), keys, values)
 
 
-def written(panel_BKSH: jax.Array, new_BKH: jax.Array, slots_B: jax.Array) -> jax.Array:
+def put(panel_BKSH: jax.Array, new_BKH: jax.Array, slots_B: jax.Array) -> jax.Array:
     """The panel with one new key or value a row, in place."""
     if panel_BKSH.ndim == 3:  # a lone row, see `squeezed`
         return jax.lax.dynamic_update_slice_in_dim(panel_BKSH, new_BKH[0][:, None], slots_B[0], 1)
@@ -288,10 +295,10 @@ def step(
         batch, kv_heads, per_kv, width = q_BKGH.shape
         slots = own[i]["k"].shape[-2]
         own[i] = {
-            "k": written(own[i]["k"], k_BKH, positions_B % slots),
-            "v": written(own[i]["v"], v_BKH, positions_B % slots),
+            "k": put(own[i]["k"], k_BKH, positions_B % slots),
+            "v": put(own[i]["v"], v_BKH, positions_B % slots),
         }
-        stands_BS = standing(positions_B, slots)
+        stands_BS = ring_positions(positions_B, slots)
         visible_BS = (stands_BS >= first_B[:, None]) & (stands_BS >= positions_B[:, None] - window)
 
         def scores(q: jax.Array, k: jax.Array) -> jax.Array:
@@ -304,7 +311,7 @@ def step(
             # All rows of a prompt are queries of one product with its keys.
             shared = cache["shared"][i]
             length = shared["k"].shape[2]
-            stands_BS = standing(first_B - 1, length)
+            stands_BS = ring_positions(first_B - 1, length)
             visible_BS = (stands_BS >= 0) & (stands_BS >= positions_B[:, None] - window)
             q_PKMH = q_BKGH.reshape(groups, -1, *q_BKGH.shape[1:]).swapaxes(1, 2).reshape(groups, kv_heads, -1, width)
             of_prompt = scores(q_PKMH, shared["k"]).reshape(groups, kv_heads, -1, per_kv, length).swapaxes(1, 2)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -75,8 +76,8 @@ class SamplingParams:
         ):
             if not low <= getattr(self, name) <= high:
                 raise UserError(f"{name} {getattr(self, name)} is outside {low} to {high}")
-        if not all(self.stop):
-            raise UserError("a stop string is empty: leave it out")
+        if isinstance(self.stop, str) or not all(self.stop):
+            raise UserError(f"stop {self.stop!r} is not a list of texts, none of them empty")
 
 
 @dataclass
@@ -148,6 +149,8 @@ class Engine:
         With `samples` > 1 every so many rows continue one prompt, whose keys and values they share; a row then keeps
         `max_new` tokens of its own. Such rows join and leave together. `quantize`: "none", or "int8" weights.
         """
+        if quantize not in ("none", "int8"):
+            raise UserError(f"quantize {quantize!r} is not known; none and int8 are")
         shards = 1 if mesh is None else data_shards(mesh)
         unit = shards * samples
         self.cfg, self.tokenizer, self.mesh, self.samples = cfg, tokenizer, mesh, samples
@@ -160,17 +163,20 @@ class Engine:
         self._shards = shards
         self._lock = threading.RLock()
         self._waiting: deque[list[Row]] = deque()
+        self._drivers: set[int] = set()
         self._rows: dict[int, Row] = {}
         self._flight: Flight | None = None
         shapes = jax.eval_shape(self._empty_cache)
         self.cache_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
-        self._cache = jax.jit(self._empty_cache, out_shardings=self._cache_shardings(shapes))()
+        self._new_cache = jax.jit(self._empty_cache, out_shardings=self._cache_shardings(shapes))
+        self._cache = self._new_cache()
         names = ("bos", "assistant_end", "python_start", "python_end", "output_start", "output_end")
         self._token = {name: tokenizer.special_id(f"<|{name}|>") for name in names}
         self.use(params)
 
     def use(self, params: Params) -> None:
         """Generate with these parameters from now on."""
+        self.weights = None  # not two copies at a time
         with self._context():
             self.weights = prepare(params, self.cfg, self._quantize, self.mesh)
 
@@ -207,17 +213,16 @@ class Engine:
             for first in range(0, len(rows), samples)
             for at in range(0, samples, self.samples)
         ]
-        try:
-            with self._lock:
-                self._waiting.extend(units)
-                while not all(row.done for row in rows):
-                    self.step()
-        finally:
-            for row in rows:
-                self._cancel(row)
+        self._waiting.extend(units)
+        with self._driving(rows):
+            while not all(row.done for row in rows):
+                self.step()
+                self._hand_over()
         for row in rows:
             text = self.tokenizer.decode(row.completion.ids)
-            row.completion.text = text[: min((text.find(s) for s in row.sampling.stop if s in text), default=None)]
+            if row.text and row.text.stopped:
+                text = text[: min(text.rfind(s) for s in row.sampling.stop if s in text)]
+            row.completion.text = text
         return [row.completion for row in rows]
 
     def stream(self, prompt: Sequence[int], sampling: SamplingParams) -> Iterator[dict]:
@@ -227,22 +232,38 @@ class Engine:
         failed), and last {"type": "done", "finish_reason", "usage": {"prompt_tokens", "completion_tokens"}}.
         """
         row = self._row(prompt, sampling, TextStream(sampling.stop))
-        with self._lock:
-            self._waiting.append([row])
-        try:
-            while True:
+        self._waiting.append([row])
+        with self._driving([row]):
+            while not row.done or row.events:
                 with self._lock:
                     if not row.done and not row.events:
                         self.step()
-                    events = [row.events.popleft() for _ in range(len(row.events))]
-                    done = row.done
-                yield from events
-                if done:
-                    break
-            usage = {"prompt_tokens": len(row.prompt), "completion_tokens": len(row.completion.ids)}
-            yield {"type": "done", "finish_reason": row.completion.finish_reason, "usage": usage}
+                self._hand_over()
+                while row.events:
+                    yield row.events.popleft()
+        usage = {"prompt_tokens": len(row.prompt), "completion_tokens": len(row.completion.ids)}
+        yield {"type": "done", "finish_reason": row.completion.finish_reason, "usage": usage}
+
+    @contextlib.contextmanager
+    def _driving(self, rows: Sequence[Row]) -> Iterator[None]:
+        """While this thread waits for its rows. At the end whatever of them is still running is cancelled; RuntimeError
+        where they broke off because a step failed, whoever drove it.
+        """
+        me = threading.get_ident()
+        self._drivers.add(me)
+        try:
+            yield
         finally:
-            self._cancel(row)
+            self._drivers.discard(me)
+            for row in rows:
+                self._cancel(row)
+        if any(row.completion.finish_reason == "failed" for row in rows):
+            raise RuntimeError("generation broke off: a step of the batch failed")
+
+    def _hand_over(self) -> None:
+        """Let another thread have the lock: who releases it and takes it again at once would always win."""
+        if len(self._drivers) > 1:
+            time.sleep(1e-4)
 
     def logits_at(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
         """Logits float32 [n, V] of the token after each prompt."""
@@ -254,23 +275,35 @@ class Engine:
         return np.asarray(out)[: len(prompts)]
 
     def step(self) -> None:
-        """Let waiting requests join where rows are free, then take in what all running rows have written."""
+        """Let waiting requests join where rows are free, then take in what all running rows have written.
+
+        Where that fails or is interrupted, all running rows break off, and the engine begins anew with an empty cache.
+        """
         with self._lock:
-            if self._flight is None:
-                self._join()
-                self._flight = self._launch(None) if self._rows else None
-            if self._flight is None:
-                return
-            flight, self._flight = self._flight, None
-            written, active = jax.device_get((flight.written, flight.rows["active"]))
-            room = self._waiting and self._free_groups()
-            if not room and all(active[slot] and not row.done for slot, row in flight.owners.items()):
-                self._flight = self._launch(flight.rows)
-            for i in range(written.count):
-                for slot, row in flight.owners.items():
-                    if written.tokens[i, slot] >= 0 and not row.done:
-                        drawn, logprob = bool(written.drawn[i, slot]), float(written.logprobs[i, slot])
-                        self._advance(row, int(written.tokens[i, slot]), drawn, logprob)
+            try:
+                self._step()
+            except BaseException:
+                self._flight, self._cache = None, None
+                for row in list(self._rows.values()):
+                    self._finish(row, "failed")
+                self._cache = self._new_cache()
+                raise
+
+    def _step(self) -> None:
+        if self._flight is None:
+            self._join()
+            self._flight = self._launch(None) if self._rows else None
+        if self._flight is None:
+            return
+        flight, self._flight = self._flight, None
+        written, active = jax.device_get((flight.written, flight.rows["active"]))
+        if not self._may_join() and all(active[slot] and not row.done for slot, row in flight.owners.items()):
+            self._flight = self._launch(flight.rows)
+        for i in range(written.count):
+            for slot, row in flight.owners.items():
+                if written.tokens[i, slot] >= 0 and not row.done:
+                    drawn, logprob = bool(written.drawn[i, slot]), float(written.logprobs[i, slot])
+                    self._advance(row, int(written.tokens[i, slot]), drawn, logprob)
 
     def _row(self, prompt: Sequence[int], sampling: SamplingParams, text: TextStream | None) -> Row:
         if not prompt or len(prompt) >= self.max_len:
@@ -282,13 +315,14 @@ class Engine:
         taken = {slot // self.samples for slot in self._rows}
         return [group for group in range(self.max_rows // self.samples) if group not in taken]
 
-    def _join(self) -> None:
-        # A prefill costs about as much for one row as for a few: wait until several are free, or all that is needed.
-        groups = self._free_groups()
+    def _may_join(self) -> bool:
+        """A prefill costs about as much for one row as for a few: where many wait, until an eighth is free."""
         total = self.max_rows // self.samples
-        while self._waiting and groups and len(groups) >= min(len(self._waiting), max(1, total // 4)):
-            self._prefill(groups)
-            groups = self._free_groups()
+        return bool(self._waiting) and len(self._free_groups()) >= min(len(self._waiting), max(1, total // 8))
+
+    def _join(self) -> None:
+        while self._may_join():
+            self._prefill(self._free_groups())
 
     def _prefill(self, groups: list[int]) -> None:
         """Read the prompts of as many waiting requests as fit into the free groups and into one prefill."""
@@ -343,10 +377,11 @@ class Engine:
 
     def _launch(self, rows: Rows | None) -> Flight:
         """Begin to decode: from where the host has the rows, or from where the device left them."""
+        limit = CHUNK
         if rows is None:
             rows = jax.tree.map(self._place, self._host_rows())
-        # Whoever waits for the first token of an answer gets it without waiting for more.
-        limit = 1 if any(not row.completion.ids for row in self._rows.values()) else CHUNK
+            # Whoever waits for the first token of an answer gets it without waiting for more.
+            limit = 1 if any(not row.completion.ids for row in self._rows.values()) else CHUNK
         method = self._method()
         ends = np.asarray([self._token["assistant_end"], self._token["bos"]], np.int32)
         self.compiled.add(("decode", method))
@@ -427,7 +462,9 @@ class Engine:
             self._call_tool(row)
         elif row.expression is not None:
             row.expression.append(token)
-        elif row.text and token not in self.tokenizer.special_ids:
+        elif row.text and token in self.tokenizer.special_ids:
+            self._say(row, row.text.flush())
+        elif row.text:
             self._say(row, row.text.feed(self.tokenizer.decode_bytes([token])))
             if row.text.stopped:
                 self._finish(row, "stop")
@@ -457,6 +494,7 @@ class Engine:
         self._rows.pop(row.slot, None)
         if row.text:
             self._say(row, row.text.flush())
+            self._say(row, self.tokenizer.decode(row.expression or []))  # one that was never closed is text
 
     def _cancel(self, row: Row) -> None:
         with self._lock:
@@ -488,7 +526,7 @@ class Engine:
             lambda path, _: NamedSharding(self.mesh, cache_spec(path_of(path))), shapes
         )
 
-    def _context(self) -> object:
+    def _context(self) -> contextlib.AbstractContextManager:
         return jax.set_mesh(self.mesh) if self.mesh is not None else contextlib.nullcontext()
 
     def _place(self, x: np.ndarray) -> jax.Array:

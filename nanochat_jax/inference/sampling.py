@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from nanochat_jax.config import GPTConfig
-from nanochat_jax.inference.decoding import Cache, Weights, logits_of, read, squeezed, standing, step, unsqueezed
+from nanochat_jax.inference.decoding import Cache, Weights, logits_of, read, ring_positions, squeezed, step, unsqueezed
 
 FEW = 64
 """Candidates kept where every row with a top-k restricts itself to at most so many: sorting the vocabulary is slow."""
@@ -110,7 +110,7 @@ def prefill(
 
     def ring(new_PTKH: jax.Array, slots: int) -> jax.Array:
         """The newest `slots` positions of each prompt where a ring has them: [P, K, S, H]."""
-        index_PS = jnp.clip(standing(newest_P, slots), 0, length - 1)
+        index_PS = jnp.clip(ring_positions(newest_P, slots), 0, length - 1)
         return jnp.take_along_axis(new_PTKH, index_PS[:, :, None, None], axis=1).swapaxes(1, 2)
 
     def filled(panels: dict[str, jax.Array], i: int) -> dict[str, jax.Array]:

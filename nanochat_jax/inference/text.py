@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 
 class TextStream:
@@ -26,7 +26,7 @@ class TextStream:
         self._decoder.reset()
         return text
 
-    def _sent(self, text: str, keep: object) -> str:
+    def _sent(self, text: str, keep: Callable[[str], int]) -> str:
         if self.stopped:
             return ""
         text = self._held + text

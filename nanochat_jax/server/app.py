@@ -126,11 +126,13 @@ def serve(app: Flask, host: str = "127.0.0.1", port: int = 8000) -> None:
 
 
 def warm_up(engine: Engine) -> None:
-    """Compiles what a lone request with the page's sampling needs, for every length of prompt, before anyone waits."""
+    """Compiles what lone requests need before anyone waits: every length of prompt, every kind of sampling."""
     lengths = sorted({bucket(length, engine.max_len - 1, 32) for length in range(1, engine.max_len)})
     sampling = SamplingParams(temperature=0.8, top_k=50, max_tokens=2)
     for length in tqdm(lengths, desc="compiling", unit="prompt length", disable=None):
         engine.generate([[0] * min(length + 1, engine.max_len - 1)], sampling)
+    for how in ({"top_k": 0}, {"top_p": 0.9, "top_k": 0}, {"temperature": 0.0}, {"repetition_penalty": 1.2}):
+        engine.generate([[0]], replace(sampling, **how))
     print(f"{len(engine.compiled)} compilations, {engine.most_compilations()} at most", file=sys.stderr)
 
 

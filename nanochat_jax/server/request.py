@@ -18,7 +18,15 @@ from nanochat_jax.inference.engine import SamplingParams
 
 MAX_STOPS = 4
 MAX_STOP_CHARS = 100
-UNSUPPORTED = ("tools", "functions", "logprobs", "logit_bias", "response_format")
+UNSUPPORTED = (
+    "tools",
+    "functions",
+    "logprobs",
+    "logit_bias",
+    "response_format",
+    "frequency_penalty",
+    "presence_penalty",
+)
 
 
 class ApiError(HTTPException):
