@@ -80,7 +80,7 @@ step train-20-fp8 90 20 "32 16 8" --step-only --fp8
 for impl in ${IMPLS:-pallas mosaic}; do
     step "train-12-$impl" 70 12 "64 32 16" --step-only --attention "$impl"
 done
-ours decode 60 decode "${GPU[@]}" --repeat 3
+ours decode 60 decode "${GPU[@]}" --repeat 3 --step-only
 if [ -n "${NANOCHAT:-}" ]; then
     part compare 150 "$PYTHON" bench/compare_nanochat.py --nanochat "$NANOCHAT" \
         --python "${NANOCHAT_PYTHON:-$PYTHON}" --json "${COMPARE[@]}"

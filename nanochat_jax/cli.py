@@ -207,7 +207,7 @@ class BenchOptions(Options):
     impls: tuple[str, ...] = ()
     """Implementations of attention to measure; unset: all that run here."""
     step_only: Flag = False
-    """Leave out the parts of a training step, each of which is compiled on its own."""
+    """Leave out what takes long: the parts of a training step, the requests that arrive at random (decode)."""
 
     def check(self) -> None:
         if min((self.repeat, *self.rows)) < 1:

@@ -25,7 +25,7 @@ class Settings(NamedTuple):
     impls: tuple[str, ...] = ()
     """Implementations of attention; empty: all that run here."""
     step_only: bool = False
-    """Of a training step only the whole, not its parts."""
+    """Of a training step only the whole, not its parts; of generation no requests that arrive at random."""
 
 
 def measured(what: str, config: Config, settings: Settings, log: Callable[[str], None]) -> dict[str, Any]:

@@ -88,8 +88,10 @@ def figures(config: Config, settings: Settings, log: Callable[[str], None]) -> d
             }
         )
         engines.append(engine.describe())
-    log("bench decode: arrivals")
-    together = [engine_of(rows) for rows in settings.rows or (16, 32) if rows > 1]
+    together = []
+    if not settings.step_only:
+        log("bench decode: arrivals")
+        together = [engine_of(rows) for rows in settings.rows or (16, 32) if rows > 1]
     return {
         "prompt_tokens": length,
         "answer_tokens": answer,

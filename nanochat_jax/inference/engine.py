@@ -193,7 +193,7 @@ class Engine:
         """How many there can be: prefills by length, prompts and rows of them, decodes by what sampling has to do."""
         lengths = len({self._length(length) for length in range(1, self.max_len)})
         counts = len({self._round(bucket(rows, self.max_rows, 1)) for rows in range(1, self.max_rows + 1)})
-        return lengths * counts * (counts + 1) // 2 + METHODS
+        return lengths * counts * 2 + METHODS
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParams | Sequence[SamplingParams], samples: int = 1
@@ -343,7 +343,8 @@ class Engine:
             units.append(self._waiting.popleft())
         read = [None] * len(prompts)
         place = np.full(self._round(bucket(len(prompts), self.max_rows, 1)), len(groups) + self.max_rows, np.int32)
-        size = self._round(bucket(sum(map(len, units)), self.max_rows, 1))
+        # Two sizes, so that few shapes are compiled: a row for each prompt, or all rows.
+        size = len(place) if sum(map(len, units)) <= len(place) else self.max_rows
         source, slot = np.zeros(size, np.int32), np.full(size, self.max_rows, np.int32)
         i = 0
         for group, (at, unit) in zip(groups, enumerate(units), strict=False):
