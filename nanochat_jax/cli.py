@@ -442,8 +442,8 @@ def _defaults(argv: Sequence[str], starts_run: bool) -> tuple[Config, Path, str]
 def _engine(options: ChatOptions | ServeOptions, workdir: Path, rows: int) -> tuple[Engine, Tokenizer, str]:
     """The engine on the run's model, and the name of that model: run/stage."""
     from nanochat_jax.inference.engine import Engine
-    from nanochat_jax.inference.quality import quantization_error
     from nanochat_jax.sharding import make_mesh
+    from nanochat_jax.stages.evaluate import quantization_error
 
     mesh = make_mesh(options.config.mesh)
     params, cfg, tokenizer, stage, step = run.load_model(workdir, options.source, options.config, mesh, options.step)
@@ -453,7 +453,7 @@ def _engine(options: ChatOptions | ServeOptions, workdir: Path, rows: int) -> tu
     engine = Engine(params, cfg, tokenizer, max_rows=rows, mesh=mesh, quantize=options.quantize)
     log(engine.describe())
     if options.quantize != "none":
-        log(quantization_error(engine, params, tokenizer))
+        quantization_error(params, engine, mesh, tokenizer, options.config, log)
     return engine, tokenizer, f"{workdir.resolve().name}/{stage}"
 
 

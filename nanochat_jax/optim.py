@@ -147,12 +147,12 @@ def polar_by_gram(x: jax.Array) -> jax.Array:
 
 def small_gram(x: jax.Array) -> jax.Array:
     """X X^T or X^T X, whichever is smaller."""
-    return x @ x.mT if x.shape[-1] >= x.shape[-2] else x.mT @ x
+    return x @ x.mT if x.shape[-1] > x.shape[-2] else x.mT @ x
 
 
 def times(square: jax.Array, x: jax.Array) -> jax.Array:
     """A symmetric matrix of the size of `small_gram` by x, from the side where it fits."""
-    return square @ x if x.shape[-1] >= x.shape[-2] else x @ square
+    return square @ x if x.shape[-1] > x.shape[-2] else x @ square
 
 
 def frobenius(x: jax.Array) -> jax.Array:

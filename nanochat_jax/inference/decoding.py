@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nanochat_jax.config import GPTConfig
@@ -28,6 +27,7 @@ from nanochat_jax.model import (
     SOFTCAP,
     Params,
     attend,
+    check_length,
     rms,
     rope_angles,
     scaled,
@@ -79,7 +79,12 @@ def product(weight: jax.Array | Int8, x_IC: jax.Array) -> jax.Array:
     return (y_OC * scales_C[None] * weight.scales.reshape(-1, *[1] * len(columns))).astype(x_IC.dtype)
 
 
-def _prepared(params: Params, cfg: GPTConfig, quantize: str) -> Weights:
+@functools.partial(jax.jit, static_argnames=("cfg", "quantize"))
+def prepare(params: Params, cfg: GPTConfig, quantize: str = "none") -> Weights:
+    """Weights for this module from parameters as they are trained; `quantize` "int8": the layers' large matrices.
+
+    Over the mesh in use they are cut over `tensor` and whole on every device otherwise.
+    """
     dtype = jnp.dtype(cfg.compute_dtype)
 
     def turned(kernel_IO: jax.Array) -> jax.Array:
@@ -104,21 +109,7 @@ def _prepared(params: Params, cfg: GPTConfig, quantize: str) -> Weights:
         weights[f"h_{i}"] = {name: rounded(weight) for name, weight in layer.items()}
         if cfg.has_value_embedding(i):
             weights[f"h_{i}"]["ve_gate"] = turned(attn["ve_gate"]["kernel"])
-    return weights
-
-
-def prepare(params: Params, cfg: GPTConfig, quantize: str = "none", mesh: Mesh | None = None) -> Weights:
-    """Weights for this module from parameters as they are trained; `quantize` "int8": the layers' large matrices.
-
-    Over a mesh they are cut over `tensor` and whole on every device otherwise.
-    """
-    make = functools.partial(_prepared, cfg=cfg, quantize=quantize)
-    shardings = None
-    if mesh is not None:
-        shardings = jax.tree_util.tree_map_with_path(
-            lambda path, _: NamedSharding(mesh, match(path_of(path), WEIGHT_SPECS)), jax.eval_shape(make, params)
-        )
-    return jax.jit(make, out_shardings=shardings)(params)
+    return jax.tree_util.tree_map_with_path(lambda path, x: shard(x, *match(path_of(path), WEIGHT_SPECS)), weights)
 
 
 def empty_cache(cfg: GPTConfig, rows: int, length: int, prompts: int = 0, prompt_length: int = 0) -> Cache:
@@ -233,7 +224,8 @@ class Prompts(NamedTuple):
 
 
 def read(weights: Weights, cfg: GPTConfig, tokens_PT: jax.Array) -> Prompts:
-    """Runs whole prompts from position 0."""
+    """Runs whole prompts from position 0. ValueError where they reach past the rotary positions."""
+    check_length(cfg, tokens_PT.shape[1])
     keys, values = [], []
 
     def attention(i: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

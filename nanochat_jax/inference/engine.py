@@ -158,7 +158,7 @@ class Engine:
         self.max_len = min(max_len or cfg.sequence_len, cfg.max_positions)
         self.max_new = min(max_new or self.max_len, self.max_len)
         self.compiled: set[tuple] = set()
-        """What was compiled for: function and static shapes."""
+        """What generation was compiled for: function and static shapes. `logits_at` is not counted."""
         self._quantize, self._logprobs = quantize, logprobs
         self._shards = shards
         self._lock = threading.RLock()
@@ -178,16 +178,17 @@ class Engine:
         """Generate with these parameters from now on."""
         self.weights = None  # not two copies at a time
         with self._context():
-            self.weights = prepare(params, self.cfg, self._quantize, self.mesh)
+            self.weights = prepare(params, self.cfg, self._quantize)
 
     def describe(self) -> str:
         """One line: rows, lengths, memory."""
         weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.weights))
-        share = f", {self.samples} samples of a prompt together" if self.samples > 1 else ""
-        return (
-            f"engine: {self.max_rows} rows of {self.max_len:,} tokens{share}, KV cache {self.cache_bytes / 2**20:,.0f} "
-            f"MiB, weights {weights / 2**20:,.0f} MiB{' (int8)' if self._quantize == 'int8' else ''}; more wait"
-        )
+        rows = f"{self.max_rows} row{'s' if self.max_rows > 1 else ''} of {self.max_len:,} tokens"
+        if self.samples > 1:
+            rows += f", {self.samples} samples of a prompt together"
+        kind = " (int8)" if self._quantize == "int8" else ""
+        mib = f"KV cache {self.cache_bytes / 2**20:,.0f} MiB, weights {weights / 2**20:,.0f} MiB{kind}"
+        return f"engine: {rows}, {mib}; more wait"
 
     def most_compilations(self) -> int:
         """How many there can be: prefills by length, prompts and rows of them, decodes by what sampling has to do."""
@@ -221,7 +222,7 @@ class Engine:
         for row in rows:
             text = self.tokenizer.decode(row.completion.ids)
             if row.text and row.text.stopped:
-                text = text[: min(text.rfind(s) for s in row.sampling.stop if s in text)]
+                text = text[: min((text.rfind(s) for s in row.sampling.stop if s in text), default=None)]
             row.completion.text = text
         return [row.completion for row in rows]
 
@@ -500,10 +501,9 @@ class Engine:
     def _cancel(self, row: Row) -> None:
         with self._lock:
             if not row.done:
-                for unit in self._waiting:
-                    if row in unit:
-                        self._waiting.remove(unit)
-                        break
+                # A copy, made at once: others append without the lock.
+                for unit in [unit for unit in self._waiting.copy() if row in unit]:
+                    self._waiting.remove(unit)
                 self._finish(row, "cancelled")
 
     def _round(self, rows: int) -> int:

@@ -230,3 +230,11 @@ def last_logits(weights: Weights, tokens_PT: jax.Array, counts_P: jax.Array, *, 
     """Logits float32 [P, vocabulary] after the last true token of each right-padded prompt."""
     hidden_DPT = read(weights, cfg, tokens_PT).hidden_DPT
     return logits_of(weights, cfg, hidden_DPT[:, jnp.arange(tokens_PT.shape[0]), counts_P - 1]).T
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def token_nats(weights: Weights, inputs_PT: jax.Array, targets_PT: jax.Array, *, cfg: GPTConfig) -> jax.Array:
+    """What `train.eval_losses` gives, by the weights of generation: nats float32 [P, T], 0 where the target is -1."""
+    logits_VPT = logits_of(weights, cfg, read(weights, cfg, inputs_PT).hidden_DPT)
+    chosen_PT = jnp.take_along_axis(logits_VPT, jnp.maximum(targets_PT, 0)[None], axis=0)[0]
+    return jnp.where(targets_PT >= 0, jax.nn.logsumexp(logits_VPT, axis=0) - chosen_PT, 0.0)

@@ -6,7 +6,8 @@ python -m nanochat_jax eval --workdir runs/tiny_cpu --source sft --tasks arithme
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -14,14 +15,17 @@ from jax.sharding import Mesh
 
 from nanochat_jax.checkpoint import Step
 from nanochat_jax.config import Config, GPTConfig
-from nanochat_jax.data.download import fetch_eval_bundle, prepare_shards
+from nanochat_jax.data.download import ensure_shards, fetch_eval_bundle, prepare_shards
 from nanochat_jax.data.files import write_json
 from nanochat_jax.data.pretrain import validation_batches
+from nanochat_jax.data.shards import shard_files
 from nanochat_jax.distributed import is_leader, leaders
 from nanochat_jax.evals.bpb import bits_per_byte
 from nanochat_jax.evals.chat import chatcore, evaluate_task
 from nanochat_jax.evals.core import evaluate_core
 from nanochat_jax.evals.intervals import paired_interval
+from nanochat_jax.inference.engine import Engine
+from nanochat_jax.inference.sampling import token_nats
 from nanochat_jax.inference.shared import make_engine, own_copy
 from nanochat_jax.memory import with_loss_chunk
 from nanochat_jax.model import Params
@@ -31,6 +35,9 @@ from nanochat_jax.stages.session import Log
 from nanochat_jax.tasks import Task, load
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train import eval_losses
+
+QUANTIZATION_TOKENS = 4096
+"""Targets on which quantized weights are compared with exact ones, at most."""
 
 
 def run(
@@ -86,9 +93,10 @@ def validation_bpb(
     val_file: Path,
     config: Config,
     rows: int | None = None,
+    nats: Callable[..., jax.Array] = eval_losses,
 ) -> float:
     """Bits per byte of the validation shard, up to base.eval_tokens; `rows` of a batch, unset: those of training, which
-    for "auto" may be as few as one on each data shard.
+    for "auto" may be as few as one on each data shard. `nats`: as `eval_losses`, of whatever `params` are.
     """
     shards = data_shards(mesh)
     wanted = config.base.device_batch_size
@@ -98,7 +106,7 @@ def validation_bpb(
     def losses(inputs: object, targets: object) -> jax.Array:
         batch = put_batch({"inputs": inputs, "targets": targets}, mesh)
         with jax.set_mesh(mesh):
-            return eval_losses(params, batch["inputs"], batch["targets"], cfg=cfg)
+            return nats(params, batch["inputs"], batch["targets"], cfg=cfg)
 
     batches = validation_batches(
         val_file,
@@ -111,6 +119,21 @@ def validation_bpb(
         buffer_docs=config.data.buffer_docs,
     )
     return bits_per_byte(losses, batches, tokenizer.token_bytes)
+
+
+def quantization_error(
+    params: Params, engine: Engine, mesh: Mesh, tokenizer: Tokenizer, config: Config, log: Log
+) -> None:
+    """Logs bits per byte of parameters and of the engine's weights made from them, on the corpus in the package."""
+    data = replace(config.data, dir=None, source="embedded", packing="stream")
+    base = replace(config.base, eval_tokens=QUANTIZATION_TOKENS)
+    _, file = shard_files(ensure_shards(data, log))
+    on = engine.cfg, mesh, tokenizer, file, replace(config, data=data, base=base), data_shards(mesh)
+    exact, rounded = validation_bpb(params, *on), validation_bpb(engine.weights, *on, token_nats)
+    log(
+        f"int8 weights: {exact:.4f} -> {rounded:.4f} bits per byte ({rounded - exact:+.4f}), up to "
+        f"{QUANTIZATION_TOKENS:,} tokens of the embedded validation text"
+    )
 
 
 def core_metric(
@@ -145,6 +168,7 @@ def measure(
     params, cfg, tokenizer = model
     settings = config.eval
     engine = make_engine(params, cfg, tokenizer, max_rows=settings.batch_size, max_len=cfg.sequence_len, mesh=mesh)
+    log(engine.describe())
     return {task.name: evaluate_task(task, engine, tokenizer, settings, limit, log) for task in tasks}
 
 
