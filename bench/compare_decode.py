@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from turns import Child
+from turns import Child, check_counts, check_reference
 
 HERE = Path(__file__).resolve().parent
 SAMPLING = {"temperature": 1.0, "top_k": 50}
@@ -90,14 +90,8 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--what", nargs="+", choices=(names := [*measures(1), "greedy"]), default=names)
     parser.add_argument("--json", action="store_true", help="print every figure as a line of JSON on stdout")
     options = parser.parse_args(words)
-    options.nanochat, options.python = options.nanochat.resolve(), options.python.absolute()
-    if not (options.nanochat / "nanochat" / "engine.py").is_file():
-        sys.exit(f"error: --nanochat {options.nanochat}: no nanochat/engine.py there; name a checkout of nanochat")
-    if not os.access(options.python, os.X_OK):
-        sys.exit(f"error: --python {options.python}: no such program; name the python of the reference's environment")
-    for name in ("depth", "vocab_size", "threads", "rounds"):
-        if getattr(options, name) < 1:
-            sys.exit(f"error: --{name.replace('_', '-')} {getattr(options, name)}: at least 1 is needed")
+    check_reference(options, "nanochat/engine.py")
+    check_counts(options, "depth", "vocab_size", "threads", "rounds")
     return options
 
 

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from turns import Child
+from turns import Child, check_counts, check_reference
 
 HERE = Path(__file__).resolve().parent
 BATCHES = 64
@@ -84,15 +84,9 @@ def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--json", action="store_true", help="print every figure as a line of JSON on stdout")
     at = words.index("--") if "--" in words else len(words)
     options = parser.parse_args(words[:at])
-    options.nanochat, options.python = options.nanochat.resolve(), options.python.absolute()
+    check_reference(options, "scripts/base_train.py")
     options.dtype = options.dtype or ("float32" if options.device == "cpu" else "bfloat16")
-    if not (options.nanochat / "scripts" / "base_train.py").is_file():
-        sys.exit(f"error: --nanochat {options.nanochat}: no scripts/base_train.py there; name a checkout of nanochat")
-    if not os.access(options.python, os.X_OK):
-        sys.exit(f"error: --python {options.python}: no such program; name the python of the reference's environment")
-    for name in ("depth", "seq_len", "batch", "vocab_size", "rounds", "steps"):
-        if getattr(options, name) < 1:
-            sys.exit(f"error: --{name.replace('_', '-')} {getattr(options, name)}: at least 1 is needed")
+    check_counts(options, "depth", "seq_len", "batch", "vocab_size", "rounds", "steps")
     return options, words[at + 1 :]
 
 

@@ -75,6 +75,24 @@ def held_to(threads: int) -> None:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
 
 
+def check_reference(options: Any, file: str) -> None:
+    """Makes --nanochat and --python absolute. Exits with one line where the checkout has no `file`, or where python is
+    no program.
+    """
+    options.nanochat, options.python = options.nanochat.resolve(), options.python.absolute()
+    if not (options.nanochat / file).is_file():
+        sys.exit(f"error: --nanochat {options.nanochat}: no {file} there; name a checkout of nanochat")
+    if not os.access(options.python, os.X_OK):
+        sys.exit(f"error: --python {options.python}: no such program; name the python of the reference's environment")
+
+
+def check_counts(options: Any, *names: str) -> None:
+    """Exits with one line where an option is below 1."""
+    for name in names:
+        if getattr(options, name) < 1:
+            sys.exit(f"error: --{name.replace('_', '-')} {getattr(options, name)}: at least 1 is needed")
+
+
 class Child:
     """The parent's side of one child, started at once."""
 

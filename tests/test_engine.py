@@ -13,6 +13,7 @@ from nanochat_jax.config import GPTConfig, ModelConfig
 from nanochat_jax.errors import UserError
 from nanochat_jax.inference import engine as engine_module
 from nanochat_jax.inference import sampling as steps
+from nanochat_jax.inference.decoding import prepare
 from nanochat_jax.inference.engine import Engine, Row, SamplingParams, bucket
 from nanochat_jax.inference.sampling import FEW, Method, sample
 from nanochat_jax.inference.text import TextStream
@@ -281,6 +282,19 @@ def test_streams_share_the_batch_and_say_what_generate_says(model, tokenizer, pr
         assert texts[i] == tokenizer.decode_bytes(plain).decode("utf-8", "replace")
 
 
+def test_new_parameters_are_used_and_compile_nothing(model, tokenizer, prompts):
+    params, cfg = model
+    engine = Engine(params, cfg, tokenizer, max_rows=1)
+    how = SamplingParams(0.0, max_tokens=8)
+    other = jax.tree.map(lambda p: -p, params)
+    known = prepare._cache_size()
+    engine.use(other)
+    assert prepare._cache_size() == known
+    changed = engine.generate(prompts[:1], how)[0].ids
+    assert changed == one_at_a_time(other, cfg, tokenizer, prompts[0], 8)
+    assert changed != one_at_a_time(params, cfg, tokenizer, prompts[0], 8)
+
+
 def test_requests_that_do_not_fit_wait_in_order(model, tokenizer, prompts):
     params, cfg = model
     engine = Engine(params, cfg, tokenizer, max_rows=1)
@@ -359,6 +373,13 @@ def test_what_does_not_fit_is_an_error(model, tokenizer):
         engine.generate([[1] * 96], SamplingParams())
     with pytest.raises(UserError, match="top_p"):
         SamplingParams(top_p=0.0)
+    with pytest.raises(ValueError, match="positions reach"):
+        engine.logits_at([[1] * (cfg.max_positions + 1)])
+    for stop in ("abc", ("",)):
+        with pytest.raises(UserError, match="stop"):
+            SamplingParams(stop=stop)
+    with pytest.raises(UserError, match="int4"):
+        Engine(params, cfg, tokenizer, max_rows=1, quantize="int4")
     answer = engine.generate([[1] * 90], SamplingParams(0.0, max_tokens=50))[0]
     assert answer.finish_reason in ("length", "stop") and len(answer.ids) <= 7
 

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from kernels.reference import MASKED
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.model import (
     BATCH_AXES,
@@ -264,6 +265,50 @@ def unsqueezed(cache: Cache) -> Cache:
     return cache | {"own": [jax.tree.map(lambda panel: panel[None], panels) for panels in cache["own"]]}
 
 
+def attend_cache(
+    q_BKGH: jax.Array,
+    own: dict[str, jax.Array],
+    shared: dict[str, jax.Array] | None,
+    positions_B: jax.Array,
+    first_B: jax.Array,
+    window: int,
+) -> jax.Array:
+    """One query a row, at positions_B, over its own slots and over those of the prompt that it shares: [B, K, G, H]."""
+    batch, kv_heads, per_kv, width = q_BKGH.shape
+    slots = own["k"].shape[-2]
+    alone = own["k"].ndim == 3  # see `squeezed`
+
+    def scores(q: jax.Array, k: jax.Array) -> jax.Array:
+        return jnp.einsum("...KGH,...KSH->...KGS", q, k, preferred_element_type=jnp.float32) * width**-0.5
+
+    def masked(scores_BKGS: jax.Array, stands_BS: jax.Array, first_B: jax.Array) -> jax.Array:
+        visible_BS = (stands_BS >= first_B[:, None]) & (stands_BS >= positions_B[:, None] - window)
+        return jnp.where(visible_BS[:, None, None], scores_BKGS, MASKED)
+
+    def together(x_BKGX: jax.Array) -> jax.Array:
+        """Rows of a prompt, which stand next to each other, as queries of one product: [prompts, K, rows * G, X]."""
+        x = x_BKGX.reshape(len(shared["k"]), -1, *x_BKGX.shape[1:]).swapaxes(1, 2)
+        return x.reshape(*x.shape[:2], -1, x.shape[-1])
+
+    def apart(x_PKMX: jax.Array) -> jax.Array:
+        x = x_PKMX.reshape(*x_PKMX.shape[:2], -1, per_kv, x_PKMX.shape[-1]).swapaxes(1, 2)
+        return x.reshape(batch, kv_heads, per_kv, -1)
+
+    of_own = scores(q_BKGH[0], own["k"])[None] if alone else scores(q_BKGH, own["k"])
+    of_own = masked(of_own, ring_positions(positions_B, slots), first_B)
+    if shared is None:
+        weights_BKGS = jax.nn.softmax(of_own, axis=-1).astype(own["v"].dtype)
+    else:
+        of_prompt = apart(scores(together(q_BKGH), shared["k"]))
+        of_prompt = masked(of_prompt, ring_positions(first_B - 1, shared["k"].shape[2]), jnp.zeros_like(first_B))
+        both = jnp.concatenate([of_own, of_prompt], axis=-1)
+        weights_BKGS, of_prompt = jnp.split(jax.nn.softmax(both, axis=-1).astype(own["v"].dtype), [slots], axis=-1)
+    y_BKGH = jnp.einsum("...KGS,...KSH->...KGH", weights_BKGS[0] if alone else weights_BKGS, own["v"])
+    if shared is None:
+        return y_BKGH.reshape(q_BKGH.shape)
+    return y_BKGH + apart(jnp.einsum("PKMS,PKSH->PKMH", together(of_prompt), shared["v"]))
+
+
 def step(
     weights: Weights,
     cache: Cache,
@@ -279,43 +324,13 @@ def step(
     that is not active may be fed again: it leaves "prev" as it was.
     """
     own = list(cache["own"])
-    groups = cache["shared"][0]["k"].shape[0] if "shared" in cache else 1
+    shared = cache.get("shared", [None] * cfg.n_layer)
 
     def attention(i: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        window = cfg.windows[i]
-        q_BKGH, k_BKH, v_BKH = q.transpose(3, 0, 1, 2), k.transpose(2, 0, 1), v.transpose(2, 0, 1)
-        batch, kv_heads, per_kv, width = q_BKGH.shape
-        slots = own[i]["k"].shape[-2]
-        own[i] = {
-            "k": put(own[i]["k"], k_BKH, positions_B % slots),
-            "v": put(own[i]["v"], v_BKH, positions_B % slots),
-        }
-        stands_BS = ring_positions(positions_B, slots)
-        visible_BS = (stands_BS >= first_B[:, None]) & (stands_BS >= positions_B[:, None] - window)
-
-        def scores(q: jax.Array, k: jax.Array) -> jax.Array:
-            return jnp.einsum("...KGH,...KSH->...KGS", q, k, preferred_element_type=jnp.float32) * width**-0.5
-
-        alone = own[i]["k"].ndim == 3
-        scores_BKGS = scores(q_BKGH[0], own[i]["k"])[None] if alone else scores(q_BKGH, own[i]["k"])
-        scores_BKGS = jnp.where(visible_BS[:, None, None], scores_BKGS, -1e30)
-        if "shared" in cache:
-            # All rows of a prompt are queries of one product with its keys.
-            shared = cache["shared"][i]
-            length = shared["k"].shape[2]
-            stands_BS = ring_positions(first_B - 1, length)
-            visible_BS = (stands_BS >= 0) & (stands_BS >= positions_B[:, None] - window)
-            q_PKMH = q_BKGH.reshape(groups, -1, *q_BKGH.shape[1:]).swapaxes(1, 2).reshape(groups, kv_heads, -1, width)
-            of_prompt = scores(q_PKMH, shared["k"]).reshape(groups, kv_heads, -1, per_kv, length).swapaxes(1, 2)
-            of_prompt = jnp.where(visible_BS[:, None, None], of_prompt.reshape(batch, kv_heads, per_kv, length), -1e30)
-            scores_BKGS = jnp.concatenate([scores_BKGS, of_prompt], axis=-1)
-        weights_BKGS = jax.nn.softmax(scores_BKGS, axis=-1).astype(v_BKH.dtype)
-        own_BKGS = weights_BKGS[0] if alone else weights_BKGS[..., :slots]
-        y_BKGH = jnp.einsum("...KGS,...KSH->...KGH", own_BKGS, own[i]["v"]).reshape(q_BKGH.shape)
-        if "shared" in cache:
-            p_PKMS = weights_BKGS[..., slots:].reshape(groups, -1, kv_heads, per_kv, length).swapaxes(1, 2)
-            y_PKMH = jnp.einsum("PKMS,PKSH->PKMH", p_PKMS.reshape(groups, kv_heads, -1, length), shared["v"])
-            y_BKGH += y_PKMH.reshape(groups, kv_heads, -1, per_kv, width).swapaxes(1, 2).reshape(y_BKGH.shape)
+        slots_B = positions_B % own[i]["k"].shape[-2]
+        new = {"k": k.transpose(2, 0, 1), "v": v.transpose(2, 0, 1)}
+        own[i] = {name: put(panel, new[name], slots_B) for name, panel in own[i].items()}
+        y_BKGH = attend_cache(q.transpose(3, 0, 1, 2), own[i], shared[i], positions_B, first_B, cfg.windows[i])
         return y_BKGH.transpose(1, 2, 3, 0)
 
     def previous(x_DB: jax.Array) -> jax.Array:

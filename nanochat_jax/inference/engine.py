@@ -15,7 +15,7 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -300,11 +300,11 @@ class Engine:
         written, active = jax.device_get((flight.written, flight.rows["active"]))
         if not self._may_join() and all(active[slot] and not row.done for slot, row in flight.owners.items()):
             self._flight = self._launch(flight.rows)
-        for i in range(written.count):
+        columns = (written.tokens, written.drawn, written.logprobs)
+        for tokens, drawn, logprobs in zip(*(column[: written.count].tolist() for column in columns), strict=True):
             for slot, row in flight.owners.items():
-                if written.tokens[i, slot] >= 0 and not row.done:
-                    drawn, logprob = bool(written.drawn[i, slot]), float(written.logprobs[i, slot])
-                    self._advance(row, int(written.tokens[i, slot]), drawn, logprob)
+                if tokens[slot] >= 0 and not row.done:
+                    self._advance(row, tokens[slot], drawn[slot], logprobs[slot])
 
     def _row(self, prompt: Sequence[int], sampling: SamplingParams, text: TextStream | None) -> Row:
         if not prompt or len(prompt) >= self.max_len:
@@ -325,48 +325,56 @@ class Engine:
         while self._may_join():
             self._prefill(self._free_groups())
 
-    def _prefill(self, groups: list[int]) -> None:
-        """Read the prompts of as many waiting requests as fit into the free groups and into one prefill."""
+    def _admitted(self, groups: int) -> list[list[Row]]:
+        """As many waiting requests, in order, as fit into so many groups and into one prefill."""
         units: list[list[Row]] = []
-        prompts: dict[object, int] = {}
         longest = 1
-        sharing = self.samples > 1
-        while self._waiting and len(units) < len(groups):
-            prompt = self._waiting[0][0].prompt
-            # Rows that share keep one copy a group; else equal prompts are read once.
-            name = len(units) if sharing else prompt
-            length = max(longest, len(prompt) - 1)
-            count = self._round(bucket(len(prompts) + (name not in prompts), self.max_rows, 1))
-            if units and count * self._length(length) > PREFILL_TOKENS:
+        while self._waiting and len(units) < groups:
+            now = [*units, self._waiting[0]]
+            length = max(longest, len(now[-1][0].prompt) - 1)
+            if units and self._count(self._prompts(now)) * self._length(length) > PREFILL_TOKENS:
                 break
             longest = length
-            prompts.setdefault(name, len(prompts))
             units.append(self._waiting.popleft())
-        read = [None] * len(prompts)
-        place = np.full(self._round(bucket(len(prompts), self.max_rows, 1)), len(groups) + self.max_rows, np.int32)
+        return units
+
+    def _prompts(self, units: Sequence[Sequence[Row]]) -> dict[object, tuple[int, ...]]:
+        """The prompts of units: one each where rows share, which keep a copy a group; else only different ones."""
+        if self.samples > 1:
+            return {i: unit[0].prompt for i, unit in enumerate(units)}
+        return {unit[0].prompt: unit[0].prompt for unit in units}
+
+    def _count(self, prompts: Collection[object]) -> int:
+        return self._round(bucket(len(prompts), self.max_rows, 1))
+
+    def _prefill(self, groups: list[int]) -> None:
+        """Read the prompts of waiting requests, and let these have free groups."""
+        sharing = self.samples > 1
+        units = self._admitted(len(groups))
+        prompts = self._prompts(units)
+        index = {name: i for i, name in enumerate(prompts)}
+        count = self._count(prompts)
         # Two sizes, so that few shapes are compiled: a row for each prompt, or all rows.
-        size = len(place) if sum(map(len, units)) <= len(place) else self.max_rows
+        size = count if sum(map(len, units)) <= count else self.max_rows
         source, slot = np.zeros(size, np.int32), np.full(size, self.max_rows, np.int32)
-        i = 0
-        for group, (at, unit) in zip(groups, enumerate(units), strict=False):
-            index = prompts[at if sharing else unit[0].prompt]
-            read[index], place[index] = unit[0].prompt, group
+        place, last = np.full(count, self.max_rows, np.int32), np.zeros(count, np.int32)
+        rows = []
+        for i, (group, unit) in enumerate(zip(groups, units, strict=False)):
+            at = index[i if sharing else unit[0].prompt]
+            place[at], last[at] = group, unit[0].prompt[-1]
             for j, row in enumerate(unit):
                 row.slot = group * self.samples + j
-                self._rows[row.slot] = row
-                source[i], slot[i] = index, row.slot
-                i += 1
-        tokens, counts = padded([prompt[:-1] for prompt in read], len(place), self._length(longest))
-        last = np.zeros(len(place), np.int32)
-        last[: len(read)] = [prompt[-1] for prompt in read]
+                source[len(rows)], slot[len(rows)] = at, row.slot
+                rows.append(row)
+        length = self._length(max(len(prompt) - 1 for prompt in prompts.values()))
+        tokens, counts = padded([prompt[:-1] for prompt in prompts.values()], count, length)
+        self._rows |= {row.slot: row for row in rows}
         self.compiled.add(("prefill", tokens.shape, size))
         with self._context():
             self._cache = prefill(
                 self.weights,
                 self._cache,
-                self._place(tokens),
-                self._place(counts),
-                self._place(last),
+                *map(self._place, (tokens, counts, last)),
                 source,
                 slot,
                 place,
@@ -375,7 +383,7 @@ class Engine:
             )
 
     def _length(self, longest: int) -> int:
-        return bucket(longest, max(self.max_len - 1, 1), 32)
+        return bucket(max(longest, 1), max(self.max_len - 1, 1), 32)
 
     def _launch(self, rows: Rows | None) -> Flight:
         """Begin to decode: from where the host has the rows, or from where the device left them."""

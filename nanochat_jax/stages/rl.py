@@ -227,6 +227,8 @@ def update(session: Session, batch: dict[str, np.ndarray], schedule: Schedule, s
         name: np.pad(x, ((0, padding), (0, 0)), constant_values=fill[name]).reshape(microbatches, here, length)
         for name, x in batch.items()
     }
+    if not settings.clip:
+        del whole["logprobs"]
     first = {}
     with jax.set_mesh(session.mesh):
         policy = put_batch(whole, session.mesh, leading=1)
