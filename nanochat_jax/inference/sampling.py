@@ -53,7 +53,11 @@ def sample(logits_VB: jax.Array, seen_BV: jax.Array, knobs: Knobs, positions_B: 
         penalty_1B = knobs["penalty"][None]
         discouraged_VB = jnp.where(logits_VB > 0, logits_VB / penalty_1B, logits_VB * penalty_1B)
         logits_VB = jnp.where(seen_BV.T, discouraged_VB, logits_VB)
-    token_B = jnp.argmax(logits_VB, axis=0).astype(jnp.int32)
+    if method.candidates:
+        best_BC, tokens_BC = jax.lax.top_k(logits_VB.T, min(method.candidates, len(logits_VB)))
+        token_B = tokens_BC[:, 0].astype(jnp.int32)
+    else:
+        token_B = jnp.argmax(logits_VB, axis=0).astype(jnp.int32)
     keys_B = jax.vmap(lambda seed, at: jax.random.fold_in(jax.random.key(seed), at))(knobs["seed"], positions_B)
     temperature_B = jnp.maximum(knobs["temperature"], 1e-6)
     restricted_B = (knobs["top_k"] > 0) | (knobs["top_p"] < 1)
@@ -68,7 +72,6 @@ def sample(logits_VB: jax.Array, seen_BV: jax.Array, knobs: Knobs, positions_B: 
         noisy_VB = jnp.where(scaled_VB >= least_B[None], scaled_VB + noise(len(logits_VB)).T, -jnp.inf)
         token_B = jnp.where(drawn & ~restricted_B, jnp.argmax(noisy_VB, axis=0).astype(jnp.int32), token_B)
     if method.candidates:
-        best_BC, tokens_BC = jax.lax.top_k(logits_VB.T, min(method.candidates, len(logits_VB)))
         scaled_BC = best_BC / temperature_B[:, None]
         rank_1C = jnp.arange(best_BC.shape[1])[None]
         keep_BC = rank_1C < jnp.where(knobs["top_k"] > 0, knobs["top_k"], len(logits_VB))[:, None]
