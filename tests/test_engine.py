@@ -180,6 +180,20 @@ def test_compilations_are_counted_and_bounded(model, tokenizer, prompts):
     assert made == len(engine.compiled) <= engine.most_compilations()
 
 
+def test_decoding_does_not_sort_the_vocabulary(model, tokenizer, prompts, monkeypatch):
+    params, cfg = model
+    programs = []
+
+    def spied(*args, **options):
+        programs.append(steps.decode.lower(*args, **options).compile().as_text())
+        return steps.decode(*args, **options)
+
+    monkeypatch.setattr(engine_module, "decode", spied)
+    engine = Engine(params, cfg, tokenizer, max_rows=2, max_len=40)
+    engine.generate(prompts[:1], SamplingParams(top_k=50, max_tokens=1))
+    assert "TopK" in programs[0] and " sort(" not in programs[0]
+
+
 def rigged(tokenizer, *chains):
     """A model that goes on after a token with the one behind it in `chains`."""
     cfg = GPTConfig.from_depth(ModelConfig(1, 512, 512, None, 96, "L"), tokenizer.vocab_size)

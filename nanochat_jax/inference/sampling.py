@@ -54,7 +54,9 @@ def sample(logits_VB: jax.Array, seen_BV: jax.Array, knobs: Knobs, positions_B: 
         discouraged_VB = jnp.where(logits_VB > 0, logits_VB / penalty_1B, logits_VB * penalty_1B)
         logits_VB = jnp.where(seen_BV.T, discouraged_VB, logits_VB)
     if method.candidates:
-        best_BC, tokens_BC = jax.lax.top_k(logits_VB.T, min(method.candidates, len(logits_VB)))
+        best = jax.lax.top_k(logits_VB.T, min(method.candidates, len(logits_VB)))
+        # Unfenced, the slice below merges with top_k's own and XLA sorts the whole vocabulary: 32 ms instead of 0.6.
+        best_BC, tokens_BC = jax.lax.optimization_barrier(best)
         token_B = tokens_BC[:, 0].astype(jnp.int32)
     else:
         token_B = jnp.argmax(logits_VB, axis=0).astype(jnp.int32)
