@@ -24,7 +24,8 @@ def main() -> None:
     from nanochat_jax.bench.decode import NoSpecials
     from nanochat_jax.bench.measure import environment
     from nanochat_jax.config import Config
-    from nanochat_jax.inference.engine import Engine, SamplingParams
+    from nanochat_jax.inference.engine import Engine
+    from nanochat_jax.inference.requests import SamplingParams
     from nanochat_jax.run import gpt_config
 
     found = convert.open_checkpoint(Path(spec["checkpoint"]), 0)

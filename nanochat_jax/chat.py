@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from nanochat_jax.errors import UserError
-from nanochat_jax.inference.engine import Engine, SamplingParams
+from nanochat_jax.inference.engine import Engine
+from nanochat_jax.inference.requests import SamplingParams
 from nanochat_jax.server.context import fit
 from nanochat_jax.tokenizer import Tokenizer
 

@@ -350,7 +350,7 @@ def evaluate(options: EvalOptions, workdir: Path) -> None:
 
 def chat(options: ChatOptions, workdir: Path) -> None:
     from nanochat_jax.chat import answer_once, talk
-    from nanochat_jax.inference.engine import SamplingParams
+    from nanochat_jax.inference.requests import SamplingParams
 
     temperature = options.temperature
     if temperature is None:

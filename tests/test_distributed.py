@@ -351,7 +351,8 @@ from pathlib import Path
 import jax, numpy as np
 from nanochat_jax import cli, distributed
 from nanochat_jax.config import GPTConfig
-from nanochat_jax.inference.engine import Engine, SamplingParams
+from nanochat_jax.inference.engine import Engine
+from nanochat_jax.inference.requests import SamplingParams
 from nanochat_jax.inference.shared import make_engine, own_copy
 from nanochat_jax.run import gpt_config
 from nanochat_jax.sharding import make_mesh

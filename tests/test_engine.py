@@ -13,8 +13,10 @@ from nanochat_jax.config import GPTConfig, ModelConfig
 from nanochat_jax.errors import UserError
 from nanochat_jax.inference import engine as engine_module
 from nanochat_jax.inference import sampling as steps
+from nanochat_jax.inference.buckets import bucket, prompt_bucket, together
 from nanochat_jax.inference.decoding import prepare
-from nanochat_jax.inference.engine import Engine, Row, SamplingParams, bucket
+from nanochat_jax.inference.engine import Engine
+from nanochat_jax.inference.requests import Row, SamplingParams
 from nanochat_jax.inference.sampling import FEW, Method, sample
 from nanochat_jax.inference.text import TextStream
 from nanochat_jax.model import forward, init_params, param_shapes
@@ -455,3 +457,30 @@ def test_words_that_were_said_become_less_likely():
 
 def test_buckets():
     assert [bucket(n, 96, 32) for n in (1, 32, 33, 70, 96)] == [32, 32, 64, 96, 96]
+    assert [prompt_bucket(n, 500) for n in (1, 33, 90, 128, 129, 193, 300, 385)] == [
+        32,
+        64,
+        128,
+        128,
+        192,
+        256,
+        384,
+        500,
+    ]
+
+
+def test_prompts_are_read_together_with_little_padding():
+    assert [together(n, 64, 16) for n in range(1, 17)] == [1, 2, 4, 4, 4, 8, 8, 8, 8, 8, 8, 16, 16, 16, 16, 16]
+    assert [together(n, 64, 6) for n in (4, 5, 6)] == [4, 6, 6]
+    assert [together(40, length, 64) for length in (100, 500, 8192, 9000, 20000)] == [32, 32, 2, 1, 1]
+
+
+def test_waiting_prompts_are_read_with_those_of_their_length(model, tokenizer, prompts):
+    params, cfg = model
+    engine = Engine(params, cfg, tokenizer, max_rows=4)
+    short, long = prompts[0], (prompts[3] * 9)[:60]
+    engine.generate([long, short, short, prompts[2]], SamplingParams(0.0, max_tokens=1))
+    assert {name for name in engine.compiled if name[0] == "prefill"} == {
+        ("prefill", (1, 64), 1),
+        ("prefill", (2, 32), 4),
+    }

@@ -14,7 +14,7 @@ from stage_runs import last_state, numbers, quiet, records, reinforce, start_aft
 from nanochat_jax.config import GPTConfig, ModelConfig, RLConfig
 from nanochat_jax.errors import UserError
 from nanochat_jax.inference import engine as engine_module
-from nanochat_jax.inference.engine import Completion, SamplingParams
+from nanochat_jax.inference.requests import Completion, SamplingParams
 from nanochat_jax.inference.shared import make_engine
 from nanochat_jax.loss import token_losses, weighted_loss
 from nanochat_jax.model import forward, init_params

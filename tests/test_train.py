@@ -7,7 +7,8 @@ import pytest
 
 from nanochat_jax.checkpoint import Checkpointer
 from nanochat_jax.config import BaseConfig, GPTConfig, ModelConfig
-from nanochat_jax.inference.engine import Engine, SamplingParams
+from nanochat_jax.inference.engine import Engine
+from nanochat_jax.inference.requests import SamplingParams
 from nanochat_jax.optim import Schedule
 from nanochat_jax.sharding import make_mesh, put_batch
 from nanochat_jax.train import born_params, restored_state, saved_shapes, saved_tree, train_step, with_optimizer

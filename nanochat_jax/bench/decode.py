@@ -18,7 +18,8 @@ import numpy as np
 from nanochat_jax.bench import Settings
 from nanochat_jax.bench.measure import timed
 from nanochat_jax.config import Config, GPTConfig
-from nanochat_jax.inference.engine import Engine, SamplingParams
+from nanochat_jax.inference.engine import Engine
+from nanochat_jax.inference.requests import SamplingParams
 from nanochat_jax.metrics import peak_memory_bytes
 from nanochat_jax.run import gpt_config
 from nanochat_jax.sharding import check_mesh, make_mesh

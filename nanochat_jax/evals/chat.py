@@ -16,7 +16,8 @@ from tqdm import tqdm
 from nanochat_jax.config import EvalConfig
 from nanochat_jax.errors import UserError
 from nanochat_jax.evals.intervals import wilson
-from nanochat_jax.inference.engine import Engine, SamplingParams
+from nanochat_jax.inference.engine import Engine
+from nanochat_jax.inference.requests import SamplingParams
 from nanochat_jax.tasks.task import Task
 from nanochat_jax.tokenizer import Tokenizer
 

@@ -15,8 +15,8 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -27,7 +27,9 @@ from jax.sharding import PartitionSpec as P
 
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.errors import UserError
+from nanochat_jax.inference.buckets import bucket, padded, prompt_bucket, together
 from nanochat_jax.inference.decoding import cache_spec, empty_cache, prepare
+from nanochat_jax.inference.requests import Completion, Row, SamplingParams
 from nanochat_jax.inference.sampling import (
     CHUNK,
     FEW,
@@ -45,78 +47,6 @@ from nanochat_jax.inference.tools import evaluate_tool
 from nanochat_jax.model import BATCH_AXES, Params
 from nanochat_jax.sharding import data_shards, path_of
 from nanochat_jax.tokenizer import Tokenizer
-
-PREFILL_TOKENS = 16384
-"""Padded prompt tokens of one prefill, at most; bounds its memory."""
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How to draw tokens. temperature 0: greedy; top_k 0, top_p 1, min_p 0, repetition_penalty 1: off; max_tokens in
-    tokens. `stop`: texts that end the answer, before them.
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    max_tokens: int = 256
-    seed: int = 0
-    repetition_penalty: float = 1.0
-    stop: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        for name, low, high in (
-            ("temperature", 0, 100),
-            ("top_k", 0, 2**31 - 1),
-            ("top_p", 1e-6, 1),
-            ("min_p", 0, 1),
-            ("max_tokens", 1, 2**31 - 1),
-            ("repetition_penalty", 0.01, 100),
-        ):
-            if not low <= getattr(self, name) <= high:
-                raise UserError(f"{name} {getattr(self, name)} is outside {low} to {high}")
-        if isinstance(self.stop, str) or not all(self.stop):
-            raise UserError(f"stop {self.stop!r} is not a list of texts, none of them empty")
-
-
-@dataclass
-class Completion:
-    """What the model answered: its ids (end marker left out), mask 0 where a tool wrote, and the calls it made.
-
-    logprobs, of an engine that was asked for them: natural logarithm of the probability of each token under the model
-    itself (temperature 1, nothing left out), 0 where a tool wrote.
-    """
-
-    ids: list[int] = field(default_factory=list)
-    mask: list[int] = field(default_factory=list)
-    text: str = ""
-    finish_reason: str = ""
-    tool_calls: list[dict] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-
-
-@dataclass(eq=False)
-class Row:
-    """One request inside the engine."""
-
-    prompt: tuple[int, ...]
-    sampling: SamplingParams
-    text: TextStream | None = None
-    completion: Completion = field(default_factory=Completion)
-    forced: list[int] = field(default_factory=list)
-    expression: list[int] | None = None
-    events: deque = field(default_factory=deque)
-    slot: int = -1
-
-    @property
-    def done(self) -> bool:
-        return bool(self.completion.finish_reason)
-
-    @property
-    def position(self) -> int:
-        """Of the newest token, which is to be fed next."""
-        return len(self.prompt) + len(self.completion.ids) - 1
 
 
 class Flight(NamedTuple):
@@ -268,7 +198,7 @@ class Engine:
 
     def logits_at(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
         """Logits float32 [n, V] of the token after each prompt."""
-        longest = bucket(max(map(len, prompts)), self.cfg.max_positions, 32)
+        longest = prompt_bucket(max(map(len, prompts)), self.cfg.max_positions)
         rows = self._round(bucket(len(prompts), len(prompts) * 4, 1))
         tokens, counts = padded(prompts, rows, longest)
         with self._context():
@@ -322,53 +252,40 @@ class Engine:
         return bool(self._waiting) and len(self._free_groups()) >= min(len(self._waiting), max(1, total // 8))
 
     def _join(self) -> None:
-        while self._may_join():
-            self._prefill(self._free_groups())
-
-    def _admitted(self, groups: int) -> list[list[Row]]:
-        """As many waiting requests, in order, as fit into so many groups and into one prefill."""
-        units: list[list[Row]] = []
-        longest = 1
-        while self._waiting and len(units) < groups:
-            now = [*units, self._waiting[0]]
-            length = max(longest, len(now[-1][0].prompt) - 1)
-            if units and self._count(self._prompts(now)) * self._length(length) > PREFILL_TOKENS:
-                break
-            longest = length
+        """Give free groups of rows to those who wait, in order, and read their prompts."""
+        if not self._may_join():
+            return
+        units = []
+        for group in self._free_groups()[: len(self._waiting)]:
             units.append(self._waiting.popleft())
-        return units
-
-    def _prompts(self, units: Sequence[Sequence[Row]]) -> dict[object, tuple[int, ...]]:
-        """The prompts of units: one each where rows share, which keep a copy a group; else only different ones."""
-        if self.samples > 1:
-            return {i: unit[0].prompt for i, unit in enumerate(units)}
-        return {unit[0].prompt: unit[0].prompt for unit in units}
-
-    def _count(self, prompts: Collection[object]) -> int:
-        return self._round(bucket(len(prompts), self.max_rows, 1))
-
-    def _prefill(self, groups: list[int]) -> None:
-        """Read the prompts of waiting requests, and let these have free groups."""
-        sharing = self.samples > 1
-        units = self._admitted(len(groups))
-        prompts = self._prompts(units)
-        index = {name: i for i, name in enumerate(prompts)}
-        count = self._count(prompts)
-        # Two sizes, so that few shapes are compiled: a row for each prompt, or all rows.
-        size = count if sum(map(len, units)) <= count else self.max_rows
-        source, slot = np.zeros(size, np.int32), np.full(size, self.max_rows, np.int32)
-        place, last = np.full(count, self.max_rows, np.int32), np.zeros(count, np.int32)
-        rows = []
-        for i, (group, unit) in enumerate(zip(groups, units, strict=False)):
-            at = index[i if sharing else unit[0].prompt]
-            place[at], last[at] = group, unit[0].prompt[-1]
-            for j, row in enumerate(unit):
+            for j, row in enumerate(units[-1]):
                 row.slot = group * self.samples + j
-                source[len(rows)], slot[len(rows)] = at, row.slot
-                rows.append(row)
-        length = self._length(max(len(prompt) - 1 for prompt in prompts.values()))
-        tokens, counts = padded([prompt[:-1] for prompt in prompts.values()], count, length)
-        self._rows |= {row.slot: row for row in rows}
+                self._rows[row.slot] = row
+        # Equal prompts are read once and copied; those that share a group's cache have a copy there anyway.
+        same: dict[object, list[Row]] = {}
+        for i, unit in enumerate(units):
+            same.setdefault(i if self.samples > 1 else unit[0].prompt, []).extend(unit)
+        of_length: dict[int, list[list[Row]]] = {}
+        for rows in same.values():
+            of_length.setdefault(self._length(len(rows[0].prompt) - 1), []).append(rows)
+        for length, prompts in of_length.items():
+            while prompts:
+                count = self._round(together(len(prompts), length, self.max_rows))
+                self._prefill(prompts[:count], count, length)
+                del prompts[:count]
+
+    def _prefill(self, prompts: Sequence[Sequence[Row]], count: int, length: int) -> None:
+        """Read the prompt of each of these lists of rows, padded to `count` prompts of `length` tokens."""
+        rows = [(at, row) for at, same in enumerate(prompts) for row in same]
+        # Two sizes, so that few shapes are compiled: a row for each prompt, or all rows.
+        size = count if len(rows) <= count else self.max_rows
+        source, slot = np.zeros(size, np.int32), np.full(size, self.max_rows, np.int32)
+        for i, (at, row) in enumerate(rows):
+            source[i], slot[i] = at, row.slot
+        place, last = np.full(count, self.max_rows, np.int32), np.zeros(count, np.int32)
+        for at, (row, *_) in enumerate(prompts):
+            place[at], last[at] = row.slot // self.samples, row.prompt[-1]
+        tokens, counts = padded([row.prompt[:-1] for row, *_ in prompts], count, length)
         self.compiled.add(("prefill", tokens.shape, size))
         with self._context():
             self._cache = prefill(
@@ -379,11 +296,11 @@ class Engine:
                 slot,
                 place,
                 cfg=self.cfg,
-                shared=sharing,
+                shared=self.samples > 1,
             )
 
     def _length(self, longest: int) -> int:
-        return bucket(max(longest, 1), max(self.max_len - 1, 1), 32)
+        return prompt_bucket(max(longest, 1), max(self.max_len - 1, 1))
 
     def _launch(self, rows: Rows | None) -> Flight:
         """Begin to decode: from where the host has the rows, or from where the device left them."""
@@ -541,19 +458,3 @@ class Engine:
     def _place(self, x: np.ndarray) -> jax.Array:
         """An array whose first axis is rows, cut over the mesh's data shards."""
         return jnp.asarray(x) if self.mesh is None else jax.device_put(x, NamedSharding(self.mesh, P(BATCH_AXES)))
-
-
-def bucket(size: int, limit: int, smallest: int) -> int:
-    """`size` rounded up to smallest * 2^i, at most `limit`: few different shapes, so few compilations."""
-    rounded = smallest
-    while rounded < size:
-        rounded *= 2
-    return max(size, min(rounded, limit))
-
-
-def padded(prompts: Sequence[Sequence[int]], rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts as int32 [rows, length], padded on the right with 0, and their lengths [rows]."""
-    tokens, counts = np.zeros((rows, length), np.int32), np.zeros(rows, np.int32)
-    for i, prompt in enumerate(prompts):
-        tokens[i, : len(prompt)], counts[i] = prompt, len(prompt)
-    return tokens, counts

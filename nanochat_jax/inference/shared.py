@@ -18,7 +18,8 @@ from jax.sharding import PartitionSpec as P
 
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.distributed import gather_json, is_shared
-from nanochat_jax.inference.engine import Completion, Engine, SamplingParams
+from nanochat_jax.inference.engine import Engine
+from nanochat_jax.inference.requests import Completion, SamplingParams
 from nanochat_jax.model import Params
 from nanochat_jax.sharding import AXES
 from nanochat_jax.tokenizer import Tokenizer

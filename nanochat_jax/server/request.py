@@ -14,7 +14,7 @@ from werkzeug.exceptions import HTTPException
 
 from nanochat_jax.data.turns import check_turns, is_part
 from nanochat_jax.errors import UserError
-from nanochat_jax.inference.engine import SamplingParams
+from nanochat_jax.inference.requests import SamplingParams
 
 MAX_STOPS = 4
 MAX_STOP_CHARS = 100

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from nanochat_jax.config import GPTConfig
-from nanochat_jax.inference.engine import Completion, bucket
+from nanochat_jax.inference.buckets import bucket
+from nanochat_jax.inference.requests import Completion
 from nanochat_jax.loss import token_losses
 from nanochat_jax.model import Params
 from nanochat_jax.sharding import BATCH, shard

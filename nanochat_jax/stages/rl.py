@@ -25,8 +25,10 @@ from nanochat_jax.config import Config, RLConfig
 from nanochat_jax.data.position import digest
 from nanochat_jax.distributed import gather_json, leaders
 from nanochat_jax.errors import UserError
+from nanochat_jax.inference.buckets import bucket
 from nanochat_jax.inference.decoding import empty_cache, prepare
-from nanochat_jax.inference.engine import Completion, Engine, SamplingParams, bucket
+from nanochat_jax.inference.engine import Engine
+from nanochat_jax.inference.requests import Completion, SamplingParams
 from nanochat_jax.inference.shared import make_engine
 from nanochat_jax.memory import train_rows, with_loss_chunk
 from nanochat_jax.metrics import Console

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nanochat_jax.distributed import is_leader
-from nanochat_jax.inference.engine import SamplingParams
+from nanochat_jax.inference.requests import SamplingParams
 from nanochat_jax.inference.shared import make_engine
 from nanochat_jax.model import Params
 from nanochat_jax.stages.session import Session

@@ -1,0 +1,43 @@
+"""Shapes that are compiled for: sizes rounded up to few different ones, at little padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+PREFILL_TOKENS = 16384
+"""Padded prompt tokens of one prefill, at most; bounds its memory."""
+
+
+def bucket(size: int, limit: int, smallest: int) -> int:
+    """`size` rounded up to smallest * 2^i, at most `limit`."""
+    rounded = smallest
+    while rounded < size:
+        rounded *= 2
+    return max(size, min(rounded, limit))
+
+
+def prompt_bucket(size: int, limit: int) -> int:
+    """Tokens that a prompt of `size` is padded to: 32, 64, 128, 192, 256, 384, 512, ... but at most `limit`."""
+    rounded = bucket(size, 2 * size + 32, 32)
+    rounded = 3 * rounded // 4 if rounded > 128 and size <= 3 * rounded // 4 else rounded
+    return max(size, min(rounded, limit))
+
+
+def together(waiting: int, length: int, limit: int) -> int:
+    """How many of so many prompts of `length` tokens are read at once: all of them, padded to a power of two or to
+    `limit`, where that costs a third at most, or else the largest power of two of them.
+    """
+    few = max(1, min(waiting, PREFILL_TOKENS // length))
+    rounded = bucket(few, limit, 1)
+    fits = rounded * length <= max(PREFILL_TOKENS, length) and 3 * rounded <= 4 * few
+    return rounded if fits else 1 << few.bit_length() - 1
+
+
+def padded(prompts: Sequence[Sequence[int]], rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts as int32 [rows, length], padded on the right with 0, and their lengths [rows]."""
+    tokens, counts = np.zeros((rows, length), np.int32), np.zeros(rows, np.int32)
+    for i, prompt in enumerate(prompts):
+        tokens[i, : len(prompt)], counts[i] = prompt, len(prompt)
+    return tokens, counts
