@@ -9,7 +9,8 @@ the reference begins to train with, but with nothing zero; no token ends an answ
 batch-1, batch-16   decoding: one prompt of 256 tokens, 128 more tokens of every row after the first, top-k 50
 prefill             a prompt of 400 tokens, up to its first token
 rollouts            16 answers of 64 tokens to each of 16 questions of 40 to 120 tokens, prompts included: the
-                    reference question by question, as it does in its reinforcement learning
+                    reference 8 answers at a time, which is what its chat_rl does unless told otherwise
+rollouts-16         the same, the reference with all 16 answers to a question at a time
 greedy              the likeliest 128 tokens after four prompts, compared; no times
 
 Ours is measured with several engines: "int8" weights; "shared": the samples of a prompt share its keys and values.
@@ -36,6 +37,8 @@ from turns import Child, check_counts, check_reference
 HERE = Path(__file__).resolve().parent
 SAMPLING = {"temperature": 1.0, "top_k": 50}
 SAMPLES, QUESTIONS, ROLLOUT_TOKENS = 16, 16, 64
+REFERENCE_AT_ONCE = 8
+"""Rows of the reference's rollouts: --device-batch-size of its chat_rl."""
 GREEDY_TOKENS, MUST_AGREE = 128, 64
 
 
@@ -100,16 +103,17 @@ def measures(vocab_size: int) -> dict[str, Measure]:
     (prompt,) = prompts_of(vocab_size, (256,))
     (long,) = prompts_of(vocab_size, (400,))
     lengths = tuple(int(length) for length in np.linspace(40, 120, QUESTIONS))
-    questions = {"prompts": prompts_of(vocab_size, lengths), "samples": SAMPLES, "tokens": ROLLOUT_TOKENS}
+    asked = {"prompts": prompts_of(vocab_size, lengths), "samples": SAMPLES, "tokens": ROLLOUT_TOKENS}
     decoding = {"prompt": prompt, "steps": 128}
-    by = ("", "shared", "one batch", "one batch, shared")
+    ways = ("float32", "float32, shared", "float32, one batch", "float32, one batch, shared")
     return {
         "batch-1": Measure("decode", {"rows": 1, **decoding}, ("float32", "int8"), steps=128),
         "batch-16": Measure(
             "decode", {"rows": 16, **decoding}, ("float32", "int8", "shared", "int8, shared"), steps=128
         ),
         "prefill": Measure("decode", {"rows": 1, "prompt": long, "steps": 1}, ("float32", "int8"), figure="first"),
-        "rollouts": Measure("rollouts", questions, tuple(f"float32, {how}".rstrip(", ") for how in by)),
+        "rollouts": Measure("rollouts", asked | {"at_once": REFERENCE_AT_ONCE}, ways),
+        "rollouts-16": Measure("rollouts", asked | {"at_once": SAMPLES}, ways[-1:]),
     }
 
 

@@ -58,7 +58,7 @@ def main() -> None:
         whole, _ = generate(engine, [prompt], steps + 1, rows)
         return {"seconds": whole - first, "first": first}
 
-    def rollouts(variant: str, prompts: list[list[int]], samples: int, tokens: int) -> dict[str, float]:
+    def rollouts(variant: str, prompts: list[list[int]], samples: int, tokens: int, at_once: int) -> dict[str, float]:
         together = "one batch" in variant
         max_len = max(map(len, prompts)) + tokens
         engine = engine_of(samples * len(prompts) if together else samples, variant, max_len, tokens)

@@ -53,12 +53,14 @@ def main() -> None:
         tokens.close()
         return {"seconds": end - first, "first": first - start}
 
-    def rollouts(prompts: list[list[int]], samples: int, tokens: int) -> dict[str, float]:
-        """Seconds of all questions, one after the other, as its chat_rl asks them."""
+    def rollouts(prompts: list[list[int]], samples: int, tokens: int, at_once: int) -> dict[str, float]:
+        """Seconds of all questions, one after the other, `at_once` samples at a time, as its chat_rl asks them."""
         start = time.perf_counter()
         for prompt in prompts:
-            sequences, _ = engine.generate_batch(prompt, num_samples=samples, max_tokens=tokens, **sampling)
-            assert all(len(sequence) == len(prompt) + tokens for sequence in sequences)
+            for seed in range(samples // at_once):
+                asked = {"num_samples": at_once, "max_tokens": tokens, "seed": seed}
+                sequences, _ = engine.generate_batch(prompt, **asked, **sampling)
+                assert all(len(sequence) == len(prompt) + tokens for sequence in sequences)
         return {"seconds": time.perf_counter() - start}
 
     def greedy(prompts: list[list[int]], tokens: int) -> list[list[int]]:
