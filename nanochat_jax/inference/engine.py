@@ -247,7 +247,7 @@ class Engine:
         return [group for group in range(self.max_rows // self.samples) if group not in taken]
 
     def _may_join(self) -> bool:
-        """A prefill costs about as much for one row as for a few: where many wait, until an eighth is free."""
+        """Joining interrupts all rows for a prefill: where many wait, they wait until an eighth of the rows is free."""
         total = self.max_rows // self.samples
         return bool(self._waiting) and len(self._free_groups()) >= min(len(self._waiting), max(1, total // 8))
 
