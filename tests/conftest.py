@@ -3,13 +3,11 @@
 import os
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 # Tests compile far more than they compute: quickly, and each program once for all processes and for the next time.
 os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true"
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "xla"))
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import jax
@@ -24,7 +22,7 @@ def tokenizer():
     from nanochat_jax.data.shards import read_texts, shard_files
     from nanochat_jax.tokenizer import Tokenizer
 
-    files, _ = shard_files(ROOT / "nanochat_jax" / "corpus")
+    files, _ = shard_files(Path(__file__).parent.parent / "nanochat_jax" / "corpus")
     return Tokenizer.train(read_texts(files[:1]), 512)
 
 
