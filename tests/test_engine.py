@@ -13,7 +13,7 @@ from nanochat_jax.config import GPTConfig, ModelConfig
 from nanochat_jax.errors import UserError
 from nanochat_jax.inference import engine as engine_module
 from nanochat_jax.inference import sampling as steps
-from nanochat_jax.inference.buckets import bucket, prompt_bucket, together
+from nanochat_jax.inference.buckets import bucket, prompt_bucket, prompts_at_once
 from nanochat_jax.inference.decoding import prepare
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.inference.requests import Row, SamplingParams
@@ -324,18 +324,24 @@ def test_requests_that_do_not_fit_wait_in_order(model, tokenizer, prompts):
     assert ended == rows
 
 
-@pytest.mark.parametrize("failing", ["prefill", "decode"])
-def test_a_failing_step_breaks_off_what_runs_and_the_engine_goes_on(model, tokenizer, prompts, monkeypatch, failing):
+@pytest.mark.parametrize(("failing", "after"), [("prefill", 0), ("prefill", 1), ("decode", 0)])
+def test_a_failing_step_breaks_off_what_runs_and_the_engine_goes_on(
+    model, tokenizer, prompts, monkeypatch, failing, after
+):
     """The device call has already taken the cache away: what ran is told so, what waited is answered right."""
     params, cfg = model
+    prompts = [prompts[0], (prompts[3] * 9)[:60], *prompts[2:]]  # the first two are read one after the other
+    calls = iter(range(9))
     how = SamplingParams(0.0, max_tokens=12)
     engine = Engine(params, cfg, tokenizer, max_rows=2)
     want = [answer.ids for answer in engine.generate(prompts, how)]
     real = getattr(steps, failing)
 
     def broken(*args, **kwargs):
-        real(*args, **kwargs)
-        raise KeyboardInterrupt
+        result = real(*args, **kwargs)
+        if next(calls) == after:
+            raise KeyboardInterrupt
+        return result
 
     victim = engine.stream(prompts[1], how)
     rows = [engine._row(prompt, how, None) for prompt in prompts[:3]]
@@ -470,9 +476,9 @@ def test_buckets():
 
 
 def test_prompts_are_read_together_with_little_padding():
-    assert [together(n, 64, 16) for n in range(1, 17)] == [1, 2, 4, 4, 4, 8, 8, 8, 8, 8, 8, 16, 16, 16, 16, 16]
-    assert [together(n, 64, 6) for n in (4, 5, 6)] == [4, 6, 6]
-    assert [together(40, length, 64) for length in (100, 500, 8192, 9000, 20000)] == [32, 32, 2, 1, 1]
+    assert [prompts_at_once(n, 64, 16) for n in range(1, 17)] == [1, 2, 4, 4, 4, 8, 8, 8, 8, 8, 8, 16, 16, 16, 16, 16]
+    assert [prompts_at_once(n, 64, 6) for n in (4, 5, 6)] == [4, 6, 6]
+    assert [prompts_at_once(40, length, 64) for length in (100, 500, 8192, 9000, 20000)] == [32, 32, 2, 1, 1]
 
 
 def test_waiting_prompts_are_read_with_those_of_their_length(model, tokenizer, prompts):

@@ -1,4 +1,4 @@
-"""Shapes that are compiled for: sizes rounded up to few different ones, at little padding."""
+"""Shapes that are compiled for: sizes rounded up to few different ones."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 PREFILL_TOKENS = 16384
-"""Padded prompt tokens of one prefill, at most; bounds its memory."""
+"""Padded prompt tokens of one prefill, of which there are more only where a mesh or a lone prompt wants it."""
 
 
 def bucket(size: int, limit: int, smallest: int) -> int:
@@ -25,9 +25,9 @@ def prompt_bucket(size: int, limit: int) -> int:
     return max(size, min(rounded, limit))
 
 
-def together(waiting: int, length: int, limit: int) -> int:
-    """How many of so many prompts of `length` tokens are read at once: all of them, padded to a power of two or to
-    `limit`, where that costs a third at most, or else the largest power of two of them.
+def prompts_at_once(waiting: int, length: int, limit: int) -> int:
+    """How many of so many prompts of `length` tokens are read at once: all that PREFILL_TOKENS allows, padded to a
+    power of two or to `limit`, where that adds a third at most, or else the largest power of two of them.
     """
     few = max(1, min(waiting, PREFILL_TOKENS // length))
     rounded = bucket(few, limit, 1)

@@ -30,7 +30,7 @@ from nanochat_jax.model import (
     attend,
     check_length,
     rms,
-    rope_angles,
+    rope,
     scaled,
 )
 from nanochat_jax.sharding import match, path_of, shard
@@ -172,14 +172,12 @@ def hidden(
         return shard(x_DC, None, BATCH_AXES, *[None] * (len(columns) - 1))
 
     def rotated(x_KGHC: jax.Array) -> jax.Array:
-        one, two = jnp.split(x_KGHC, 2, axis=2)
-        turned = jnp.concatenate([one * cos + two * sin, two * cos - one * sin], axis=2)
-        return cfg.qk_scale * rms(turned, axis=2)
+        halves = x_KGHC.reshape(*x_KGHC.shape[:2], 2, -1, *columns)
+        swapped_KGHC = jax.lax.rev(halves, (2,)).reshape(x_KGHC.shape)
+        return cfg.qk_scale * rms(x_KGHC * cos + swapped_KGHC * sin, axis=2)
 
-    angles_HC = jnp.moveaxis(rope_angles(positions_C, cfg.head_dim, cfg.rope_base), -1, 0)
-    # Else the compiler computes the cosines again wherever they are used.
-    tables = jax.lax.optimization_barrier((jnp.cos(angles_HC).astype(dtype), jnp.sin(angles_HC).astype(dtype)))
-    cos, sin = (table[None, None] for table in tables)
+    tables = rope(positions_C, cfg.head_dim, cfg.rope_base, dtype)
+    cos, sin = (jnp.moveaxis(table[..., 0, :], -1, 0)[None, None] for table in tables)
     embedding_DC = x_DC = spread(rms(looked_up(weights["wte"]), axis=0))
     if cfg.smear:
         gate_1C = jax.nn.sigmoid(product(weights["smear_gate"], x_DC[:SMEAR_CHANNELS]))

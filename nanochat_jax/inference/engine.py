@@ -27,7 +27,7 @@ from jax.sharding import PartitionSpec as P
 
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.errors import UserError
-from nanochat_jax.inference.buckets import bucket, padded, prompt_bucket, together
+from nanochat_jax.inference.buckets import bucket, padded, prompt_bucket, prompts_at_once
 from nanochat_jax.inference.decoding import cache_spec, empty_cache, prepare
 from nanochat_jax.inference.requests import Completion, Row, SamplingParams
 from nanochat_jax.inference.sampling import (
@@ -123,7 +123,8 @@ class Engine:
     def most_compilations(self) -> int:
         """How many there can be: prefills by length, prompts and rows of them, decodes by what sampling has to do."""
         lengths = len({self._length(length) for length in range(1, self.max_len)})
-        counts = len({self._round(bucket(rows, self.max_rows, 1)) for rows in range(1, self.max_rows + 1)})
+        most = self.max_rows // self.samples
+        counts = len({self._round(bucket(prompts, most, 1)) for prompts in range(1, most + 1)})
         return lengths * counts * 2 + METHODS
 
     def generate(
@@ -270,7 +271,7 @@ class Engine:
             of_length.setdefault(self._length(len(rows[0].prompt) - 1), []).append(rows)
         for length, prompts in of_length.items():
             while prompts:
-                count = self._round(together(len(prompts), length, self.max_rows))
+                count = self._round(prompts_at_once(len(prompts), length, self.max_rows // self.samples))
                 self._prefill(prompts[:count], count, length)
                 del prompts[:count]
 
