@@ -462,17 +462,10 @@ def test_words_that_were_said_become_less_likely():
 
 
 def test_buckets():
-    assert [bucket(n, 96, 32) for n in (1, 32, 33, 70, 96)] == [32, 32, 64, 96, 96]
-    assert [prompt_bucket(n, 500) for n in (1, 33, 90, 128, 129, 193, 300, 385)] == [
-        32,
-        64,
-        128,
-        128,
-        192,
-        256,
-        384,
-        500,
-    ]
+    assert [bucket(n, 32, 96) for n in (1, 32, 33, 70, 96, 97)] == [32, 32, 64, 96, 96, 97]
+    assert [bucket(n) for n in (1, 2, 3, 9)] == [1, 2, 4, 16]
+    sizes = {1: 32, 33: 64, 90: 128, 128: 128, 129: 192, 193: 256, 300: 384, 385: 500, 501: 501}
+    assert {n: prompt_bucket(n, 500) for n in sizes} == sizes
 
 
 def test_prompts_are_read_together_with_little_padding():

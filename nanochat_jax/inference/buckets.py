@@ -10,18 +10,21 @@ PREFILL_TOKENS = 16384
 """Padded prompt tokens of one prefill, of which there are more only where a mesh or a lone prompt wants it."""
 
 
-def bucket(size: int, limit: int, smallest: int) -> int:
-    """`size` rounded up to smallest * 2^i, at most `limit`."""
+def bucket(size: int, smallest: int = 1, limit: int | None = None) -> int:
+    """`size` rounded up to smallest * 2^i, at most to `limit`; what is above that stays as it is."""
     rounded = smallest
     while rounded < size:
         rounded *= 2
-    return max(size, min(rounded, limit))
+    return rounded if limit is None else max(size, min(rounded, limit))
 
 
 def prompt_bucket(size: int, limit: int) -> int:
-    """Tokens that a prompt of `size` is padded to: 32, 64, 128, 192, 256, 384, 512, ... but at most `limit`."""
-    rounded = bucket(size, 2 * size + 32, 32)
-    rounded = 3 * rounded // 4 if rounded > 128 and size <= 3 * rounded // 4 else rounded
+    """Tokens that a prompt of `size` is padded to: 32, 64, 128, 192, 256, 384, 512, ... or `limit`; longer ones as they
+    are.
+    """
+    rounded = bucket(size, 32)
+    if rounded > 128 and size <= 3 * rounded // 4:
+        rounded = 3 * rounded // 4
     return max(size, min(rounded, limit))
 
 
@@ -30,8 +33,8 @@ def prompts_at_once(waiting: int, length: int, limit: int) -> int:
     power of two or to `limit`, where that adds a third at most, or else the largest power of two of them.
     """
     few = max(1, min(waiting, PREFILL_TOKENS // length))
-    rounded = bucket(few, limit, 1)
-    fits = rounded * length <= max(PREFILL_TOKENS, length) and 3 * rounded <= 4 * few
+    rounded = bucket(few, limit=limit)
+    fits = rounded * length <= PREFILL_TOKENS and 3 * rounded <= 4 * few
     return rounded if fits else 1 << few.bit_length() - 1
 
 

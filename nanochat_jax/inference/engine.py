@@ -122,10 +122,13 @@ class Engine:
 
     def most_compilations(self) -> int:
         """How many there can be: prefills by length, prompts and rows of them, decodes by what sampling has to do."""
-        lengths = len({self._length(length) for length in range(1, self.max_len)})
         most = self.max_rows // self.samples
-        counts = len({self._round(bucket(prompts, most, 1)) for prompts in range(1, most + 1)})
-        return lengths * counts * 2 + METHODS
+        counts = len({self._round(bucket(prompts, limit=most)) for prompts in range(1, most + 1)})
+        return len(self.prompt_lengths()) * counts * 2 + METHODS
+
+    def prompt_lengths(self) -> list[int]:
+        """The lengths that prompts without their last token are padded to, ascending."""
+        return sorted({self._length(length) for length in range(max(self.max_len - 1, 1))})
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParams | Sequence[SamplingParams], samples: int = 1
@@ -200,7 +203,7 @@ class Engine:
     def logits_at(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
         """Logits float32 [n, V] of the token after each prompt."""
         longest = prompt_bucket(max(map(len, prompts)), self.cfg.max_positions)
-        rows = self._round(bucket(len(prompts), len(prompts) * 4, 1))
+        rows = self._round(bucket(len(prompts)))
         tokens, counts = padded(prompts, rows, longest)
         with self._context():
             out = last_logits(self.weights, self._place(tokens), self._place(np.maximum(counts, 1)), cfg=self.cfg)

@@ -23,7 +23,6 @@ from werkzeug.exceptions import HTTPException
 from werkzeug.serving import make_server
 
 from nanochat_jax.errors import UserError
-from nanochat_jax.inference.buckets import prompt_bucket
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.inference.requests import SamplingParams
 from nanochat_jax.server.answer import completion, error_body, sse_chunks
@@ -129,9 +128,8 @@ def serve(app: Flask, host: str = "127.0.0.1", port: int = 8000) -> None:
 
 def warm_up(engine: Engine) -> None:
     """Compiles what lone requests need before anyone waits: every length of prompt, every kind of sampling."""
-    lengths = sorted({prompt_bucket(length, engine.max_len - 1) for length in range(1, engine.max_len)})
     sampling = SamplingParams(temperature=0.8, top_k=50, max_tokens=2)
-    for length in tqdm(lengths, desc="compiling", unit="prompt length", disable=None):
+    for length in tqdm(engine.prompt_lengths(), desc="compiling", unit="prompt length", disable=None):
         engine.generate([[0] * min(length + 1, engine.max_len - 1)], sampling)
     for how in ({"top_k": 0}, {"top_p": 0.9, "top_k": 0}, {"temperature": 0.0}, {"repetition_penalty": 1.2}):
         engine.generate([[0]], replace(sampling, **how))

@@ -47,7 +47,7 @@ def policy_batch(
                 weight = advantages[question, j] / max(drawn, 1) / groups
                 rows.append((prompts[question], answer, weight))
     longest = max((len(prompt) + len(answer.ids) for prompt, answer, _ in rows), default=2) - 1
-    length = bucket(longest, 2**30, SHORTEST)
+    length = bucket(longest, SHORTEST)
     inputs = np.full((len(rows), length), pad, np.int32)
     targets = np.full((len(rows), length), -1, np.int32)
     weights, logprobs = (np.zeros((len(rows), length), np.float32) for _ in range(2))

@@ -203,7 +203,7 @@ def fit_update(session: Session, samples: int, max_len: int) -> None:
         session.mesh,
         each,
         session.log,
-        length=bucket(max_len, 2**30, SHORTEST),
+        length=bucket(max_len, SHORTEST),
         weights=True,
         taken=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((weights, cache))),
     )
@@ -222,15 +222,13 @@ def update(session: Session, batch: dict[str, np.ndarray], schedule: Schedule, s
         return {"loss": 0.0, "grad_norm": 0.0}, {}, 0
     settings = session.stage
     here = settings.device_batch_size * data_shards(session.mesh)
-    microbatches = bucket(-(-rows // here), 2**30, 1)
+    microbatches = bucket(-(-rows // here))
     padding = microbatches * here - rows
-    fill = {"inputs": 0, "targets": -1, "weights": 0.0, "logprobs": 0.0}
+    fill = {"inputs": 0, "targets": -1, "weights": 0.0} | ({"logprobs": 0.0} if settings.clip else {})
     whole = {
-        name: np.pad(x, ((0, padding), (0, 0)), constant_values=fill[name]).reshape(microbatches, here, length)
-        for name, x in batch.items()
+        name: np.pad(batch[name], ((0, padding), (0, 0)), constant_values=nothing).reshape(microbatches, here, length)
+        for name, nothing in fill.items()
     }
-    if not settings.clip:
-        del whole["logprobs"]
     first = {}
     with jax.set_mesh(session.mesh):
         policy = put_batch(whole, session.mesh, leading=1)
