@@ -27,7 +27,7 @@ from nanochat_jax.config import GPTConfig
 from nanochat_jax.distributed import gather_json
 from nanochat_jax.errors import UserError
 from nanochat_jax.evals.intervals import Z, wilson
-from nanochat_jax.inference.buckets import prompt_bucket
+from nanochat_jax.inference.buckets import bucket
 from nanochat_jax.model import Params, forward
 from nanochat_jax.sharding import data_shards, put_batch
 from nanochat_jax.tokenizer import Tokenizer
@@ -35,6 +35,8 @@ from nanochat_jax.tokenizer import Tokenizer
 Log = Callable[[str], None]
 
 SHUFFLE_SEED, SHOTS_SEED = 1337, 1234
+SHORTEST = 64
+"""Tokens of the shortest batches."""
 BATCH_TOKENS = 2**14
 """Tokens of one device's share of a batch, at most: with 32,768 words their logits take 2 GiB in float32."""
 
@@ -197,13 +199,13 @@ def score(
 
 
 def padded_length(length: int, cfg: GPTConfig, label: str) -> int:
-    """What `prompt_bucket` makes of it; UserError past the model's positions."""
+    """The next power of two, or all of the model's positions; UserError past those."""
     if length > cfg.max_positions:
         raise UserError(
             f"CORE task {label} has a prompt of {length} tokens, the model reaches {cfg.max_positions} "
             "(10 x --model.sequence-len); leave core out of the evaluations of so short a context"
         )
-    return prompt_bucket(length, cfg.max_positions)
+    return bucket(length, SHORTEST, cfg.max_positions)
 
 
 def padded(sequences: Sequence[Candidate], rows: int, length: int, padding: int) -> dict[str, np.ndarray]:
