@@ -59,6 +59,7 @@ def main() -> None:
         return {"seconds": whole - first, "first": first}
 
     def rollouts(variant: str, prompts: list[list[int]], samples: int, tokens: int, at_once: int) -> dict[str, float]:
+        """Seconds of all questions; `at_once` is for the reference, the variant says how ours asks."""
         together = "one batch" in variant
         max_len = max(map(len, prompts)) + tokens
         engine = engine_of(samples * len(prompts) if together else samples, variant, max_len, tokens)
