@@ -1,6 +1,7 @@
 """The engine: greedy is exact, rows do not see each other, tools are called, streams cancel, sampling obeys its knobs."""
 
 import threading
+from dataclasses import replace
 from itertools import pairwise
 from random import Random
 
@@ -13,7 +14,7 @@ from nanochat_jax.config import GPTConfig, ModelConfig
 from nanochat_jax.errors import UserError
 from nanochat_jax.inference import engine as engine_module
 from nanochat_jax.inference import sampling as steps
-from nanochat_jax.inference.buckets import bucket, prompt_bucket, prompts_at_once
+from nanochat_jax.inference.buckets import bucket, decode_sizes, prompt_bucket, prompts_at_once
 from nanochat_jax.inference.decoding import prepare
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.inference.requests import Row, SamplingParams
@@ -101,7 +102,7 @@ def test_no_row_depends_on_its_neighbours_with_joins_and_leaves_at_random(model,
     requests = [(random.choice(prompts)[: random.randint(1, 20)], knobs_at_random(random, i)) for i in range(24)]
     engine = Engine(params, cfg, tokenizer, max_rows=1)
     alone = [engine.generate([prompt], how)[0] for prompt, how in requests]
-    engine = Engine(params, cfg, tokenizer, max_rows=4)
+    engine = Engine(params, cfg, tokenizer, max_rows=6)
     rows, got, waiting = {}, {}, list(range(24))
     while len(got) < 24:
         for _ in range(random.randint(0, 3)):
@@ -119,6 +120,45 @@ def test_no_row_depends_on_its_neighbours_with_joins_and_leaves_at_random(model,
                 got[i] = rows.pop(i).completion
     for i, answer in enumerate(alone):
         assert got[i].ids == answer.ids and got[i].finish_reason == answer.finish_reason, i
+    assert sizes_decoded(engine) == {1, 4, 6}
+
+
+def sizes_decoded(engine):
+    """Numbers of rows for which decoding was compiled."""
+    return {name[-1] for name in engine.compiled if name[0] == "decode"}
+
+
+def test_rows_that_nobody_uses_are_not_decoded(model, tokenizer, prompts):
+    """But for what is compiled for, and in 16 bits, where rounding would tell a row how many neighbours it has."""
+    params, cfg = model
+    how = SamplingParams(0.0, max_tokens=3)
+    engine = Engine(params, cfg, tokenizer, max_rows=8)
+    for count, sizes in ((1, {1}), (3, {1, 4}), (4, {1, 4}), (5, {1, 4, 8})):
+        engine.generate([prompts[0]] * count, how)
+        assert sizes_decoded(engine) == sizes
+    rounded = Engine(params, replace(cfg, compute_dtype="bfloat16"), tokenizer, max_rows=8)
+    rounded.generate(prompts[:1], how)
+    assert sizes_decoded(rounded) == {8}
+
+
+def test_the_last_row_of_a_full_batch_goes_on_alone(model, tokenizer, prompts):
+    """In whatever slot it stands, and others find their slots unharmed."""
+    params, cfg = model
+    how = [SamplingParams(1.0, top_k=20, max_tokens=n, seed=n) for n in (2, 3, 60, 2, 4)]
+    engine = Engine(params, cfg, tokenizer, max_rows=1)
+    want = [engine.generate([prompt], one)[0].ids for prompt, one in zip(prompts, how, strict=True)]
+    engine = Engine(params, cfg, tokenizer, max_rows=5)
+    rows = [engine._row(prompt, one, None) for prompt, one in zip(prompts, how, strict=True)]
+    engine._waiting.extend([row] for row in rows)
+    while len(engine._rows) != 1:
+        engine.step()
+    late = engine._row(prompts[0], how[2], None)
+    engine.step()
+    engine._waiting.append([late])
+    while not (rows[2].done and late.done):
+        engine.step()
+    assert [row.completion.ids for row in rows] == want and sizes_decoded(engine) == {1, 4, 5}
+    assert late.completion.ids == Engine(params, cfg, tokenizer, max_rows=1).generate(prompts[:1], how[2])[0].ids
 
 
 def test_samples_that_share_a_prompt_say_what_rows_of_their_own_say(model, tokenizer, prompts):
@@ -131,6 +171,7 @@ def test_samples_that_share_a_prompt_say_what_rows_of_their_own_say(model, token
     for samples in (3, 2, 5):
         want = [a.ids for a in alone.generate(prompts, how, samples)]
         assert [a.ids for a in together.generate(prompts, how, samples)] == want
+    assert sizes_decoded(together) == {3, 6}
     text = "".join(event.get("text", "") for event in together.stream(prompts[0], how))
     assert text == "".join(event.get("text", "") for event in alone.stream(prompts[0], how))
 
@@ -466,6 +507,10 @@ def test_buckets():
     assert [bucket(n) for n in (1, 2, 3, 9)] == [1, 2, 4, 16]
     sizes = {1: 32, 33: 64, 90: 128, 128: 128, 129: 192, 193: 256, 300: 384, 385: 500, 501: 501}
     assert {n: prompt_bucket(n, 500) for n in sizes} == sizes
+
+
+def test_numbers_of_rows_that_are_decoded():
+    assert [decode_sizes(most) for most in (1, 2, 4, 5, 16, 20)] == [[1], [1, 2], [1, 4], [1, 4, 5], [1, 4, 16], [1, 4, 16, 20]]
 
 
 def test_prompts_are_read_together_with_little_padding():

@@ -18,6 +18,7 @@ import nanochat_jax.server
 from nanochat_jax.config import GPTConfig, ModelConfig
 from nanochat_jax.errors import UserError
 from nanochat_jax.inference.engine import Engine
+from nanochat_jax.inference.requests import SamplingParams
 from nanochat_jax.inference.sampling import decode, prefill
 from nanochat_jax.model import param_shapes
 from nanochat_jax.server.app import create_app, serve, warm_up
@@ -340,11 +341,15 @@ def test_with_a_real_engine():
     cfg = GPTConfig.from_depth(ModelConfig(depth=1, aspect_ratio=16, head_dim=16, sequence_len=64), 290)
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), param_shapes(cfg))
-    engine = Engine(params, cfg, tokenizer, max_rows=1, max_len=64)
+    engine = Engine(params, cfg, tokenizer, max_rows=3, max_len=64, lone_prompts=True)
     client = create_app(engine, tokenizer, model_name="m").test_client()
     warm_up(engine)
     compiled = prefill._cache_size() + decode._cache_size()
     assert ask(client, max_tokens=4).status_code == 200 and ask(client, **user("the quick " * 4)).status_code == 200
+    prompts = [[1] * length for length in (3, 40, 3)]
+    for count in range(1, 4):
+        for kind in ({"top_k": 50}, {}, {"temperature": 0.0}):
+            engine.generate(prompts[:count], SamplingParams(max_tokens=20, **kind))
     assert prefill._cache_size() + decode._cache_size() == compiled
     whole = ask(client, max_tokens=4, seed=1, **user("the quick")).get_json()
     assert whole["usage"]["prompt_tokens"] == len(tokenizer.encode("the quick")) + 4

@@ -38,6 +38,14 @@ def prompts_at_once(waiting: int, length: int, limit: int) -> int:
     return rounded if fits else 1 << few.bit_length() - 1
 
 
+def decode_sizes(most: int) -> list[int]:
+    """How many rows are decoded at once: 1, 4, 16, ... and all, ascending."""
+    sizes = [1]
+    while sizes[-1] * 4 < most:
+        sizes.append(sizes[-1] * 4)
+    return sizes if most == 1 else [*sizes, most]
+
+
 def padded(prompts: Sequence[Sequence[int]], rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
     """Prompts as int32 [rows, length], padded on the right with 0, and their lengths [rows]."""
     tokens, counts = np.zeros((rows, length), np.int32), np.zeros(rows, np.int32)

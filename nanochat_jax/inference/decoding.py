@@ -140,6 +140,21 @@ def cache_spec(path: str) -> P:
     return P(BATCH_AXES, "tensor") if path[-2:] in ("/k", "/v") else P(BATCH_AXES)
 
 
+def rows_of(cache: Cache, slots_R: jax.Array) -> Cache:
+    """The cache of these rows alone; where rows share prompts, of whole groups of them."""
+    part = {name: jax.tree.map(lambda x: x[slots_R], cache[name]) for name in ("prev", "seen", "own")}
+    if "shared" in cache:
+        together = len(cache["prev"]) // len(cache["shared"][0]["k"])
+        part["shared"] = jax.tree.map(lambda x: x[slots_R[::together] // together], cache["shared"])
+    return part
+
+
+def with_rows(cache: Cache, part: Cache, slots_R: jax.Array) -> Cache:
+    """The cache after a decode of these rows alone, which leaves shared prompts as they were."""
+    written = {name: cache[name] for name in ("prev", "seen", "own")}
+    return cache | jax.tree.map(lambda x, new: x.at[slots_R].set(new), written, {name: part[name] for name in written})
+
+
 def ring_positions(last_B: jax.Array, slots: int) -> jax.Array:
     """The position in each slot of a ring whose newest is last_B: int32 [B, S], below 0 where there is none yet."""
     last_B1 = last_B[:, None]

@@ -27,7 +27,7 @@ from jax.sharding import PartitionSpec as P
 
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.errors import UserError
-from nanochat_jax.inference.buckets import bucket, padded, prompt_bucket, prompts_at_once
+from nanochat_jax.inference.buckets import bucket, decode_sizes, padded, prompt_bucket, prompts_at_once
 from nanochat_jax.inference.decoding import cache_spec, empty_cache, prepare
 from nanochat_jax.inference.requests import Completion, Row, SamplingParams
 from nanochat_jax.inference.sampling import (
@@ -50,7 +50,7 @@ from nanochat_jax.tokenizer import Tokenizer
 
 
 class Flight(NamedTuple):
-    """A decode that the device is at: what it writes, where the rows then are, and whose they were when it began."""
+    """A decode that the device is at: what it writes, where the rows then are, and whose its columns are."""
 
     written: Written
     rows: Rows
@@ -73,11 +73,13 @@ class Engine:
         max_new: int | None = None,
         quantize: str = "none",
         logprobs: bool = False,
+        lone_prompts: bool = False,
     ) -> None:
         """A cache of `max_rows` rows (rounded up to the mesh's data shards) of `max_len` tokens, prompt included.
 
         With `samples` > 1 every so many rows continue one prompt, whose keys and values they share; a row then keeps
         `max_new` tokens of its own. Such rows join and leave together. `quantize`: "none", or "int8" weights.
+        `lone_prompts`: no two prompts are read at once, which needs fewer compilations.
         """
         if quantize not in ("none", "int8"):
             raise UserError(f"quantize {quantize!r} is not known; none and int8 are")
@@ -91,6 +93,13 @@ class Engine:
         """What generation was compiled for: function and static shapes. `logits_at` is not counted."""
         self._quantize, self._logprobs = quantize, logprobs
         self._shards = shards
+        groups = self.max_rows // samples
+        self._lone_prompts = lone_prompts
+        # Rounding differs with the number of rows. In 16 bits, which a GPU decodes about as fast for all rows as for
+        # one, that would show in what a row says; over a mesh a few rows would not be spread over it.
+        narrow = cfg.compute_dtype == "float32" and shards == 1
+        self.decode_sizes = [size * samples for size in (decode_sizes(groups) if narrow else [groups])]
+        """Numbers of rows that are decoded at once."""
         self._lock = threading.RLock()
         self._waiting: deque[list[Row]] = deque()
         self._drivers: set[int] = set()
@@ -122,9 +131,9 @@ class Engine:
 
     def most_compilations(self) -> int:
         """How many there can be: prefills by length, prompts and rows of them, decodes by what sampling has to do."""
-        most = self.max_rows // self.samples
+        most = 1 if self._lone_prompts else self.max_rows // self.samples
         counts = len({self._round(bucket(prompts, limit=most)) for prompts in range(1, most + 1)})
-        return len(self.prompt_lengths()) * counts * 2 + METHODS
+        return len(self.prompt_lengths()) * counts * 2 + METHODS * len(self.decode_sizes)
 
     def prompt_lengths(self) -> list[int]:
         """The lengths that prompts without their last token are padded to, ascending."""
@@ -232,13 +241,13 @@ class Engine:
             return
         flight, self._flight = self._flight, None
         written, active = jax.device_get((flight.written, flight.rows["active"]))
-        if not self._may_join() and all(active[slot] and not row.done for slot, row in flight.owners.items()):
-            self._flight = self._launch(flight.rows)
-        columns = (written.tokens, written.drawn, written.logprobs)
-        for tokens, drawn, logprobs in zip(*(column[: written.count].tolist() for column in columns), strict=True):
-            for slot, row in flight.owners.items():
-                if tokens[slot] >= 0 and not row.done:
-                    self._advance(row, tokens[slot], drawn[slot], logprobs[slot])
+        if not self._may_join() and all(active[at] and not row.done for at, row in flight.owners.items()):
+            self._flight = self._launch(flight)
+        arrays = (written.tokens, written.drawn, written.logprobs)
+        for tokens, drawn, logprobs in zip(*(array[: written.count].tolist() for array in arrays), strict=True):
+            for at, row in flight.owners.items():
+                if tokens[at] >= 0 and not row.done:
+                    self._advance(row, tokens[at], drawn[at], logprobs[at])
 
     def _row(self, prompt: Sequence[int], sampling: SamplingParams, text: TextStream | None) -> Row:
         if not prompt or len(prompt) >= self.max_len:
@@ -265,6 +274,10 @@ class Engine:
             for j, row in enumerate(units[-1]):
                 row.slot = group * self.samples + j
                 self._rows[row.slot] = row
+        if self._lone_prompts:
+            for unit in units:
+                self._prefill([unit], self._round(1), self._length(len(unit[0].prompt) - 1))
+            return
         # Equal prompts are read once and copied; those that share a group's cache have a copy there anyway.
         same: dict[object, list[Row]] = {}
         for i, unit in enumerate(units):
@@ -306,16 +319,19 @@ class Engine:
     def _length(self, longest: int) -> int:
         return prompt_bucket(max(longest, 1), max(self.max_len - 1, 1))
 
-    def _launch(self, rows: Rows | None) -> Flight:
+    def _launch(self, before: Flight | None) -> Flight:
         """Begin to decode: from where the host has the rows, or from where the device left them."""
         limit = CHUNK
-        if rows is None:
-            rows = jax.tree.map(self._place, self._host_rows())
+        if before is None:
+            owners, rows = self._host_rows()
+            rows = jax.tree.map(self._place, rows)
             # Whoever waits for the first token of an answer gets it without waiting for more.
-            limit = 1 if any(not row.completion.ids for row in self._rows.values()) else CHUNK
+            limit = 1 if any(not row.completion.ids for row in owners.values()) else CHUNK
+        else:
+            owners, rows = before.owners, before.rows
         method = self._method()
         ends = np.asarray([self._token["assistant_end"], self._token["bos"]], np.int32)
-        self.compiled.add(("decode", method))
+        self.compiled.add(("decode", method, len(rows["slot"])))
         with self._context():
             written, rows, self._cache = decode(
                 self.weights,
@@ -328,7 +344,7 @@ class Engine:
                 cfg=self.cfg,
                 method=method,
             )
-        return Flight(written, rows, dict(self._rows))
+        return Flight(written, rows, owners)
 
     def _method(self) -> Method:
         """What sampling has to be able to do for the rows at hand."""
@@ -343,14 +359,24 @@ class Engine:
             logprobs=self._logprobs,
         )
 
-    def _host_rows(self) -> Rows:
-        """Where every row is, as numpy arrays; rows not in use are not active."""
+    def _slots_to_decode(self) -> np.ndarray:
+        """Of the rows in use, with free ones up to a size that is compiled for, ascending; whole groups of samples."""
+        taken = {slot // self.samples for slot in self._rows}
+        size = next(size for size in self.decode_sizes if size >= len(taken) * self.samples)
+        groups = sorted([*taken, *self._free_groups()][: size // self.samples])
+        return (np.asarray(groups)[:, None] * self.samples + np.arange(self.samples)).reshape(-1).astype(np.int32)
+
+    def _host_rows(self) -> tuple[dict[int, Row], dict[str, np.ndarray]]:
+        """The rows to decode, as numpy arrays, and by column whose they are; those of nobody are not active."""
+        slots = self._slots_to_decode()
+        size = len(slots)
         ints = ("token", "position", "first", "budget", "taken", "owed", "top_k", "seed")
-        rows = {name: np.zeros(self.max_rows, np.int32) for name in ints}
-        rows |= {name: np.ones(self.max_rows, np.float32) for name in ("top_p", "penalty")}
-        rows |= {name: np.zeros(self.max_rows, np.float32) for name in ("temperature", "min_p")}
-        rows |= {"active": np.zeros(self.max_rows, bool), "forced": np.zeros((self.max_rows, FORCED), np.int32)}
-        for slot, row in self._rows.items():
+        rows = {"slot": slots} | {name: np.zeros(size, np.int32) for name in ints}
+        rows |= {name: np.ones(size, np.float32) for name in ("top_p", "penalty")}
+        rows |= {name: np.zeros(size, np.float32) for name in ("temperature", "min_p")}
+        rows |= {"active": np.zeros(size, bool), "forced": np.zeros((size, FORCED), np.int32)}
+        owners = {at: self._rows[slot] for at, slot in enumerate(slots.tolist()) if slot in self._rows}
+        for at, row in owners.items():
             how, done = row.sampling, row.completion.ids
             values = {
                 "token": done[-1] if done else row.prompt[-1],
@@ -367,9 +393,9 @@ class Engine:
                 "active": True,
             }
             for name, value in values.items():
-                rows[name][slot] = value
-            rows["forced"][slot, : len(row.forced)] = row.forced
-        return rows
+                rows[name][at] = value
+            rows["forced"][at, : len(row.forced)] = row.forced
+        return owners, rows
 
     def _most(self, row: Row) -> int:
         """Tokens a row may write: as asked, and as its slots in the cache allow (the last one is never fed)."""

@@ -14,7 +14,18 @@ import jax
 import jax.numpy as jnp
 
 from nanochat_jax.config import GPTConfig
-from nanochat_jax.inference.decoding import Cache, Weights, logits_of, read, ring_positions, squeezed, step, unsqueezed
+from nanochat_jax.inference.decoding import (
+    Cache,
+    Weights,
+    logits_of,
+    read,
+    ring_positions,
+    rows_of,
+    squeezed,
+    step,
+    unsqueezed,
+    with_rows,
+)
 
 FEW = 64
 """Candidates kept where every row with a top-k restricts itself to at most so many: sorting the vocabulary is slow."""
@@ -141,9 +152,9 @@ def prefill(
 
 
 Rows = dict
-"""Where each row is, [B]: "token" int32 to be fed at "position" int32, "first" int32 (see `decoding.step`), "budget"
-int32 tokens it may still write, "active" bool; "forced" int32 [B, FORCED] of which [taken, owed) are still to be
-written; and `Knobs`.
+"""The rows that are decoded, [B]: "slot" int32 in the cache, ascending; "token" int32 to be fed at "position" int32,
+"first" int32 (see `decoding.step`), "budget" int32 tokens it may still write, "active" bool; "forced" int32 [B, FORCED]
+of which [taken, owed) are still to be written; and `Knobs`.
 """
 
 
@@ -171,7 +182,7 @@ def decode(
     cfg: GPTConfig,
     method: Method,
 ) -> tuple[Written, Rows, Cache]:
-    """Up to `limit` <= CHUNK tokens in every row.
+    """Up to `limit` <= CHUNK tokens in every one of `rows`, which may be fewer than the cache has.
 
     A row stops after one of the tokens `ends` or when its budget is spent, and pauses after the token `marker`, which
     the host has to look at. All stop early when an eighth of the running rows wait for that, or, in a `hurry`, when a
@@ -224,10 +235,12 @@ def decode(
             ended + jnp.sum(over | (wrote & (budget <= 0))),
         )
 
+    slots, part = rows["slot"], cache if batch == len(cache["prev"]) else rows_of(cache, rows["slot"])
     alone = batch == 1 and "shared" not in cache
-    carry = (written, rows, squeezed(cache) if alone else cache, jnp.int32(0), jnp.int32(0))
-    written, rows, cache, _, _ = jax.lax.while_loop(proceed, one, carry)
-    return written, rows, unsqueezed(cache) if alone else cache
+    carry = (written, rows, squeezed(part) if alone else part, jnp.int32(0), jnp.int32(0))
+    written, rows, part, _, _ = jax.lax.while_loop(proceed, one, carry)
+    part = unsqueezed(part) if alone else part
+    return written, rows, part if batch == len(cache["prev"]) else with_rows(cache, part, slots)
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
