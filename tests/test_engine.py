@@ -102,7 +102,7 @@ def test_no_row_depends_on_its_neighbours_with_joins_and_leaves_at_random(model,
     requests = [(random.choice(prompts)[: random.randint(1, 20)], knobs_at_random(random, i)) for i in range(24)]
     engine = Engine(params, cfg, tokenizer, max_rows=1)
     alone = [engine.generate([prompt], how)[0] for prompt, how in requests]
-    engine = Engine(params, cfg, tokenizer, max_rows=6)
+    engine = Engine(params, cfg, tokenizer, max_rows=4)
     rows, got, waiting = {}, {}, list(range(24))
     while len(got) < 24:
         for _ in range(random.randint(0, 3)):
@@ -120,7 +120,7 @@ def test_no_row_depends_on_its_neighbours_with_joins_and_leaves_at_random(model,
                 got[i] = rows.pop(i).completion
     for i, answer in enumerate(alone):
         assert got[i].ids == answer.ids and got[i].finish_reason == answer.finish_reason, i
-    assert sizes_decoded(engine) == {1, 4, 6}
+    assert sizes_decoded(engine) == {1, 4}
 
 
 def sizes_decoded(engine):
@@ -510,7 +510,14 @@ def test_buckets():
 
 
 def test_numbers_of_rows_that_are_decoded():
-    assert [decode_sizes(most) for most in (1, 2, 4, 5, 16, 20)] == [[1], [1, 2], [1, 4], [1, 4, 5], [1, 4, 16], [1, 4, 16, 20]]
+    assert [decode_sizes(most) for most in (1, 2, 4, 5, 16, 20)] == [
+        [1],
+        [1, 2],
+        [1, 4],
+        [1, 4, 5],
+        [1, 4, 16],
+        [1, 4, 16, 20],
+    ]
 
 
 def test_prompts_are_read_together_with_little_padding():
