@@ -65,6 +65,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--tokenizer-chars", type=int, default=50_000_000, help="characters to train it on (50M)")
     parser.add_argument("--tokenizer", type=Path, help="or take the tokenizer/ folder of an earlier run")
     parser.add_argument("--seed", type=int, default=42, help="of the initial weights (42, as nanochat has it)")
+    parser.add_argument("--spread", type=float, default=0.0, help="start the blocks' outputs at this std instead of 0")
     parser.add_argument("--batches", type=int, default=8, help="microbatches to keep (8)")
     parser.add_argument("--logits-every", type=int, default=16, help="positions between kept logits (16)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (2)")
@@ -122,6 +123,9 @@ def run(options: argparse.Namespace, train_arguments: list[str]) -> dict[str, An
     def init_and_save(model: Any) -> None:
         torch.manual_seed(options.seed)
         init_weights(model)
+        for name, weight in model.named_parameters():
+            if options.spread and name.endswith("c_proj.weight"):
+                torch.nn.init.normal_(weight, std=options.spread)
         save_initial(model, folder)
 
     def forward_and_note(model: Any, idx: Any, targets: Any = None, *args: Any, **kwargs: Any) -> Any:
