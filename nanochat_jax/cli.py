@@ -450,7 +450,7 @@ def _engine(options: ChatOptions | ServeOptions, workdir: Path, rows: int) -> tu
     log(f"{stage} model of step {step}")
     if stage == "base" and not getattr(options, "raw", False):
         log("the base model has not learned to chat; `chat --raw -p TEXT` continues a text")
-    # What several prompts at once would compile, those who wait would have to wait for.
+    # Several prompts at once would compile while their requests wait.
     engine = Engine(params, cfg, tokenizer, max_rows=rows, mesh=mesh, quantize=options.quantize, lone_prompts=True)
     log(engine.describe())
     if options.quantize != "none":

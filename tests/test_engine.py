@@ -14,7 +14,7 @@ from nanochat_jax.config import GPTConfig, ModelConfig
 from nanochat_jax.errors import UserError
 from nanochat_jax.inference import engine as engine_module
 from nanochat_jax.inference import sampling as steps
-from nanochat_jax.inference.buckets import bucket, decode_sizes, prompt_bucket, prompts_at_once
+from nanochat_jax.inference.buckets import bucket, decode_buckets, prompt_bucket, prompts_at_once
 from nanochat_jax.inference.decoding import prepare
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.inference.requests import Row, SamplingParams
@@ -129,25 +129,25 @@ def sizes_decoded(engine):
 
 
 def test_rows_that_nobody_uses_are_not_decoded(model, tokenizer, prompts):
-    """But for what is compiled for, and in 16 bits, where rounding would tell a row how many neighbours it has."""
+    """But where rounding would tell a row how many neighbours it has, and where data shards hold the rows."""
     params, cfg = model
-    how = SamplingParams(0.0, max_tokens=3)
     engine = Engine(params, cfg, tokenizer, max_rows=8)
     for count, sizes in ((1, {1}), (3, {1, 4}), (4, {1, 4}), (5, {1, 4, 8})):
-        engine.generate([prompts[0]] * count, how)
+        engine.generate([prompts[0]] * count, SamplingParams(0.0, max_tokens=3))
         assert sizes_decoded(engine) == sizes
-    rounded = Engine(params, replace(cfg, compute_dtype="bfloat16"), tokenizer, max_rows=8)
-    rounded.generate(prompts[:1], how)
-    assert sizes_decoded(rounded) == {8}
+    rounded = replace(cfg, compute_dtype="bfloat16")
+    for other, options in ((rounded, {}), (cfg, {"quantize": "int8"}), (cfg, {"mesh": make_mesh("2")})):
+        assert Engine(params, other, tokenizer, max_rows=8, **options).decode_sizes == [8]
 
 
 def test_the_last_row_of_a_full_batch_goes_on_alone(model, tokenizer, prompts):
-    """In whatever slot it stands, and others find their slots unharmed."""
+    """In whatever slot it stands, with the words it has said, and others find their slots unharmed."""
     params, cfg = model
-    how = [SamplingParams(1.0, top_k=20, max_tokens=n, seed=n) for n in (2, 3, 60, 2, 4)]
+    how = [SamplingParams(1.0, max_tokens=n, seed=n, repetition_penalty=1.5) for n in (2, 3, 60, 2, 4)]
     engine = Engine(params, cfg, tokenizer, max_rows=1)
     want = [engine.generate([prompt], one)[0].ids for prompt, one in zip(prompts, how, strict=True)]
-    engine = Engine(params, cfg, tokenizer, max_rows=5)
+    want_late = engine.generate(prompts[:1], how[2])[0].ids
+    engine = Engine(params, cfg, tokenizer, max_rows=8)
     rows = [engine._row(prompt, one, None) for prompt, one in zip(prompts, how, strict=True)]
     engine._waiting.extend([row] for row in rows)
     while len(engine._rows) != 1:
@@ -157,8 +157,8 @@ def test_the_last_row_of_a_full_batch_goes_on_alone(model, tokenizer, prompts):
     engine._waiting.append([late])
     while not (rows[2].done and late.done):
         engine.step()
-    assert [row.completion.ids for row in rows] == want and sizes_decoded(engine) == {1, 4, 5}
-    assert late.completion.ids == Engine(params, cfg, tokenizer, max_rows=1).generate(prompts[:1], how[2])[0].ids
+    assert [row.completion.ids for row in rows] == want and late.completion.ids == want_late
+    assert sizes_decoded(engine) == {1, 4, 8}
 
 
 def test_samples_that_share_a_prompt_say_what_rows_of_their_own_say(model, tokenizer, prompts):
@@ -171,15 +171,19 @@ def test_samples_that_share_a_prompt_say_what_rows_of_their_own_say(model, token
     for samples in (3, 2, 5):
         want = [a.ids for a in alone.generate(prompts, how, samples)]
         assert [a.ids for a in together.generate(prompts, how, samples)] == want
+    apart = [replace(how, max_tokens=2), how]  # the second prompt's samples go on without the first's
+    want = [a.ids for a in alone.generate(prompts[:2], apart, 3)]
+    assert [a.ids for a in together.generate(prompts[:2], apart, 3)] == want
     assert sizes_decoded(together) == {3, 6}
     text = "".join(event.get("text", "") for event in together.stream(prompts[0], how))
     assert text == "".join(event.get("text", "") for event in alone.stream(prompts[0], how))
 
 
-@pytest.mark.parametrize("spec", ["4", "data=2,tensor=2", "fsdp=2,tensor=2"])
+@pytest.mark.parametrize("spec", ["4", "tensor=2", "data=2,tensor=2", "fsdp=2,tensor=2"])
 def test_rows_over_a_mesh_say_the_same(model, tokenizer, prompts, spec):
     params, cfg = model
-    how = [SamplingParams(0.0, max_tokens=20), *[SamplingParams(1.0, max_tokens=20, seed=i) for i in range(4)]]
+    how = [SamplingParams(0.0, max_tokens=20), *[SamplingParams(1.0, max_tokens=20, seed=i) for i in range(3)]]
+    how.append(SamplingParams(1.0, top_k=30, max_tokens=20))
     alone = [a.ids for a in Engine(params, cfg, tokenizer, max_rows=4).generate(prompts, how)]
     engine = Engine(params, cfg, tokenizer, max_rows=4, mesh=make_mesh(spec))
     assert [a.ids for a in engine.generate(prompts, how)] == alone
@@ -510,14 +514,8 @@ def test_buckets():
 
 
 def test_numbers_of_rows_that_are_decoded():
-    assert [decode_sizes(most) for most in (1, 2, 4, 5, 16, 20)] == [
-        [1],
-        [1, 2],
-        [1, 4],
-        [1, 4, 5],
-        [1, 4, 16],
-        [1, 4, 16, 20],
-    ]
+    sizes = {1: [1], 2: [1, 2], 7: [1, 7], 8: [1, 4, 8], 20: [1, 4, 20], 32: [1, 4, 16, 32]}
+    assert {most: decode_buckets(most) for most in sizes} == sizes
 
 
 def test_prompts_are_read_together_with_little_padding():

@@ -346,10 +346,10 @@ def test_with_a_real_engine():
     warm_up(engine)
     compiled = prefill._cache_size() + decode._cache_size()
     assert ask(client, max_tokens=4).status_code == 200 and ask(client, **user("the quick " * 4)).status_code == 200
-    prompts = [[1] * length for length in (3, 40, 3)]
     for count in range(1, 4):
-        for kind in ({"top_k": 50}, {}, {"temperature": 0.0}):
-            engine.generate(prompts[:count], SamplingParams(max_tokens=20, **kind))
+        engine.generate([[count] * 40, [1] * 3, [2] * 3][:count], SamplingParams(top_k=50, max_tokens=20))
+    for kind in ({}, {"temperature": 0.0}, {"top_p": 0.5}):
+        engine.generate([[1] * 3], SamplingParams(max_tokens=4, **kind))
     assert prefill._cache_size() + decode._cache_size() == compiled
     whole = ask(client, max_tokens=4, seed=1, **user("the quick")).get_json()
     assert whole["usage"]["prompt_tokens"] == len(tokenizer.encode("the quick")) + 4

@@ -38,11 +38,11 @@ def prompts_at_once(waiting: int, length: int, limit: int) -> int:
     return rounded if fits else 1 << few.bit_length() - 1
 
 
-def decode_sizes(most: int) -> list[int]:
-    """How many rows are decoded at once: 1, 4, 16, ... and all, ascending."""
+def decode_buckets(most: int) -> list[int]:
+    """How many rows are decoded at once, ascending: 1, 4, 16, ... up to half of `most`, and all."""
     sizes = [1]
-    while sizes[-1] * 4 < most:
-        sizes.append(sizes[-1] * 4)
+    while 2 * 4 * sizes[-1] <= most:
+        sizes.append(4 * sizes[-1])
     return sizes if most == 1 else [*sizes, most]
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -142,17 +142,24 @@ def cache_spec(path: str) -> P:
 
 def rows_of(cache: Cache, slots_R: jax.Array) -> Cache:
     """The cache of these rows alone; where rows share prompts, of whole groups of them."""
-    part = {name: jax.tree.map(lambda x: x[slots_R], cache[name]) for name in ("prev", "seen", "own")}
+
+    def taken(arrays: Any, at: jax.Array) -> Any:
+        return jax.tree.map(lambda x: x.at[at].get(mode="promise_in_bounds", unique_indices=True), arrays)
+
+    part = {name: taken(cache[name], slots_R) for name in ("prev", "seen", "own")}
     if "shared" in cache:
         together = len(cache["prev"]) // len(cache["shared"][0]["k"])
-        part["shared"] = jax.tree.map(lambda x: x[slots_R[::together] // together], cache["shared"])
+        part["shared"] = taken(cache["shared"], slots_R[::together] // together)
     return part
 
 
 def with_rows(cache: Cache, part: Cache, slots_R: jax.Array) -> Cache:
     """The cache after a decode of these rows alone, which leaves shared prompts as they were."""
-    written = {name: cache[name] for name in ("prev", "seen", "own")}
-    return cache | jax.tree.map(lambda x, new: x.at[slots_R].set(new), written, {name: part[name] for name in written})
+
+    def put_back(x: jax.Array, new: jax.Array) -> jax.Array:
+        return x.at[slots_R].set(new, mode="promise_in_bounds", unique_indices=True)
+
+    return cache | {name: jax.tree.map(put_back, cache[name], part[name]) for name in ("prev", "seen", "own")}
 
 
 def ring_positions(last_B: jax.Array, slots: int) -> jax.Array:

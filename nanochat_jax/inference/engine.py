@@ -2,7 +2,7 @@
 
 It holds a KV cache of `max_rows` rows. Whoever waits for tokens drives it: `generate` and every open `stream` call
 `step` under one lock, and a step serves all rows, so that several threads share each decode without a scheduler thread.
-A step decodes up to CHUNK tokens of every row on the device; while the host looks at what was written the device is
+A step decodes up to CHUNK tokens of every row in use on the device; while the host looks at what was written it is
 already at the next ones, unless a row has ended, waits for a tool, or somebody wants to join.
 
 When the model closes a python block, the expression in it is evaluated (`tools.py`) and the result is forced into the
@@ -27,7 +27,7 @@ from jax.sharding import PartitionSpec as P
 
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.errors import UserError
-from nanochat_jax.inference.buckets import bucket, decode_sizes, padded, prompt_bucket, prompts_at_once
+from nanochat_jax.inference.buckets import bucket, decode_buckets, padded, prompt_bucket, prompts_at_once
 from nanochat_jax.inference.decoding import cache_spec, empty_cache, prepare
 from nanochat_jax.inference.requests import Completion, Row, SamplingParams
 from nanochat_jax.inference.sampling import (
@@ -93,12 +93,14 @@ class Engine:
         """What generation was compiled for: function and static shapes. `logits_at` is not counted."""
         self._quantize, self._logprobs = quantize, logprobs
         self._shards = shards
-        groups = self.max_rows // samples
         self._lone_prompts = lone_prompts
-        # Rounding differs with the number of rows. In 16 bits, which a GPU decodes about as fast for all rows as for
-        # one, that would show in what a row says; over a mesh a few rows would not be spread over it.
-        narrow = cfg.compute_dtype == "float32" and shards == 1
-        self.decode_sizes = [size * samples for size in (decode_sizes(groups) if narrow else [groups])]
+        self._groups = self.max_rows // samples
+        # Rounding differs with the number of rows. Where that shows in what a row says (16 bits, int8, TF32), all are
+        # decoded always, which costs a GPU little; also where they are cut over data shards.
+        device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+        exact = device.platform == "cpu" and cfg.compute_dtype == "float32" and quantize == "none"
+        few = decode_buckets(self._groups) if exact and shards == 1 else [self._groups]
+        self.decode_sizes = [size * samples for size in few]
         """Numbers of rows that are decoded at once."""
         self._lock = threading.RLock()
         self._waiting: deque[list[Row]] = deque()
@@ -127,13 +129,16 @@ class Engine:
             rows += f", {self.samples} samples of a prompt together"
         kind = " (int8)" if self._quantize == "int8" else ""
         mib = f"KV cache {self.cache_bytes / 2**20:,.0f} MiB, weights {weights / 2**20:,.0f} MiB{kind}"
+        if few := self.decode_sizes[:-1]:
+            mib += f", up to {self.cache_bytes * few[-1] / self.max_rows / 2**20:,.0f} MiB while few rows are in use"
         return f"engine: {rows}, {mib}; more wait"
 
     def most_compilations(self) -> int:
         """How many there can be: prefills by length, prompts and rows of them, decodes by what sampling has to do."""
-        most = 1 if self._lone_prompts else self.max_rows // self.samples
+        most = 1 if self._lone_prompts else self._groups
         counts = len({self._round(bucket(prompts, limit=most)) for prompts in range(1, most + 1)})
-        return len(self.prompt_lengths()) * counts * 2 + METHODS * len(self.decode_sizes)
+        into = 1 if self._lone_prompts and self.samples == 1 else 2
+        return len(self.prompt_lengths()) * counts * into + METHODS * len(self.decode_sizes)
 
     def prompt_lengths(self) -> list[int]:
         """The lengths that prompts without their last token are padded to, ascending."""
@@ -257,12 +262,11 @@ class Engine:
     def _free_groups(self) -> list[int]:
         """Groups of `samples` rows in which none is running."""
         taken = {slot // self.samples for slot in self._rows}
-        return [group for group in range(self.max_rows // self.samples) if group not in taken]
+        return [group for group in range(self._groups) if group not in taken]
 
     def _may_join(self) -> bool:
         """Joining interrupts all rows for a prefill: where many wait, they wait until an eighth of the rows is free."""
-        total = self.max_rows // self.samples
-        return bool(self._waiting) and len(self._free_groups()) >= min(len(self._waiting), max(1, total // 8))
+        return bool(self._waiting) and len(self._free_groups()) >= min(len(self._waiting), max(1, self._groups // 8))
 
     def _join(self) -> None:
         """Give free groups of rows to those who wait, in order, and read their prompts."""
@@ -274,20 +278,18 @@ class Engine:
             for j, row in enumerate(units[-1]):
                 row.slot = group * self.samples + j
                 self._rows[row.slot] = row
-        if self._lone_prompts:
-            for unit in units:
-                self._prefill([unit], self._round(1), self._length(len(unit[0].prompt) - 1))
-            return
         # Equal prompts are read once and copied; those that share a group's cache have a copy there anyway.
         same: dict[object, list[Row]] = {}
         for i, unit in enumerate(units):
-            same.setdefault(i if self.samples > 1 else unit[0].prompt, []).extend(unit)
+            apart = self.samples > 1 or self._lone_prompts
+            same.setdefault(i if apart else unit[0].prompt, []).extend(unit)
         of_length: dict[int, list[list[Row]]] = {}
         for rows in same.values():
             of_length.setdefault(self._length(len(rows[0].prompt) - 1), []).append(rows)
         for length, prompts in of_length.items():
             while prompts:
-                count = self._round(prompts_at_once(len(prompts), length, self.max_rows // self.samples))
+                count = 1 if self._lone_prompts else prompts_at_once(len(prompts), length, self._groups)
+                count = self._round(count)
                 self._prefill(prompts[:count], count, length)
                 del prompts[:count]
 
@@ -471,7 +473,7 @@ class Engine:
             self.cfg,
             self.max_rows,
             own,
-            self.max_rows // self.samples if sharing else 0,
+            self._groups if sharing else 0,
             self.max_len if sharing else 0,
         )
 

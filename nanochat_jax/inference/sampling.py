@@ -1,4 +1,4 @@
-"""The jitted steps of generation: prefill prompts into the cache, decode several tokens of all rows, sample.
+"""The jitted steps of generation: prefill prompts into the cache, decode several tokens of some rows or all, sample.
 
 Every row has its own length, sampling parameters and seed. A row's random key comes from its seed and the position of
 the token drawn, so what a row says does not depend on its neighbours, on when it joined or on how many tokens are
@@ -66,8 +66,9 @@ def sample(logits_VB: jax.Array, seen_BV: jax.Array, knobs: Knobs, positions_B: 
         logits_VB = jnp.where(seen_BV.T, discouraged_VB, logits_VB)
     if method.candidates:
         best = jax.lax.top_k(logits_VB.T, min(method.candidates, len(logits_VB)))
-        # Unfenced, the slice below merges with top_k's own and a CPU sorts the whole vocabulary.
-        best_BC, tokens_BC = jax.lax.optimization_barrier(best)
+        # Unfenced, the slice below merges with top_k's own and a CPU sorts the whole vocabulary. One fence for both
+        # makes XLA abort where the vocabulary is cut over `tensor`.
+        best_BC, tokens_BC = map(jax.lax.optimization_barrier, best)
         token_B = tokens_BC[:, 0].astype(jnp.int32)
     else:
         token_B = jnp.argmax(logits_VB, axis=0).astype(jnp.int32)
@@ -152,9 +153,9 @@ def prefill(
 
 
 Rows = dict
-"""The rows that are decoded, [B]: "slot" int32 in the cache, ascending; "token" int32 to be fed at "position" int32,
-"first" int32 (see `decoding.step`), "budget" int32 tokens it may still write, "active" bool; "forced" int32 [B, FORCED]
-of which [taken, owed) are still to be written; and `Knobs`.
+"""The rows that are decoded, [B]: "slot" int32 in the cache (row i in slot i, where it is all); "token" int32 to be fed
+at "position" int32, "first" int32 (see `decoding.step`), "budget" int32 tokens it may still write, "active" bool;
+"forced" int32 [B, FORCED] of which [taken, owed) are still to be written; and `Knobs`.
 """
 
 

@@ -127,14 +127,16 @@ def serve(app: Flask, host: str = "127.0.0.1", port: int = 8000) -> None:
 
 
 def warm_up(engine: Engine) -> None:
-    """Compiles what requests need before anyone waits: every length of prompt, every kind of sampling that one request
-    can ask for, every number of rows. What is left are rows side by side that ask for different kinds.
+    """Compiles what most requests need before anyone waits: every length of prompt and every number of rows with top-k,
+    as the page asks; the whole vocabulary, top-p, greedy and repetition penalty for a lone row. Others compile when
+    they first happen.
     """
     sampling = SamplingParams(temperature=0.8, top_k=50, max_tokens=2)
-    kinds = ({}, {"top_k": 0}, {"top_p": 0.9, "top_k": 0}, {"temperature": 0.0}, {"repetition_penalty": 1.2})
-    lengths = [([[0] * min(length + 1, engine.max_len - 1)], sampling) for length in engine.prompt_lengths()]
-    rows = [([[0]] * size, replace(sampling, **kind)) for kind in kinds for size in engine.decode_sizes]
-    for prompts, how in tqdm([*lengths, *rows], desc="compiling", disable=None):
+    kinds = ({"top_k": 0}, {"top_p": 0.9, "top_k": 0}, {"temperature": 0.0}, {"repetition_penalty": 1.2})
+    work = [([[0] * min(length + 1, engine.max_len - 1)], sampling) for length in engine.prompt_lengths()]
+    work += [([[0]] * size, sampling) for size in engine.decode_sizes]
+    work += [([[0]], replace(sampling, **kind)) for kind in kinds]
+    for prompts, how in tqdm(work, desc="compiling", disable=None):
         engine.generate(prompts, how)
     print(f"{len(engine.compiled)} compilations, {engine.most_compilations()} at most", file=sys.stderr)
 
