@@ -348,6 +348,7 @@ def test_with_a_real_engine():
     assert ask(client, max_tokens=4).status_code == 200 and ask(client, **user("the quick " * 4)).status_code == 200
     for count in range(1, 4):
         engine.generate([[count] * 40, [1] * 3, [2] * 3][:count], SamplingParams(top_k=50, max_tokens=20))
+        engine.generate([[1] * 40] * count, SamplingParams(top_k=50, max_tokens=2))
     for kind in ({}, {"temperature": 0.0}, {"top_p": 0.5}):
         engine.generate([[1] * 3], SamplingParams(max_tokens=4, **kind))
     assert prefill._cache_size() + decode._cache_size() == compiled
