@@ -20,7 +20,7 @@ serve: $(RUNTIME)
 	$(PY) -m nanochat_jax serve $(ARGS)
 
 test: $(RUNTIME) $(DEV)
-	$(PY) -m pytest -n auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder $(ARGS)
+	$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: $(RUNTIME) $(DEV)
 	$(PY) -m pytest -m slow -rs $(ARGS)

@@ -39,9 +39,3 @@ def run(tmp_path_factory):
         work(tiny.config, folder, quiet)
         evaluate.run(tiny.config, folder, stage, None, None, quiet)
     return folder
-
-
-def pytest_collection_modifyitems(items):
-    """`make test` runs groups of tests side by side: files, those that share the whole run being one."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("run" if "run" in item.fixturenames else item.path.stem))
