@@ -79,7 +79,7 @@ class Engine:
 
         With `samples` > 1 every so many rows continue one prompt, whose keys and values they share; a row then keeps
         `max_new` tokens of its own. Such rows join and leave together. `quantize`: "none", or "int8" weights.
-        `lone_prompts`: no two prompts are read at once, which needs fewer compilations.
+        `lone_prompts`: prompts are read one by one (one a data shard at once), which needs fewer compilations.
         """
         if quantize not in ("none", "int8"):
             raise UserError(f"quantize {quantize!r} is not known; none and int8 are")
@@ -259,21 +259,23 @@ class Engine:
             raise UserError(f"a prompt of {len(prompt)} tokens; 1 to {self.max_len - 1} fit: shorten it")
         return Row(tuple(prompt), sampling, text)
 
-    def _free_groups(self) -> list[int]:
-        """Groups of `samples` rows in which none is running."""
-        taken = {slot // self.samples for slot in self._rows}
-        return [group for group in range(self._groups) if group not in taken]
+    def _groups_by_use(self) -> tuple[list[int], list[int]]:
+        """Groups of `samples` rows of which some run, and those in which none does; ascending."""
+        running = {slot // self.samples for slot in self._rows}
+        return sorted(running), [group for group in range(self._groups) if group not in running]
 
     def _may_join(self) -> bool:
         """Joining interrupts all rows for a prefill: where many wait, they wait until an eighth of the rows is free."""
-        return bool(self._waiting) and len(self._free_groups()) >= min(len(self._waiting), max(1, self._groups // 8))
+        _, free = self._groups_by_use()
+        return bool(self._waiting) and len(free) >= min(len(self._waiting), max(1, self._groups // 8))
 
     def _join(self) -> None:
         """Give free groups of rows to those who wait, in order, and read their prompts."""
         if not self._may_join():
             return
         units = []
-        for group in self._free_groups()[: len(self._waiting)]:
+        _, free = self._groups_by_use()
+        for group in free[: len(self._waiting)]:
             units.append(self._waiting.popleft())
             for j, row in enumerate(units[-1]):
                 row.slot = group * self.samples + j
@@ -288,8 +290,8 @@ class Engine:
             of_length.setdefault(self._length(len(rows[0].prompt) - 1), []).append(rows)
         for length, prompts in of_length.items():
             while prompts:
-                count = 1 if self._lone_prompts else prompts_at_once(len(prompts), length, self._groups)
-                count = self._round(count)
+                most = 1 if self._lone_prompts else len(prompts)
+                count = self._round(prompts_at_once(most, length, self._groups))
                 self._prefill(prompts[:count], count, length)
                 del prompts[:count]
 
@@ -363,9 +365,9 @@ class Engine:
 
     def _slots_to_decode(self) -> np.ndarray:
         """Of the rows in use, with free ones up to a size that is compiled for, ascending; whole groups of samples."""
-        taken = {slot // self.samples for slot in self._rows}
-        size = next(size for size in self.decode_sizes if size >= len(taken) * self.samples)
-        groups = sorted([*taken, *self._free_groups()][: size // self.samples])
+        running, free = self._groups_by_use()
+        size = next(size for size in self.decode_sizes if size >= len(running) * self.samples)
+        groups = sorted([*running, *free][: size // self.samples])
         return (np.asarray(groups)[:, None] * self.samples + np.arange(self.samples)).reshape(-1).astype(np.int32)
 
     def _host_rows(self) -> tuple[dict[int, Row], dict[str, np.ndarray]]:
