@@ -6,6 +6,7 @@ and 0.12 (tests/test_process.py tries them). What the user has set in the enviro
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -29,6 +30,8 @@ GPU_FLAGS = {
 GPU_ENVIRONMENT = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92", "NCCL_NVLS_ENABLE": "1"}
 """JAX by itself takes three quarters of a GPU's memory. NVLink's own sums where there is a switch that makes them."""
 HUGE_PAGE_TUNABLE = "glibc.malloc.hugetlb=1"
+CACHE_BYTES = 10 * 2**30
+"""The most that the compilation cache holds when a process begins."""
 
 
 def environment(given: Mapping[str, str]) -> dict[str, str]:
@@ -52,6 +55,20 @@ def uses_gpu(given: Mapping[str, str]) -> bool:
     return NVIDIA.exists() and (not platforms or "cuda" in platforms or "gpu" in platforms)
 
 
+def prune(cache: Path, limit: int = CACHE_BYTES) -> None:
+    """Deletes the compiled programs that were not used for longest, until `limit` bytes are left. Left to JAX they stay for
+    ever, or every file is looked at whenever one is added.
+    """
+    with contextlib.suppress(OSError):  # other processes add and delete too
+        entries = [(entry.stat(), entry.path) for entry in os.scandir(cache) if entry.is_file()]
+        excess = sum(stat.st_size for stat, _ in entries) - limit
+        for stat, path in sorted(entries, key=lambda entry: max(entry[0].st_atime, entry[0].st_mtime)):
+            if excess <= 0:
+                break
+            os.remove(path)
+            excess -= stat.st_size
+
+
 def set_up() -> None:
     """Sets the environment and quietens libraries; call it first. On a CPU the process begins anew, once.
 
@@ -62,5 +79,7 @@ def set_up() -> None:
         logging.getLogger(library).setLevel(logging.CRITICAL)  # they print what is raised anyway
     added = environment(os.environ)
     os.environ.update(added)
+    if cache := added.get("JAX_COMPILATION_CACHE_DIR"):
+        prune(Path(cache))
     if "GLIBC_TUNABLES" in added:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

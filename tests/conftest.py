@@ -13,7 +13,10 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 import jax
 import pytest
 
+from nanochat_jax import process
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
+process.prune(Path(os.environ["JAX_COMPILATION_CACHE_DIR"]), 2**30)
 
 
 @pytest.fixture(scope="session")

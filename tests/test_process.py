@@ -60,13 +60,28 @@ def test_huge_pages_are_asked_for_where_the_kernel_waits_to_be_asked(pages, kern
     assert "GLIBC_TUNABLES" not in process.environment({"GLIBC_TUNABLES": "mine"})
 
 
-def test_the_process_begins_anew_once_with_the_same_words(pages, monkeypatch):
+def test_the_cache_loses_what_was_not_used_for_longest(tmp_path):
+    for age, name in enumerate(("today", "yesterday", "last week", "last month")):
+        (tmp_path / name).write_bytes(bytes(100))
+        os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
+    process.prune(tmp_path, 250)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["today", "yesterday"]
+    process.prune(tmp_path, 200)
+    assert len(list(tmp_path.iterdir())) == 2
+    process.prune(tmp_path / "none yet", 0)
+
+
+def test_the_process_begins_anew_once_with_the_same_words(pages, tmp_path, monkeypatch):
     pages("always [madvise] never")
     begun = []
-    monkeypatch.setattr(os, "environ", {"PATH": "/bin"})
+    monkeypatch.setattr(os, "environ", {"PATH": "/bin", "XDG_CACHE_HOME": str(tmp_path)})
+    (cache := tmp_path / "nanochat_jax" / "xla").mkdir(parents=True)
+    (cache / "large").touch()
+    os.truncate(cache / "large", process.CACHE_BYTES + 1)  # takes no room on the disk
     monkeypatch.setattr(os, "execv", lambda *words: begun.append(words))
     monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "nanochat_jax", "pretrain", "--seed", "1"])
     process.set_up()
     process.set_up()
     assert begun == [(sys.executable, [sys.executable, "-m", "nanochat_jax", "pretrain", "--seed", "1"])]
     assert os.environ["GLIBC_TUNABLES"] == process.HUGE_PAGE_TUNABLE and os.environ["PATH"] == "/bin"
+    assert not any(cache.iterdir())
