@@ -56,8 +56,8 @@ def uses_gpu(given: Mapping[str, str]) -> bool:
 
 
 def prune(cache: Path, limit: int = CACHE_BYTES) -> None:
-    """Deletes the compiled programs that were not used for longest, until `limit` bytes are left. Left to JAX they stay for
-    ever, or every file is looked at whenever one is added.
+    """Deletes the compiled programs that were not used for longest, until `limit` bytes are left. Left to JAX they stay
+    for ever, or every file is looked at whenever one is added.
     """
     with contextlib.suppress(OSError):  # other processes add and delete too
         entries = [(entry.stat(), entry.path) for entry in os.scandir(cache) if entry.is_file()]
