@@ -7,8 +7,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 # Tests compile far more than they compute: quickly, and what took longest is kept for other processes and for next time.
 os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-CACHE = Path(__file__).parent.parent / ".pytest_cache" / "xla"
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import jax
@@ -17,7 +16,7 @@ import pytest
 from nanochat_jax import process
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-process.prune(CACHE, 2**30)
+process.prune(Path(__file__).parent.parent / ".pytest_cache" / "xla", 2**30)
 
 
 @pytest.fixture(scope="session")
