@@ -124,6 +124,10 @@ class EvalOptions(ModelOptions, SharedOptions):
     max_examples: int | None = None
     """Rows of each task; unset: as configured."""
 
+    def check(self) -> None:
+        if self.max_examples is not None and self.max_examples < 1:
+            raise UsageError(f"--max-examples {self.max_examples}: at least 1 is needed")
+
 
 @dataclass(frozen=True)
 class ChatOptions(EngineOptions):

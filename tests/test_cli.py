@@ -88,6 +88,7 @@ def parquet(folder: Path, name: str, column: str = "text") -> Path:
         (["pretrain", "extra"], ["extra"]),
         (["chat", "--source", "tokenizer"], ["--source", "'tokenizer'"]),
         (["chat", "--json"], ["--json needs a prompt"]),
+        (["eval", "--max-examples", "0"], ["--max-examples 0", "at least 1"]),
         (["pretrain", "--workdir"], ["--workdir"]),
     ],
 )

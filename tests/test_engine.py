@@ -298,6 +298,8 @@ def test_a_failing_expression_forces_nothing(model, tokenizer):
         ([b"caf\xc3", b"\xa9 \xf0\x9f", b"\x90\x8b!"], [], "café 🐋!", False),
         ([b"half \xf0\x9f"], [], "half \ufffd", False),
         ([b"\xc3", b"\xa9STOP"], ["éS"], "", True),
+        (["Call"], ["l"], "Ca", True),
+        ([b"end\n\n\xf0\x9f"], ["\n"], "end", True),
     ],
 )
 def test_text_is_whole_characters_up_to_a_stop_string(pieces, stop, expected, stopped):
@@ -305,6 +307,9 @@ def test_text_is_whole_characters_up_to_a_stop_string(pieces, stop, expected, st
     sent = [stream.feed(piece if isinstance(piece, bytes) else piece.encode()) for piece in pieces]
     assert all("\ufffd" not in text for text in sent)
     assert "".join(sent) + stream.flush() == expected and stream.stopped == stopped
+    if stopped:
+        fed = b"".join(piece if isinstance(piece, bytes) else piece.encode() for piece in pieces)
+        assert fed.decode(errors="replace")[: -stream.dropped] == expected
 
 
 def test_a_stop_string_ends_an_answer_before_it(model, tokenizer, prompts):
@@ -319,6 +324,17 @@ def test_a_stop_string_ends_an_answer_before_it(model, tokenizer, prompts):
     events = list(engine.stream(prompts[0], how))
     assert "".join(event.get("text", "") for event in events) == whole.text
     assert events[-1]["finish_reason"] == "stop"
+
+
+def test_a_top_p_that_rounds_to_one_draws_from_all(model, tokenizer, prompts):
+    params, cfg = model
+    engine = Engine(params, cfg, tokenizer, max_rows=4)
+    whole, nearly = (
+        engine.generate(prompts[:1] * 4, [SamplingParams(2.0, top_p=top_p, max_tokens=8, seed=i) for i in range(4)])
+        for top_p in (1.0, 0.99999999)
+    )
+    assert [answer.ids for answer in nearly] == [answer.ids for answer in whole]
+    assert len({tuple(answer.ids) for answer in nearly}) == 4
 
 
 def test_streams_share_the_batch_and_say_what_generate_says(model, tokenizer, prompts):

@@ -144,7 +144,7 @@ def test_prompts_that_do_not_fit_count_as_wrong():
 
 
 def test_no_examples_is_an_error():
-    with pytest.raises(UserError, match="max-examples"):
+    with pytest.raises(UserError, match="no example"):
         evaluate_task(sums_task(3), FakeEngine({}), BYTES, EvalConfig(), 0, silent)
 
 
@@ -287,6 +287,8 @@ def test_rows_are_shuffled_and_shots_come_from_all_rows(tmp_path):
         text = text_of(core.candidates(task, i, BYTES)[0])
         assert [int(shot[:2]) for shot in text.split("\n\n")] == [order[j] for j in [*drawn, i]]
     assert run_core(folder, max_examples=3)["n"]["mc"] == 3
+    with pytest.raises(UserError, match="CORE mc: no row to score"):
+        run_core(folder, max_examples=0)
 
 
 def bigrams(params, cfg, tokens):

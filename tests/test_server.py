@@ -1,5 +1,6 @@
 """The server with an engine that plays a script: API, streaming, cancelling, tokens, limits, and the page's Markdown."""
 
+import gc
 import http.client
 import json
 import shutil
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from werkzeug.serving import make_server
+from werkzeug.test import EnvironBuilder
 
 import nanochat_jax.server
 from nanochat_jax.config import GPTConfig, ModelConfig
@@ -207,6 +209,17 @@ def test_places_are_given_back():
         response.close()
 
 
+def test_a_response_that_nobody_closes_gives_its_place_back():
+    engine = ScriptedEngine(*[text("word ")] * 100, done())
+    app = create_app(engine, WordTokenizer(), model_name="m", max_requests=1)
+    builder = EnvironBuilder(method="POST", path="/v1/chat/completions", json={**user(), "stream": True})
+    chunks = app.wsgi_app(builder.get_environ(), lambda *_: None)
+    assert b"assistant" in next(iter(chunks)) and ask(app.test_client()).status_code == 503
+    del chunks
+    gc.collect()
+    assert engine.open == 0 and ask(app.test_client()).status_code == 200
+
+
 def test_token():
     client = client_of(ScriptedEngine(*SCRIPT), token="geheim")
     assert client.get("/health").get_json() == {"status": "ok", "model": "tiny/sft", "token_required": True}
@@ -223,6 +236,8 @@ def test_models_and_page():
     client = client_of(ScriptedEngine())
     (model,) = client.get("/v1/models").get_json()["data"]
     assert model["id"] == "tiny/sft" and model["object"] == "model" and model["context_length"] == 64
+    assert client.get("/v1/models/tiny/sft").get_json() == model
+    assert "has 'tiny/sft'" in client.get("/v1/models/gpt-9").get_json()["error"]["message"]
     page = client.get("/")
     assert "tiny/sft" in page.text and "default-src 'none'" in page.headers["Content-Security-Policy"]
     for name in ("chat.js", "chat.css", "markdown.js"):
@@ -257,7 +272,8 @@ def turn(role, content="hi"):
         ({"top_k": 2.5}, "top_k must be an integer"),
         ({"max_tokens": 0}, "max_tokens must be an integer from 1 to 64"),
         ({"max_completion_tokens": 65}, "max_completion_tokens must be an integer from 1 to 64"),
-        ({"seed": -1}, "seed"),
+        ({"seed": 2**63}, "seed"),
+        ({"response_format": {"type": "json_object"}}, "response_format is not supported"),
         ({"stop": ["a"] * 5}, "stop must be"),
         ({"stop": [""]}, "stop must be"),
         ({"stop": 3}, "stop must be"),
@@ -275,6 +291,14 @@ def test_bad_requests_say_what_is_wrong(change, words):
     assert words in error["message"] and error["type"] == "invalid_request_error" and error["code"] == 400
 
 
+def test_what_openai_allows_is_taken():
+    engine = ScriptedEngine(*SCRIPT)
+    body = {"response_format": {"type": "text"}, "top_p": 0, "seed": -1, "logprobs": False, "logit_bias": {}}
+    assert ask(client_of(engine), **body).status_code == 200
+    ((_, sampling),) = engine.calls
+    assert (sampling.top_p, sampling.seed) == (1e-6, 2**31 - 1)
+
+
 def test_other_errors_are_json_too():
     client = client_of(ScriptedEngine(*SCRIPT))
     assert ask(client, model="gpt-9").status_code == 404
@@ -282,6 +306,7 @@ def test_other_errors_are_json_too():
         client.post("/v1/chat/completions", data=json.dumps(user()), content_type="text/plain"),
         client.post("/v1/chat/completions", data="{", content_type="application/json"),
         client.post("/v1/chat/completions", json=[1]),
+        client.post("/v1/chat/completions", data="[" * 100_000, content_type="application/json"),
         client.get("/v1/chat/completions"),
         client.get("/nowhere"),
         client.post("/v1/chat/completions", json={"junk": "x" * 2**18}),

@@ -14,7 +14,7 @@ from nanochat_jax.errors import UserError
 from nanochat_jax.metrics import MetricsLog
 from nanochat_jax.report import write_report
 from nanochat_jax.run import load_model
-from nanochat_jax.stages import finetune, pretrain
+from nanochat_jax.stages import evaluate, finetune, pretrain
 from nanochat_jax.stages.session import open_session
 from nanochat_jax.tasks import Mixture
 
@@ -43,6 +43,22 @@ def test_evaluations_have_the_promised_form(run):
     comparison = json.loads((run / "rl" / "eval.json").read_text())["comparison"]
     assert comparison["n"] == 8 and len(comparison["rl_minus_sft"]) == 3
     assert comparison["sft_continued_flops"] == pytest.approx(comparison["rl_flops"], rel=0.6)
+
+
+def test_rl_is_compared_with_answers_that_were_given_alike(run, monkeypatch):
+    asked = []
+    monkeypatch.setattr(evaluate, "load_model", lambda workdir, source, *_: asked.append(source) or [source] * 5)
+    monkeypatch.setattr(evaluate, "measure", lambda *_: {"arithmetic": {"correct": [0] * 8}})
+
+    def compared_with(config):
+        asked.clear()
+        evaluate.compare(
+            config, run, None, SimpleNamespace(name="arithmetic"), [1] * 8, config.eval.max_examples, quiet
+        )
+        return asked
+
+    assert "sft" not in compared_with(tiny.config)
+    assert "sft" in compared_with(replace(tiny.config, eval=replace(tiny.config.eval, max_new_tokens=3)))
 
 
 def test_the_report_shows_all_stages(run):

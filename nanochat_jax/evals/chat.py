@@ -42,7 +42,7 @@ def evaluate_task(
     """
     n = len(task) if max_examples is None else min(max_examples, len(task))
     if n < 1:
-        raise UserError(f"task {task.name}: no example to evaluate; --max-examples must be at least 1")
+        raise UserError(f"task {task.name}: no example to evaluate")
     conversations = [task[i] for i in range(n)]
     prompts = [tokenizer.render_for_completion(conversation) for conversation in conversations]
     limit = engine.cfg.max_positions if task.kind == "categorical" else engine.max_len - 1

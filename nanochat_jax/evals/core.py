@@ -82,6 +82,8 @@ def evaluate_core(
     variance = 0.0
     for task in read_bundle(Path(bundle).expanduser()):
         n = len(task.rows) if max_examples is None else min(max_examples, len(task.rows))
+        if n < 1:
+            raise UserError(f"CORE {task.label}: no row to score")
         mine = range(jax.process_index(), n, jax.process_count())
         items = [candidates(task, i, tokenizer) for i in mine]
         sequences = [candidate for item in items for candidate in item]

@@ -170,7 +170,7 @@ class Engine:
         for row in rows:
             text = self.tokenizer.decode(row.completion.ids)
             if row.text and row.text.stopped:
-                text = text[: min((text.rfind(s) for s in row.sampling.stop if s in text), default=None)]
+                text = text[: len(text) - row.text.dropped]
             row.completion.text = text
         return [row.completion for row in rows]
 
@@ -354,7 +354,7 @@ class Engine:
         """What sampling has to be able to do for the rows at hand."""
         hows = [row.sampling for row in self._rows.values()]
         drawing = [how for how in hows if how.temperature > 0]
-        restricted = [how for how in drawing if how.top_k > 0 or how.top_p < 1]
+        restricted = [how for how in drawing if how.top_k > 0 or np.float32(how.top_p) < 1]  # as the device sees it
         few = all(0 < how.top_k <= FEW for how in restricted)
         return Method(
             plain=len(restricted) < len(drawing),

@@ -15,6 +15,8 @@ class TextStream:
         self._held = ""
         self.stopped = False
         """Whether a stop string has come; it and what follows are dropped."""
+        self.dropped = 0
+        """How many characters of what was fed that is, half a character being one."""
 
     def feed(self, data: bytes) -> str:
         """The text that is certain now."""
@@ -32,6 +34,8 @@ class TextStream:
         text = self._held + text
         at = min((text.find(s) for s in self._stop if s in text), default=-1)
         self.stopped = at >= 0
+        if self.stopped:
+            self.dropped = len(text) - at + len(self._decoder.decode(b"", final=True))
         end = at if self.stopped else len(text) - keep(text)
         self._held = "" if self.stopped else text[end:]
         return text[:end]

@@ -15,6 +15,7 @@ import socket
 import sys
 import threading
 import time
+import weakref
 from dataclasses import replace
 
 from flask import Flask, Response, jsonify, render_template, request
@@ -27,7 +28,7 @@ from nanochat_jax.inference.engine import Engine
 from nanochat_jax.inference.requests import SamplingParams
 from nanochat_jax.server.answer import completion, error_body, sse_chunks
 from nanochat_jax.server.context import fit
-from nanochat_jax.server.request import ApiError, parse_request
+from nanochat_jax.server.request import ApiError, check_model, parse_request
 from nanochat_jax.tokenizer import Tokenizer
 
 # The page loads nothing from elsewhere and runs no inline script, so even a hole in its Markdown could do little.
@@ -69,13 +70,22 @@ def create_app(
 
     @app.get("/v1/models")
     def models() -> dict:
-        model = {"id": model_name, "object": "model", "created": started, "owned_by": "nanochat-jax"}
-        return {"object": "list", "data": [{**model, "context_length": engine.max_len}]}
+        return {"object": "list", "data": [model(model_name)]}
+
+    @app.get("/v1/models/<path:name>")
+    def model(name: str) -> dict:
+        check_model(name, model_name)
+        own = {"id": name, "object": "model", "created": started, "owned_by": "nanochat-jax"}
+        return {**own, "context_length": engine.max_len}
 
     @app.post("/v1/chat/completions")
     def chat() -> Response | dict:
         # Asking for the JSON content type also keeps other web sites out: browsers will not send it across origins.
-        chat_request = parse_request(request.get_json(silent=True), model_name, engine.max_len)
+        try:
+            body = request.get_json(silent=True)
+        except RecursionError:
+            raise ApiError("the body is nested too deeply") from None
+        chat_request = parse_request(body, model_name, engine.max_len)
         prompt = fit(chat_request.messages, tokenizer, engine.max_len, chat_request.sampling.max_tokens)
         if not places.acquire(blocking=False):
             raise ApiError(f"{max_requests} requests are waiting already; try again soon", status=503)
@@ -86,9 +96,11 @@ def create_app(
                 return completion(events, prompt, model_name)
             finally:
                 places.release()
-        response = Response(sse_chunks(events, prompt, model_name), mimetype="text/event-stream")
+        chunks = sse_chunks(events, prompt, model_name)
+        response = Response(chunks, mimetype="text/event-stream")
         response.headers.update({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-        response.call_on_close(places.release)
+        # Once: when closed, or when freed: Werkzeug does not close it where the client's reset comes at the very end.
+        response.call_on_close(weakref.finalize(chunks, places.release))
         return response
 
     @app.errorhandler(Exception)

@@ -50,10 +50,10 @@ def parse_request(body: Any, model_name: str, max_len: int) -> ChatRequest:
     """Checks a decoded JSON body. Raises ApiError."""
     if not isinstance(body, dict):
         raise ApiError("the body must be a JSON object, sent with Content-Type: application/json")
-    if body.get("model") not in (None, model_name):
-        raise ApiError(f"model {body['model']!r:.80} is not here; this server has {model_name!r}", "model", 404)
+    if body.get("model") is not None:
+        check_model(body["model"], model_name)
     for field in UNSUPPORTED:
-        if body.get(field):
+        if body.get(field) and body[field] != {"type": "text"}:  # OpenAI's default of response_format
             raise ApiError(f"{field} is not supported; leave it out", field)
     if body.get("n") not in (None, 1):
         raise ApiError("n must be 1: ask again for another answer", "n")
@@ -63,14 +63,20 @@ def parse_request(body: Any, model_name: str, max_len: int) -> ChatRequest:
     sampling = SamplingParams(
         temperature=_number(body, "temperature", float, 0, 5, 0.8),
         top_k=_number(body, "top_k", int, 0, 1_000_000, 50),
-        top_p=_number(body, "top_p", float, 1e-6, 1, 1.0),
+        top_p=max(1e-6, _number(body, "top_p", float, 0, 1, 1.0)),
         min_p=_number(body, "min_p", float, 0, 1, 0.0),
         max_tokens=_number(body, limit, int, 1, max_len, min(512, max_len)),
-        seed=_number(body, "seed", int, 0, 2**31 - 1, secrets.randbelow(2**31)),
+        seed=_number(body, "seed", int, -(2**63), 2**63 - 1, secrets.randbelow(2**31)) % 2**31,
         repetition_penalty=_number(body, "repetition_penalty", float, 0.01, 100, 1.0),
         stop=_stop(body.get("stop")),
     )
     return ChatRequest(_messages(body.get("messages")), sampling, bool(body.get("stream")))
+
+
+def check_model(name: Any, model_name: str) -> None:
+    """Raises ApiError, 404, for any other model than this server's."""
+    if name != model_name:
+        raise ApiError(f"model {name!r:.80} is not here; this server has {model_name!r}", "model", 404)
 
 
 def _number(body: dict, name: str, kind: type, low: float, high: float, default: float) -> Any:

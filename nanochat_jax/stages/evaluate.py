@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import jax
@@ -75,13 +75,14 @@ def run(
         figures["tasks"] = measure((params, cfg, tokenizer), loaded.values(), config, mesh, limit, log)
         correct = {name: result.pop("correct") for name, result in figures["tasks"].items()}
         figures["chatcore"] = chatcore(figures["tasks"])
-    if source == "rl" and config.rl.task in correct and leaders(finished(workdir, "sft_continued")):
+    in_pairs = len(correct.get(config.rl.task, ())) > 1  # one has no interval
+    if source == "rl" and in_pairs and leaders(finished(workdir, "sft_continued")):
         task = loaded[config.rl.task]
         figures["comparison"] = compare(config, workdir, mesh, task, correct[task.name], limit, log)
     if tasks is None and max_examples is None and step is None and is_leader():
         write_json(workdir / source / "eval.json", figures)
         # Row by row, so that stages can be compared in pairs without running them again.
-        write_json(workdir / source / "correct.json", correct)
+        write_json(workdir / source / "correct.json", {"settings": answered_with(config, limit), "correct": correct})
     return figures
 
 
@@ -172,14 +173,20 @@ def measure(
     return {task.name: evaluate_task(task, engine, tokenizer, settings, limit, log) for task in tasks}
 
 
+def answered_with(config: Config, limit: int | None) -> dict:
+    """What decides which questions are asked and how they are answered, as JSON has it."""
+    settings = {"seed": config.seed, "data": asdict(config.data), "max_new_tokens": config.eval.max_new_tokens}
+    return json.loads(json.dumps(settings | {"max_examples": limit}))
+
+
 def compare(config: Config, workdir: Path, mesh: Mesh, task: Task, rl: list[int], limit: int | None, log: Log) -> dict:
     """rl beside sft, and beside sft continued for rl's compute, on the same questions, with paired 95% intervals."""
     right = {"rl": rl}
     for source in ("sft", "sft_continued"):
         saved = workdir / source / "correct.json"
-        before = json.loads(saved.read_text()).get(task.name, []) if saved.exists() else []
-        if len(before) == len(rl):
-            right[source] = before
+        before = json.loads(saved.read_text()) if saved.exists() else {}
+        if before.get("settings") == answered_with(config, limit) and task.name in before["correct"]:
+            right[source] = before["correct"][task.name]
             continue
         log(f"{source}: {task.name}, for the comparison with rl")
         model = load_model(workdir, source, config, mesh)[:3]
