@@ -37,9 +37,14 @@ def speedrun(options: SpeedrunOptions, workdir: Path) -> None:
     """Run all stages in order, evaluate each model and write the report."""
     from nanochat_jax.report import write_report
     from nanochat_jax.stages import evaluate
+    from nanochat_jax.stages.session import check_devices
 
-    for stage in [name for name in STAGES if name in options.chosen()]:
-        if distributed.leaders(run.finished(workdir, stage)):
+    stages = [name for name in STAGES if name in options.chosen()]
+    done = {name: distributed.leaders(run.finished(workdir, name)) for name in stages}
+    if any(name in MODEL_STAGES and not done[name] for name in stages):
+        check_devices(options.config)  # now rather than after the tokenizer
+    for stage in stages:
+        if done[stage]:
             cli.log(f"{stage}: finished already, skipped")
         else:
             cli.train(stage, options, workdir)

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from nanochat_jax import distributed, run
-from nanochat_jax.config import Config, check_ranges
+from nanochat_jax.config import Config, check_ranges, check_types
 from nanochat_jax.errors import UserError
 from nanochat_jax.stopping import ending_at_once
 
@@ -270,6 +270,10 @@ def run_command(prog: str, kind: type[Options], command: Command, about: str, ar
     options = parse(kind, config, argv, prog, f"{about}\n\nDefaults shown are those of {origin}.")
     options.check()
     check_ranges(options.config)
+    if training:
+        from nanochat_jax.tasks import check_names
+
+        check_names(options.config)
     log(f"run {workdir}, configuration from {origin}")
     if training and options.plan:
         from nanochat_jax.plan import format_plan, plan
@@ -279,10 +283,11 @@ def run_command(prog: str, kind: type[Options], command: Command, about: str, ar
     if isinstance(options, ChatOptions | ServeOptions):  # they have their own uses for Ctrl-C
         command(options, workdir)
         return
-    with ending_at_once():
+    with ending_at_once(), contextlib.ExitStack() as stack:
         if isinstance(options, SharedOptions):
             options.join(workdir)
         if training and distributed.is_leader():
+            stack.enter_context(run.locked(workdir))
             run.open_run(options.config, workdir, force=options.force, log=log)
         distributed.barrier("run opened")
         command(options, workdir)
@@ -306,10 +311,14 @@ def load_experiment(path: Path) -> Config:
         raise UserError(f"--experiment {path}: there is no such file")
     try:
         config = runpy.run_path(str(path)).get("config")
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"--experiment {path}: {type(error).__name__}: {error}") from None
     if not isinstance(config, Config):
         raise UserError(f"--experiment {path}: it must define `config`, a nanochat_jax.config.Config")
+    try:
+        check_types(config)
+    except UserError as error:
+        raise UserError(f"--experiment {path}: {error}") from None
     return config
 
 
@@ -379,10 +388,11 @@ def chat(options: ChatOptions, workdir: Path) -> None:
 
 
 def serve(options: ServeOptions, workdir: Path) -> None:
-    from nanochat_jax.server.app import create_app, serve
+    from nanochat_jax.server.app import check_host, create_app, serve
 
     if options.rows < 1:
         raise UsageError(f"--rows {options.rows}: at least 1 is needed")
+    check_host(options.host, options.token)
     engine, tokenizer, name = _engine(options, workdir, rows=options.rows)
     serve(create_app(engine, tokenizer, model_name=name, token=options.token), options.host, options.port)
 

@@ -6,9 +6,13 @@ fields (`--base.num-iterations 100`). Nothing here reads files, looks at devices
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import typing
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+import typeguard
 
 from nanochat_jax.errors import UserError
 
@@ -370,6 +374,20 @@ def windows(pattern: str, n_layer: int, sequence_len: int) -> tuple[int, ...]:
     return tuple(sizes)
 
 
+def check_types(config: Any, prefix: str = "--") -> None:
+    """UserError naming the first field, of `config` or of a section in it, whose value is not of the declared type."""
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        name, value = f"{prefix}{field.name.replace('_', '-')}", getattr(config, field.name)
+        if dataclasses.is_dataclass(hints[field.name]) and isinstance(value, hints[field.name]):
+            check_types(value, f"{name}.")
+            continue
+        try:
+            typeguard.check_type(value, hints[field.name])
+        except typeguard.TypeCheckError:
+            raise UserError(f"{name} {value!r} is not of type {field.type}") from None
+
+
 AT_LEAST_ONE = {
     "model": ("depth", "aspect_ratio", "head_dim", "n_kv_head", "sequence_len"),
     "tokenizer": ("vocab_size", "max_chars", "doc_cap"),
@@ -390,6 +408,8 @@ def check_ranges(config: Config) -> None:
             value = getattr(getattr(config, section), name)
             if value not in (None, "auto") and value < 1:
                 raise UserError(f"--{section}.{name.replace('_', '-')} {value}: at least 1 is needed")
+    if not 0 <= config.seed < 2**31:
+        raise UserError(f"--seed {config.seed}: 0 to {2**31 - 1} are seeds")
     if config.loss_chunk != "auto" and config.loss_chunk < 0:
         raise UserError(f"--loss-chunk {config.loss_chunk}: auto, or at least 0 is needed")
     if config.device_memory_gb is not None and not config.device_memory_gb > 0:

@@ -80,7 +80,8 @@ def plan(config: Config) -> dict[str, Any]:
         rollouts = stage.get("rollout_flops", 0)
         work = (stage["flops"] - rollouts) * (4 / 3 if config.remat else 1) + rollouts / ROLLOUT_EFFICIENCY
         stage["hours"] = {name: work / rate / 3600 for name, rate in rates.items()}
-    total = {"stage": "total", "steps": 0} | {key: sum(stage[key] for stage in stages) for key in ("tokens", "flops")}
+    sums = {key: sum(stage[key] for stage in stages) for key in ("steps", "tokens", "flops")}
+    total = {"stage": "total", **sums}
     total["hours"] = {name: sum(stage["hours"][name] for stage in stages) for name in rates}
     for stage in (*stages, total):
         stage["dollars"] = {name: hours * devices * config.device_hour_cost for name, hours in stage["hours"].items()}
@@ -103,7 +104,8 @@ def format_plan(figures: dict[str, Any]) -> str:
     stages = [["stage", "steps", "tokens", "FLOPs"]]
     stages[0] += [f"time on {name}" for name in hardware] + [f"dollars on {name}" for name in priced]
     for stage in (*figures["stages"], figures["total"]):
-        row = [stage["stage"], f"{stage['steps']:,}", si(stage["tokens"]), f"{stage['flops']:.3g}"]
+        steps = f"{stage['steps']:,}" if stage["steps"] else "-"
+        row = [stage["stage"], steps, si(stage["tokens"]) if stage["tokens"] else "-", f"{stage['flops']:.3g}"]
         row += [_hours(stage["hours"][name]) for name in hardware]
         stages.append(row + [f"{stage['dollars'][name]:,.2f}" for name in priced])
     rows = ", ".join(f"{stage} {count}" for stage, count in figures["rows"].items())

@@ -9,12 +9,15 @@ stage are fixed once that stage has begun; paths, devices, logging, evaluation a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import json
+import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -56,10 +59,7 @@ def open_run(config: Config, workdir: Path, *, force: bool = False, log: Callabl
     accepted, and said.
     """
     workdir = Path(workdir)
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--workdir {workdir}: cannot be made a folder ({error.strerror}); name another") from None
+    _make_folder(workdir)
     environment = _environment()
     record = {"config": dataclasses.asdict(config), "data": None} | environment
     if (workdir / "config.json").exists():
@@ -71,6 +71,27 @@ def open_run(config: Config, workdir: Path, *, force: bool = False, log: Callabl
         _refuse(workdir, before, now, force, log)
         record = old | {"config": record["config"], "later_starts": [*old.get("later_starts", []), environment]}
     _write_record(workdir, record)
+
+
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """While this process alone trains in the folder of a run. UserError where another one does."""
+    _make_folder(workdir)
+    with (workdir / "lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = f"process {file.read()}"
+            raise UserError(
+                f"{workdir} is being trained in by {holder}: wait for it, or name another --workdir"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        file.truncate(0)
+        file.write(f"{os.getpid()} on {platform.node()}")
+        file.flush()
+        yield
 
 
 def record_data(workdir: Path, files: Sequence[Path], force: bool = False) -> None:
@@ -226,6 +247,13 @@ def params_target(cfg: GPTConfig, mesh: Mesh | None) -> dict[str, Any]:
         check_mesh(mesh, cfg)
         shardings = param_shardings(shapes, mesh)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def _make_folder(workdir: Path) -> None:
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--workdir {workdir}: cannot be made a folder ({error.strerror}); name another") from None
 
 
 def _begun(workdir: Path, stage: str) -> bool:

@@ -1,6 +1,7 @@
 """The command line: options as promised, and one clear line for every mistake a user can make."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -105,6 +106,41 @@ def test_mistakes_in_an_experiment_file(capsys, tmp_path):
     expect_error(capsys, ["pretrain", "--experiment", path], 1, "mine.py", "must define `config`")
     path.write_text("import nowhere_to_be_found\n")
     expect_error(capsys, ["pretrain", "--experiment", path], 1, "mine.py", "nowhere_to_be_found")
+    path.write_text("raise SystemExit('bye')\n")
+    expect_error(capsys, ["pretrain", "--experiment", path], 1, "mine.py", "bye")
+    for mistake, words in (
+        ("mesh=8", "--mesh 8 is not of type str"),
+        ('model=replace(c.model, depth="4")', "--model.depth '4' is not of type int"),
+        ("base=replace(c.base, num_iterations=2.5)", "--base.num-iterations 2.5 is not of type int | None"),
+        ('sft=replace(c.sft, mixture=("gsm8k"))', "--sft.mixture 'gsm8k' is not of type tuple[str, ...]"),
+    ):
+        path.write_text(f"{EXPERIMENT}\nconfig = replace(config, {mistake})\n")
+        expect_error(capsys, ["pretrain", "--experiment", path], 1, "mine.py", words)
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        (["--sft.mixture", "arithmetic:5", "nosuch"], "unknown task 'nosuch'"),
+        (["--mid.mixture", "nowhere.jsonl"], "nowhere.jsonl cannot be read"),
+        (["--eval.chat", "arithmetic", "foo"], "unknown task 'foo'"),
+        (["--rl.task", "bar"], "unknown task 'bar'"),
+        (["--seed", "-1"], "--seed -1"),
+    ],
+)
+def test_mistakes_of_later_stages_are_found_before_anything_is_done(capsys, experiment, tmp_path, options, part):
+    for more in ([], ["--plan"]):
+        argv = ["pretrain", "--experiment", experiment, "--workdir", tmp_path / "w", *options, *more]
+        expect_error(capsys, argv, 1, part)
+    assert not (tmp_path / "w").exists()
+
+
+def test_two_processes_do_not_train_in_one_folder(capsys, experiment, trained):
+    argv = ["pretrain", "--experiment", experiment, "--workdir", trained]
+    with run.locked(trained):
+        expect_error(capsys, argv, 1, f"being trained in by process {os.getpid()}", "another --workdir")
+    with run.locked(trained):
+        pass  # it is free again
 
 
 def test_bad_training_data(capsys, experiment, tmp_path):

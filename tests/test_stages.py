@@ -15,7 +15,7 @@ from nanochat_jax.metrics import MetricsLog
 from nanochat_jax.report import write_report
 from nanochat_jax.run import load_model
 from nanochat_jax.stages import evaluate, finetune, pretrain
-from nanochat_jax.stages.session import open_session
+from nanochat_jax.stages.session import check_devices, open_session
 from nanochat_jax.tasks import Mixture
 
 
@@ -59,6 +59,24 @@ def test_rl_is_compared_with_answers_that_were_given_alike(run, monkeypatch):
 
     assert "sft" not in compared_with(tiny.config)
     assert "sft" in compared_with(replace(tiny.config, eval=replace(tiny.config.eval, max_new_tokens=3)))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"mesh": "99"}, "needs 99 devices"),
+        ({"mesh": "tensor=8"}, "does not divide"),
+        ({"sft": replace(tiny.config.sft, total_batch_size=33)}, "--sft.total-batch-size 33"),
+        (
+            {"mesh": "8", "base": replace(tiny.config.base, total_batch_size=tiny.config.model.sequence_len)},
+            "--base.total",
+        ),
+    ],
+)
+def test_what_the_devices_cannot_do_is_known_before_the_first_stage(change, words):
+    check_devices(tiny.config)
+    with pytest.raises(UserError, match=words):
+        check_devices(replace(tiny.config, **change))
 
 
 def test_the_report_shows_all_stages(run):

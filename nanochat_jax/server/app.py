@@ -118,8 +118,7 @@ def create_app(
 
 def serve(app: Flask, host: str = "127.0.0.1", port: int = 8000) -> None:
     """Serves until interrupted. Raises UserError for a public address without a token, or a port it cannot have."""
-    if not _is_loopback(host) and not app.config["TOKEN"]:
-        raise UserError(f"--host {host} lets others reach this server: give --token TEXT, or use --host 127.0.0.1")
+    check_host(host, app.config["TOKEN"])
     try:
         # Bound here and handed over, because Werkzeug itself ends the process where the port is taken.
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
@@ -138,6 +137,16 @@ def serve(app: Flask, host: str = "127.0.0.1", port: int = 8000) -> None:
         server.server_close()
 
 
+def check_host(host: str, token: str | None) -> None:
+    """UserError for a public address without a token."""
+    try:
+        loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = host == "localhost"
+    if not loopback and not token:
+        raise UserError(f"--host {host} lets others reach this server: give --token TEXT, or use --host 127.0.0.1")
+
+
 def warm_up(engine: Engine) -> None:
     """Compiles what most requests need before anyone waits: every length of prompt and every number of rows with top-k,
     as the page asks; the whole vocabulary, top-p, greedy and repetition penalty for a lone row. Others compile when
@@ -151,10 +160,3 @@ def warm_up(engine: Engine) -> None:
     for prompts, how in tqdm(work, desc="compiling", disable=None):
         engine.generate(prompts, how)
     print(f"{len(engine.compiled)} compilations, {engine.most_compilations()} at most", file=sys.stderr)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

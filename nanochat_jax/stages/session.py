@@ -29,7 +29,7 @@ from nanochat_jax.fp8 import check_compiled, precision
 from nanochat_jax.memory import account, train_rows, with_loss_chunk
 from nanochat_jax.metrics import MetricsLog, Pace, banner, gib, peak_memory_bytes
 from nanochat_jax.model import count_params, flops_per_token
-from nanochat_jax.optim import Hyper, Schedule
+from nanochat_jax.optim import Hyper, Schedule, horizon
 from nanochat_jax.run import finished, gpt_config, params_target, read_config, record_used
 from nanochat_jax.sharding import check_mesh, data_shards, make_mesh, put_batch
 from nanochat_jax.stopping import Stop, stoppable
@@ -73,13 +73,8 @@ class Session:
 
     def rows(self, batch_tokens: int) -> tuple[int, int]:
         """(microbatches, rows in each) of a step of `batch_tokens`; UserError where it does not divide."""
-        length, shards = self.cfg.sequence_len, data_shards(self.mesh)
-        rows, left = divmod(batch_tokens, length)
-        if left or rows < 1 or rows % shards:
-            raise UserError(
-                f"--{self.name}.total-batch-size {batch_tokens} is {batch_tokens / length:g} rows of {length} tokens; "
-                f"the mesh needs a multiple of {shards} rows: use a multiple of {shards * length}"
-            )
+        shards = data_shards(self.mesh)
+        rows = rows_of_step(self.name, batch_tokens, self.cfg.sequence_len, shards)
         microbatch = train_rows(self.config, self.stage, self.name, self.cfg, self.mesh, rows // shards, self.log)
         here = min(microbatch * shards, rows)
         if rows % here:
@@ -270,6 +265,28 @@ def open_session(
     folder.mkdir(parents=True, exist_ok=True)
     checkpoints = Checkpointer(folder / "checkpoints", stage.keep)
     return Session(name, config, stage, folder, mesh, cfg, tokenizer, log, checkpoints, MetricsLog(folder), force)
+
+
+def rows_of_step(name: str, batch_tokens: int, length: int, shards: int) -> int:
+    """Rows of `length` tokens in a step of a stage; UserError where the mesh cannot share them out."""
+    rows, left = divmod(batch_tokens, length)
+    if left or rows < 1 or rows % shards:
+        raise UserError(
+            f"--{name}.total-batch-size {batch_tokens} is {batch_tokens / length:g} rows of {length} tokens; "
+            f"the mesh needs a multiple of {shards} rows: use a multiple of {shards * length}"
+        )
+    return rows
+
+
+def check_devices(config: Config) -> None:
+    """UserError for a mesh, architecture or batch that would end one of the stages, before any has begun."""
+    cfg, mesh = gpt_config(config, config.tokenizer.vocab_size), make_mesh(config.mesh)
+    check_mesh(mesh, cfg)
+    precision(cfg, mesh.devices.flat[0])
+    batches = {"base": horizon(config, cfg).batch_tokens}
+    batches |= {name: getattr(config, name).total_batch_size for name in ("mid", "sft")}
+    for name, tokens in batches.items():
+        rows_of_step(name, tokens or cfg.sequence_len * data_shards(mesh), cfg.sequence_len, data_shards(mesh))
 
 
 def is_done(workdir: Path, name: str, log: Log) -> bool:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from nanochat_jax.config import DataConfig
+from nanochat_jax.config import Config, DataConfig
 from nanochat_jax.data.conversations import read_jsonl
 from nanochat_jax.errors import UserError
 from nanochat_jax.tasks import arc, arithmetic, choice, gsm8k, humaneval, identity, mmlu, multistep, smoltalk, spelling
@@ -44,6 +44,16 @@ def load(name: str, split: str, data: DataConfig, seed: int = 42, unsafe_sandbox
     if name == "humaneval":
         return humaneval.load(split, data, unsafe_sandbox)
     return LOADERS[name](split, data, seed)
+
+
+def check_names(config: Config) -> None:
+    """UserError for a task of a stage or evaluation that does not exist, or a file of conversations that is wrong."""
+    trained = [parse(spec)[0] for spec in (*config.mid.mixture, *config.sft.mixture)]
+    for name in (*trained, config.rl.task, *config.eval.base, *config.eval.chat):
+        if name in trained and name.endswith(".jsonl"):
+            read_jsonl(Path(name))
+        elif name not in (*LOADERS, "bpb", "core"):
+            raise UserError(f"unknown task {name!r}; there are {', '.join(LOADERS)}")
 
 
 class Mixture(Sequence[dict]):
