@@ -25,13 +25,9 @@ def blocks(length: int, window: int) -> Iterator[tuple[slice, slice]]:
         yield slice(start, stop), slice(max(0, start - window), stop)
 
 
-def blocked_attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, window: int) -> jax.Array:
-    """As `reference_attention`. Returns [B, T, N, H] in q's dtype."""
-    return _attention(q_BTNH, k_BSKH, v_BSKH, window)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, window: int) -> jax.Array:
+def blocked_attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, window: int) -> jax.Array:
+    """As `reference_attention`. Returns [B, T, N, H] in q's dtype."""
     return _forward(q_BTNH, k_BSKH, v_BSKH, window)[0]
 
 
@@ -51,7 +47,7 @@ def _backward(window: int, saved: Saved, grad_BTNH: jax.Array) -> tuple[jax.Arra
     return tuple(_ungrouped(x, shape) for x, shape in zip(grads, (grad_BTNH.shape, kv_shape, kv_shape), strict=True))
 
 
-_attention.defvjp(_forward, _backward)
+blocked_attention.defvjp(_forward, _backward)
 
 
 def _each_head(one: Callable, *arrays: jax.Array) -> tuple:

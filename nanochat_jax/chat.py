@@ -13,7 +13,7 @@ from typing import Any
 
 from nanochat_jax.errors import UserError
 from nanochat_jax.inference.engine import Engine
-from nanochat_jax.inference.requests import SamplingParams
+from nanochat_jax.inference.requests import SamplingParams, collected
 from nanochat_jax.server.context import fit
 from nanochat_jax.tokenizer import Tokenizer
 
@@ -32,16 +32,9 @@ def answer_once(
             raise UserError(f"the prompt takes {len(ids)} tokens, the context holds {engine.max_len}: shorten it")
         sampling = dataclasses.replace(sampling, max_tokens=min(sampling.max_tokens, room))
     else:
-        ids, sampling, _ = _fitted([{"role": "user", "content": prompt}], engine, tokenizer, sampling)
-    answer = {"text": "", "tool_calls": [], "finish_reason": None, "usage": None}
-    for event in _shown(engine.stream(ids, sampling), show):
-        if event["type"] == "text":
-            answer["text"] += event["text"]
-        elif event["type"] == "tool":
-            answer["tool_calls"].append({"expression": event["expression"], "result": event["result"]})
-        else:
-            answer |= {"finish_reason": event["finish_reason"], "usage": event["usage"]}
-    return answer
+        fitted = fit([{"role": "user", "content": prompt}], tokenizer, engine.max_len, sampling)
+        ids, sampling = fitted.ids, fitted.sampling
+    return collected(_shown(engine.stream(ids, sampling), show))
 
 
 def talk(engine: Engine, tokenizer: Tokenizer, sampling: SamplingParams) -> None:
@@ -55,16 +48,16 @@ def talk(engine: Engine, tokenizer: Tokenizer, sampling: SamplingParams) -> None
         elif text:
             messages.append({"role": "user", "content": text})
             try:
-                ids, turn, dropped = _fitted(messages, engine, tokenizer, sampling)
+                prompt = fit(messages, tokenizer, engine.max_len, sampling)
             except UserError as error:
                 print(f"error: {error}", file=sys.stderr)
                 messages.pop()
                 continue
-            if dropped:
-                print(f"({dropped} old messages no longer fit the context)", file=sys.stderr)
+            if prompt.dropped:
+                print(f"({prompt.dropped} old messages no longer fit the context)", file=sys.stderr)
             # The same question asked twice should not get the same sample.
-            turn = dataclasses.replace(turn, seed=sampling.seed + len(messages) // 2)
-            messages.append({"role": "assistant", "content": _parts(engine.stream(ids, turn))})
+            turn = dataclasses.replace(prompt.sampling, seed=sampling.seed + len(messages) // 2)
+            messages.append({"role": "assistant", "content": _parts(engine.stream(prompt.ids, turn))})
 
 
 def _read_line() -> str | None:
@@ -105,11 +98,3 @@ def _shown(events: Iterator[dict], show: bool) -> Iterator[dict]:
             yield event
     finally:
         events.close()
-
-
-def _fitted(
-    messages: list[dict], engine: Engine, tokenizer: Tokenizer, sampling: SamplingParams
-) -> tuple[list[int], SamplingParams, int]:
-    """Prompt ids, sampling with what room is left for the answer, and how many old messages were left out."""
-    prompt = fit(messages, tokenizer, engine.max_len, sampling.max_tokens)
-    return prompt.ids, dataclasses.replace(sampling, max_tokens=prompt.max_tokens), prompt.dropped

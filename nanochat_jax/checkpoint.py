@@ -32,9 +32,9 @@ import jax
 import orbax.checkpoint as ocp
 
 from nanochat_jax.data.files import write_json
-from nanochat_jax.distributed import barrier, gather_json, is_leader
+from nanochat_jax.distributed import barrier, is_leader, leaders
 from nanochat_jax.errors import UserError
-from nanochat_jax.sharding import path_of
+from nanochat_jax.sharding import by_path
 
 FORMAT = 1
 BEST = "best.json"
@@ -213,7 +213,7 @@ def _restore(
             found = _undamaged(directory, step)
         except UserError as refusal:
             error = str(refusal)
-    found, error = gather_json([found, error])[0]
+    found, error = leaders([found, error])
     if error is not None:
         raise UserError(error)
     path = directory / f"step_{found:08d}"
@@ -302,7 +302,7 @@ def _read_state(path: Path, target: PyTree | None, only: str | None) -> PyTree:
 
 def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
     """Shape per leaf, under names that are the same for a NamedTuple and for the dict orbax makes of it."""
-    return {path_of(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {path: leaf.shape for path, leaf in by_path(tree).items()}
 
 
 def _digest(manifest: dict[str, Any]) -> str:

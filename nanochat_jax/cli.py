@@ -245,6 +245,7 @@ def guarded(action: Callable[[], None]) -> int:
         return int(stop.code or 0)
     except KeyboardInterrupt:
         status, message = 130, "interrupted"
+        print(message, file=sys.stderr, flush=True)
     except BrokenPipeError:
         # The reader of stdout has gone; Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

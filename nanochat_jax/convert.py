@@ -28,7 +28,7 @@ from nanochat_jax.config import MODEL_STAGES, Config, GPTConfig, ModelConfig
 from nanochat_jax.data.files import write_json
 from nanochat_jax.errors import UserError
 from nanochat_jax.model import count_params, param_shapes
-from nanochat_jax.sharding import path_of
+from nanochat_jax.sharding import by_path, path_of
 from nanochat_jax.tokenizer import FILE_NAME, SPECIALS, Tokenizer
 from nanochat_jax.torch_file import read_state_dict
 from nanochat_jax.unpickle import unpickle
@@ -178,7 +178,7 @@ def converted(found: NanochatCheckpoint, cfg: GPTConfig) -> dict[str, Any]:
     UserError names a key that is missing, left over, or of another shape than `cfg` implies.
     """
     shapes = param_shapes(cfg)
-    names = {path_of(path): nanochat_name(path_of(path)) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)}
+    names = {path: nanochat_name(path) for path in by_path(shapes)}
     if missing := sorted(set(names.values()) - found.tensors.keys()):
         raise UserError(f"{found.path} lacks {_some(missing)}, which a model of its meta file has")
     if left := sorted(found.tensors.keys() - set(names.values())):

@@ -159,12 +159,8 @@ class Console:
         width = len(str(self.total_steps))
         parts = [f"{self.stage} {step:>{width}}/{self.total_steps}"]
         parts += [show(values[name]) for name, show in _COLUMNS.items() if values.get(name) is not None]
-        self.note(" | ".join(parts))
-
-    def note(self, text: str) -> None:
-        """Prints a line as it is; of several processes the leader alone speaks."""
         if is_leader():
-            print(text, file=sys.stderr, flush=True)
+            print(" | ".join(parts), file=sys.stderr, flush=True)
 
 
 _COLUMNS: dict[str, Callable[[Any], str]] = {

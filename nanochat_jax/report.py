@@ -55,7 +55,6 @@ def write_report(workdir: Path) -> Path:
 
     Raises UserError where the folder holds nothing of a run.
     """
-    workdir = Path(workdir)
     if not any((workdir / name).exists() for name in ("config.json", "tokenizer", *MODEL_STAGES)):
         raise UserError(f"{workdir} is not the folder of a run: there is no config.json and no stage in it")
     problems: list[str] = []

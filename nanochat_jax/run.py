@@ -58,7 +58,6 @@ def open_run(config: Config, workdir: Path, *, force: bool = False, log: Callabl
     Raises UserError naming the fields that differ though a stage that depends on them has begun; with `force` they are
     accepted, and said.
     """
-    workdir = Path(workdir)
     _make_folder(workdir)
     environment = _environment()
     record = {"config": dataclasses.asdict(config), "data": None} | environment
@@ -115,7 +114,7 @@ def record_used(workdir: Path, cfg: GPTConfig, tokenizer: Tokenizer, force: bool
     """Notes what `auto` meant and which tokenizer it was; UserError where a model here was trained with another."""
     record = _read_record(workdir)
     now = {"compute_dtype": cfg.compute_dtype, "tokenizer": tokenizer.fingerprint()}
-    if any(_begun(Path(workdir), stage) for stage in MODEL_STAGES):
+    if any(_begun(workdir, stage) for stage in MODEL_STAGES):
         before = record.get("used", {})
         _refuse(workdir, {name: before.get(name, now[name]) for name in now}, now, force)
     _write_record(workdir, record | {"used": now | {"attention": cfg.attention}})
@@ -182,13 +181,13 @@ def gpt_config(config: Config, vocab_size: int, platform: str | None = None) -> 
 
 def finished(workdir: Path, stage: str) -> dict[str, Any] | None:
     """What done.json of a stage says, or None where the stage is not complete."""
-    path = Path(workdir) / stage / "done.json"
+    path = workdir / stage / "done.json"
     return json.loads(path.read_text()) if path.exists() else None
 
 
 def newest_run(root: Path = RUNS) -> Path:
     """The run under `root` with the newest checkpoint. Raises UserError where there is none."""
-    saved = [(path.stat().st_mtime, path.parents[2]) for path in Path(root).glob("*/*/checkpoints/step_*")]
+    saved = [(path.stat().st_mtime, path.parents[2]) for path in root.glob("*/*/checkpoints/step_*")]
     if not saved:
         raise UserError(f"no model under {root}/: train one with `python run_speedrun.py`, or say --workdir")
     return max(saved)[1]
@@ -196,7 +195,7 @@ def newest_run(root: Path = RUNS) -> Path:
 
 def newest_model(workdir: Path, source: str | None = None) -> str:
     """The last stage in order that has a checkpoint, finished or not; `source` asks for one. UserError without one."""
-    have = [path.parents[1].name for path in Path(workdir).glob("*/checkpoints/step_*")]
+    have = [path.parents[1].name for path in workdir.glob("*/checkpoints/step_*")]
     stages = [stage for stage in MODEL_STAGES if stage in have]
     if source is None and stages:
         return stages[-1]
@@ -220,33 +219,24 @@ def load_model(
     precision and attention. Raises UserError where there is no model, or one of another shape.
     """
     from nanochat_jax.checkpoint import restore_params
+    from nanochat_jax.sharding import make_mesh
     from nanochat_jax.tokenizer import Tokenizer
 
-    workdir = Path(workdir)
     stage = newest_model(workdir, source)
     tokenizer = Tokenizer.load(workdir / "tokenizer")
     cfg = gpt_config(config or read_config(workdir), tokenizer.vocab_size)
-    params, _, step = restore_params(workdir / stage / "checkpoints", params_target(cfg, mesh), step)
+    params, _, step = restore_params(workdir / stage / "checkpoints", params_target(cfg, mesh or make_mesh("1")), step)
     return params, cfg, tokenizer, stage, step
 
 
-def params_target(cfg: GPTConfig, mesh: Mesh | None) -> dict[str, Any]:
-    """Shapes and shardings to restore parameters to, on `mesh` or the default device. UserError where it cannot hold
-    this architecture.
-    """
-    import jax
-
+def params_target(cfg: GPTConfig, mesh: Mesh) -> dict[str, Any]:
+    """Shapes and shardings to restore parameters to, on `mesh`. UserError where it cannot hold this architecture."""
     from nanochat_jax.model import param_shapes
-    from nanochat_jax.sharding import check_mesh, param_shardings
+    from nanochat_jax.sharding import check_mesh, param_specs, placed
 
+    check_mesh(mesh, cfg)
     shapes = param_shapes(cfg)
-    if mesh is None:
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        shardings = jax.tree.map(lambda _: here, shapes)
-    else:
-        check_mesh(mesh, cfg)
-        shardings = param_shardings(shapes, mesh)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    return placed(shapes, param_specs(shapes), mesh)
 
 
 def _make_folder(workdir: Path) -> None:
@@ -292,11 +282,11 @@ def _environment() -> dict[str, Any]:
 
 def _write_record(workdir: Path, record: dict[str, Any]) -> None:
     if is_leader():
-        write_json(Path(workdir) / "config.json", record)
+        write_json(workdir / "config.json", record)
 
 
 def _read_record(workdir: Path) -> dict[str, Any]:
-    path = Path(workdir) / "config.json"
+    path = workdir / "config.json"
     try:
         record = json.loads(path.read_text())
         return {"config": record["config"], "data": record.get("data")} | record

@@ -39,7 +39,7 @@ PARAM_SPECS: tuple[tuple[str, P], ...] = (
 
 def path_of(key_path: Sequence[object]) -> str:
     """A jax key path as "h_0/attn/q/kernel"."""
-    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in key_path)
+    return jax.tree_util.keystr(key_path, simple=True, separator="/")
 
 
 def by_path(tree: object) -> dict[str, jax.Array]:
@@ -110,9 +110,11 @@ def param_specs(params: object) -> object:
     return jax.tree_util.tree_map_with_path(lambda path, _: match(path_of(path), PARAM_SPECS), params)
 
 
-def param_shardings(shapes: object, mesh: Mesh) -> object:
-    """A NamedSharding for every parameter of a tree of shapes."""
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), param_specs(shapes))
+def placed(shapes: object, specs: object, mesh: Mesh) -> object:
+    """A tree of arrays or shapes as ShapeDtypeStructs that are cut over the mesh as a tree of PartitionSpecs says."""
+    return jax.tree.map(
+        lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)), shapes, specs
+    )
 
 
 def state_spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
@@ -133,11 +135,6 @@ def state_spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> 
 def state_specs(state: object, mesh: Mesh | AbstractMesh) -> object:
     """A PartitionSpec for every array of an optimizer state."""
     return jax.tree_util.tree_map_with_path(lambda path, leaf: state_spec(path_of(path), leaf.shape, mesh), state)
-
-
-def state_shardings(shapes: object, mesh: Mesh) -> object:
-    """A NamedSharding for every array of an optimizer state's tree of shapes."""
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), state_specs(shapes, mesh))
 
 
 def automatic_axes() -> tuple[str, ...]:

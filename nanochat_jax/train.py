@@ -21,7 +21,7 @@ from nanochat_jax.config import GPTConfig
 from nanochat_jax.loss import token_losses, weighted_loss
 from nanochat_jax.model import Params, init_params, param_shapes
 from nanochat_jax.optim import Hyper, make_optimizer
-from nanochat_jax.sharding import param_shardings, param_specs, path_of, shard, state_shardings, state_spec, state_specs
+from nanochat_jax.sharding import param_specs, path_of, placed, shard, state_spec, state_specs
 from nanochat_jax.zero import Owners, from_portable, to_portable, view
 
 Batch = dict[str, jax.Array]
@@ -50,17 +50,13 @@ def state_shapes(cfg: GPTConfig, mesh: Mesh) -> TrainState:
     with jax.set_mesh(mesh):
         params = param_shapes(cfg)
         opt_state = jax.eval_shape(functools.partial(_new_opt_state, cfg), params)
-    shardings = TrainState(param_shardings(params, mesh), state_shardings(opt_state, mesh))
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        TrainState(params, opt_state),
-        shardings,
-    )
+    return TrainState(placed(params, param_specs(params), mesh), placed(opt_state, state_specs(opt_state, mesh), mesh))
 
 
 def born_params(cfg: GPTConfig, mesh: Mesh, seed: int) -> Params:
     """Initial parameters, each created on the devices that hold it."""
-    shardings = param_shardings(param_shapes(cfg), mesh)
+    shapes = param_shapes(cfg)
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), param_specs(shapes))
     return jax.jit(init_params, static_argnums=0, out_shardings=shardings)(cfg, jax.random.key(seed))
 
 
@@ -105,12 +101,7 @@ def saved_shapes(cfg: GPTConfig, mesh: Mesh) -> dict:
     with jax.set_mesh(mesh):
         tree = jax.eval_shape(functools.partial(saved_tree, cfg=cfg), shapes)
     moments = tree["optimizer"]
-    placed = jax.tree.map(
-        lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)),
-        moments,
-        _moment_specs(moments, mesh),
-    )
-    return {"params": shapes.params, "optimizer": placed}
+    return {"params": shapes.params, "optimizer": placed(moments, _moment_specs(moments, mesh), mesh)}
 
 
 def _from_saved(cfg: GPTConfig, tree: dict) -> optax.OptState:

@@ -32,17 +32,17 @@ def stacks_of(params: Params) -> dict[str, list[str]]:
     stacks: dict[str, list[str]] = {}
     for path, leaf in by_path(params).items():
         if match(path, GROUP_OF) == "muon":
-            axes = ".".join(str(axis) for axis in _matrix_axes(path))
+            axes = ".".join(map(str, match(path, PARAM_SPECS)))
             stacks.setdefault(f"stack/{leaf.shape[0]}x{leaf.shape[1]}/{axes}", []).append(path)
     return stacks
 
 
 def view(params: Params, devices: int) -> View:
     """The whole view, [n, in, out] stacks padded to a multiple of `devices`."""
-    leaves, stacks = by_path(params), stacks_of(params)
-    stacked = {path for paths in stacks.values() for path in paths}
-    rest = {path: leaf for path, leaf in leaves.items() if path not in stacked}
-    return rest | {key: _stack([leaves[path] for path in paths], devices) for key, paths in stacks.items()}
+    leaves = by_path(params)
+    rest = {path: leaf for path, leaf in leaves.items() if match(path, GROUP_OF) != "muon"}
+    stacks = {key: _stack([leaves[path] for path in paths], devices) for key, paths in stacks_of(params).items()}
+    return rest | stacks
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,12 @@ class Owners:
     @classmethod
     def of(cls, params: Params, mesh: Mesh | jax.sharding.AbstractMesh) -> Owners:
         """For `params`, arrays or shapes, global."""
-        stacks = stacks_of(params)
-        stacked = {path for paths in stacks.values() for path in paths}
         dims = {}
         for path, leaf in by_path(params).items():
-            if path not in stacked:
+            if match(path, GROUP_OF) != "muon":
                 spec = state_spec(path, leaf.shape, mesh)
                 dims[path] = next((i for i, axes in enumerate(spec) if axes and "data" in axes), None)
-        return cls(mesh, stacks, dims)
+        return cls(mesh, stacks_of(params), dims)
 
     def reduced(self, grads: Params) -> View:
         """Each device's part of the sum over `data` of gradients in the parameters' layout."""
@@ -138,13 +136,8 @@ class Owners:
         return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(axis) * size, size, dim)
 
 
-def _matrix_axes(path: str) -> tuple[str | None, str | None]:
-    axes = (*match(path, PARAM_SPECS), None, None)
-    return axes[0], axes[1]
-
-
 def _dim_of(axis: str, path: str) -> int | None:
-    axes = _matrix_axes(path)
+    axes = tuple(match(path, PARAM_SPECS))
     return axes.index(axis) if axis in axes else None
 
 

@@ -226,8 +226,8 @@ def test_jsonl_names_the_line(tmp_path):
     path.write_text("\n")
     with pytest.raises(UserError, match="holds no conversation"):
         read_jsonl(path)
-    path.write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match="cannot be read"):
+    path.write_bytes(f"{good}\n".encode() + b'{"messages": "caf\xe9"}\n')
+    with pytest.raises(UserError, match="line 2: not JSON in UTF-8"):
         read_jsonl(path)
     with pytest.raises(UserError, match="cannot be read"):
         read_jsonl(tmp_path / "missing.jsonl")

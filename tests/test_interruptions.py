@@ -278,7 +278,7 @@ def test_signals_to_a_real_run(tmp_path):
     process.send_signal(signal.SIGINT)
     assert process.wait(PATIENCE) == 130
     assert Checkpointer(checkpoints, 2).restore(None, None)[2] == reached
-    assert sorted(path.name for path in workdir.iterdir()) == ["base", "config.json", "tokenizer"]
+    assert sorted(path.name for path in workdir.iterdir()) == ["base", "config.json", "lock", "tokenizer"]
     assert "Traceback" not in log.read_text()
 
 

@@ -341,8 +341,8 @@ def test_old_turns_are_left_out_and_said_to_be():
 
 def test_fit_leaves_as_much_as_there_is():
     only = [turn("user", "word " * 50)]
-    prompt = fit(only, WordTokenizer(), 64, 60)
-    assert len(prompt.ids) == 52 and prompt.max_tokens == 12 and prompt.dropped == 0
+    prompt = fit(only, WordTokenizer(), 64, SamplingParams(max_tokens=60))
+    assert len(prompt.ids) == 52 and prompt.sampling.max_tokens == 12 and prompt.dropped == 0
 
 
 def test_serve_refuses_what_is_unsafe_or_impossible(monkeypatch):

@@ -52,8 +52,8 @@ def read_jsonl(path: Path) -> list[dict]:
     """Conversations from a file with one a line, also as a bare list of messages. UserError names the line at fault."""
     path = Path(path).expanduser()
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     conversations = []
     for number, line in enumerate(lines, start=1):
@@ -61,9 +61,9 @@ def read_jsonl(path: Path) -> list[dict]:
             continue
         where = f"{path}, line {number}"
         try:
-            conversation = json.loads(line)
+            conversation = json.loads(line.decode())
         except ValueError as error:
-            raise UserError(f"{where}: not JSON ({error})") from error
+            raise UserError(f"{where}: not JSON in UTF-8 ({error})") from error
         if isinstance(conversation, list):
             conversation = {"messages": conversation}
         validate(conversation, where)

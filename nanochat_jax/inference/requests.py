@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from nanochat_jax.errors import UserError
 from nanochat_jax.inference.text import TextStream
@@ -76,3 +78,16 @@ class Row:
     def position(self) -> int:
         """Of the newest token, which is to be fed next."""
         return len(self.prompt) + len(self.completion.ids) - 1
+
+
+def collected(events: Iterable[dict]) -> dict[str, Any]:
+    """The events of `Engine.stream` as one: {"text", "tool_calls", "finish_reason", "usage"}."""
+    answer: dict[str, Any] = {"text": "", "tool_calls": []}
+    for event in events:
+        if event["type"] == "text":
+            answer["text"] += event["text"]
+        elif event["type"] == "tool":
+            answer["tool_calls"].append({"expression": event["expression"], "result": event["result"]})
+        else:
+            answer |= {"finish_reason": event["finish_reason"], "usage": event["usage"]}
+    return answer

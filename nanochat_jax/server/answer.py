@@ -13,25 +13,20 @@ import uuid
 from collections.abc import Iterator
 
 from nanochat_jax.errors import UserError
+from nanochat_jax.inference.requests import collected
 from nanochat_jax.server.context import Prompt
 
 
 def completion(events: Iterator[dict], prompt: Prompt, model_name: str) -> dict:
     """A whole `chat.completion` object."""
-    text, tools, done = "", [], {}
-    for event in events:
-        if event["type"] == "text":
-            text += event["text"]
-        elif event["type"] == "tool":
-            tools.append({"expression": event["expression"], "result": event["result"]})
-        else:
-            done = event
-    message = {"role": "assistant", "content": text, **({"tools": tools} if tools else {})}
-    choice = {"index": 0, "message": message, "finish_reason": done["finish_reason"]}
+    answer = collected(events)
+    tools = {"tools": answer["tool_calls"]} if answer["tool_calls"] else {}
+    message = {"role": "assistant", "content": answer["text"], **tools}
+    choice = {"index": 0, "message": message, "finish_reason": answer["finish_reason"]}
     return {
         **_envelope("chat.completion", model_name),
         "choices": [choice],
-        "usage": _usage(prompt, done["usage"]["completion_tokens"]),
+        "usage": _usage(prompt, answer["usage"]["completion_tokens"]),
         "truncated_messages": prompt.dropped,
     }
 

@@ -86,11 +86,11 @@ def create_app(
         except RecursionError:
             raise ApiError("the body is nested too deeply") from None
         chat_request = parse_request(body, model_name, engine.max_len)
-        prompt = fit(chat_request.messages, tokenizer, engine.max_len, chat_request.sampling.max_tokens)
+        prompt = fit(chat_request.messages, tokenizer, engine.max_len, chat_request.sampling)
         if not places.acquire(blocking=False):
             raise ApiError(f"{max_requests} requests are waiting already; try again soon", status=503)
         # Closing this generator, as the server does when the client goes away, cancels the generation.
-        events = engine.stream(prompt.ids, replace(chat_request.sampling, max_tokens=prompt.max_tokens))
+        events = engine.stream(prompt.ids, prompt.sampling)
         if not chat_request.stream:
             try:
                 return completion(events, prompt, model_name)

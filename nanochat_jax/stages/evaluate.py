@@ -152,11 +152,6 @@ def core_metric(
     return evaluate_core(params, cfg, tokenizer, bundle, mesh, config.eval.batch_size, max_examples, log)
 
 
-def core_bundle(config: Config, log: Log) -> Path:
-    """The folder of the CORE tasks, downloaded where none is named."""
-    return fetch_eval_bundle(config.data, log)
-
-
 def measure(
     model: tuple[Params, GPTConfig, Tokenizer],
     tasks: Iterable[Task],

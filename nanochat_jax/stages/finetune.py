@@ -21,13 +21,12 @@ from nanochat_jax.config import Config, FinetuneConfig
 from nanochat_jax.data.conversations import conversation_batches, epoch_rows
 from nanochat_jax.distributed import barrier, is_leader, leaders
 from nanochat_jax.errors import UserError
-from nanochat_jax.metrics import Console
 from nanochat_jax.model import flops_per_token
 from nanochat_jax.optim import Schedule
 from nanochat_jax.run import finished
 from nanochat_jax.sharding import put_batch
 from nanochat_jax.stages.samples import write_samples
-from nanochat_jax.stages.session import Log, Session, due, is_done, open_session, params_from, step_batch
+from nanochat_jax.stages.session import Log, Session, is_done, open_session, params_from, step_batch
 from nanochat_jax.tasks import Mixture
 from nanochat_jax.train import eval_losses
 
@@ -97,26 +96,24 @@ def train(
     batches = conversation_batches(train_set, session.tokenizer, rows=microbatches * rows, **packed)
     start = functools.partial(params_from, session, workdir, PREVIOUS[name])
     pace = session.begin(schedule, start, batches, tokens_a_step=batch_tokens)
-    console = Console(name, steps)
-    last = steps if settings.stop_after is None else min(steps, settings.stop_after)
     train_step = pending = None
 
     def record(step: int, metrics: dict, waited: float, place: str) -> None:
         values = session.checked(step, metrics, place)
         values |= {"lr_mult": schedule.lr_multiplier(step), "data_seconds": waited, **pace.lap(step + 1)}
         session.metrics.write("train", step=step, targets=int(metrics["targets"]), **values)
-        console.step(step + 1, **values)
+        session.console.step(step + 1, **values)
 
     def measure() -> None:
-        if len(val_set) and session.owes("val", settings.eval_every, last):
+        if len(val_set) and session.owes("val", settings.eval_every):
             loss = validation_loss(session, val_set, rows, packed)
             session.validated(loss)
             session.metrics.write("val", step=session.step, loss=loss)
-            console.note(f"{name} {session.step}: validation loss {loss:.4f}")
+            session.log(f"{name} {session.step}: validation loss {loss:.4f}")
 
     with session.loop() as stop:
         stop.measure(measure)
-        while not stop.now(session.step) and session.step < last:
+        while not stop.now(session.step) and session.step < session.last:
             step = session.step
             batch, waited = step_batch(batches, microbatches, mesh)
             hyper = schedule.hyper(step)
@@ -130,10 +127,10 @@ def train(
             session.step += 1
             session.meta["tokens"] += batch_tokens
             session.meta["flops"] += step_flops
-            if any(due(session.step, every, last) for every in (settings.save_every, settings.eval_every)):
+            if session.due(settings.save_every, settings.eval_every):
                 record(*pending)
                 pending = None
-                if due(session.step, settings.save_every, last):
+                if session.due(settings.save_every):
                     session.save(batches)  # before anything that can fail
                 stop.measure(measure)
                 pace.skip()

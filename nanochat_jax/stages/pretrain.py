@@ -10,17 +10,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nanochat_jax.config import Config
-from nanochat_jax.data.download import prepare_shards
+from nanochat_jax.data.download import fetch_eval_bundle, prepare_shards
 from nanochat_jax.data.pretrain import pretrain_batches
 from nanochat_jax.errors import UserError
-from nanochat_jax.metrics import Console
 from nanochat_jax.model import flops_per_token
 from nanochat_jax.optim import base_schedule
 from nanochat_jax.run import record_data, recorded_files
 from nanochat_jax.sharding import data_part
-from nanochat_jax.stages.evaluate import core_bundle, core_metric, validation_bpb
+from nanochat_jax.stages.evaluate import core_metric, validation_bpb
 from nanochat_jax.stages.samples import write_samples
-from nanochat_jax.stages.session import Log, due, initial_params, is_done, open_session, step_batch
+from nanochat_jax.stages.session import Log, initial_params, is_done, open_session, step_batch
 
 
 def run(config: Config, workdir: Path, log: Log, force: bool = False) -> None:
@@ -51,11 +50,9 @@ def run(config: Config, workdir: Path, log: Log, force: bool = False) -> None:
         process_count=parts,
     )
     if stage.core_every:
-        core_bundle(config, log)  # what is missing should be missed now, not after hours
+        fetch_eval_bundle(config.data, log)  # what is missing should be missed now, not after hours
     start = functools.partial(initial_params, session, config.seed)
     pace = session.begin(schedule, start, batches, tokens_a_step=horizon.batch_tokens)
-    console = Console("base", schedule.steps)
-    last = schedule.steps if stage.stop_after is None else min(schedule.steps, stage.stop_after)
     step_flops = horizon.batch_tokens * flops_per_token(cfg)
     train_step = pending = None
 
@@ -64,24 +61,24 @@ def run(config: Config, workdir: Path, log: Log, force: bool = False) -> None:
         values = session.checked(step, metrics, place)
         values |= {"lr_mult": schedule.lr_multiplier(step), "data_seconds": waited, **pace.lap(step + 1)}
         session.metrics.write("train", step=step, **values)
-        console.step(step + 1, **values)
+        session.console.step(step + 1, **values)
 
     def measure() -> None:
         """Validation and CORE, where they are due."""
         params = session.state.params
-        if session.owes("val", stage.eval_every, last):
+        if session.owes("val", stage.eval_every):
             bpb = validation_bpb(params, cfg, mesh, session.tokenizer, val_file, config, rows)
             session.validated(bpb)
             session.metrics.write("val", step=session.step, bpb=bpb)
-            console.step(session.step, bpb=bpb)
-        if stage.core_every and session.owes("core", stage.core_every, 0):
+            session.console.step(session.step, bpb=bpb)
+        if stage.core_every and session.step % stage.core_every == 0 and session.owes("core", stage.core_every):
             value = core_metric(params, cfg, mesh, session.tokenizer, config, log)["core_metric"]
             session.metrics.write("core", step=session.step, core_metric=value)
-            console.note(f"base {session.step}: CORE {value:.4f}")
+            session.log(f"base {session.step}: CORE {value:.4f}")
 
     with session.loop() as stop:
         stop.measure(measure)
-        while not stop.now(session.step) and session.step < last:
+        while not stop.now(session.step) and session.step < session.last:
             step = session.step
             batch, waited = step_batch(batches, microbatches, mesh, local=True)
             hyper = schedule.hyper(step)
@@ -93,10 +90,10 @@ def run(config: Config, workdir: Path, log: Log, force: bool = False) -> None:
             session.step += 1
             session.meta["tokens"] += horizon.batch_tokens
             session.meta["flops"] += step_flops
-            if any(due(session.step, every, last) for every in (stage.save_every, stage.eval_every, stage.core_every)):
+            if session.due(stage.save_every, stage.eval_every, stage.core_every):
                 record(*pending)
                 pending = None
-                if due(session.step, stage.save_every, last):
+                if session.due(stage.save_every):
                     session.save(batches)  # before anything that can fail
                 stop.measure(measure)
                 pace.skip()

@@ -31,7 +31,6 @@ from nanochat_jax.inference.engine import Engine
 from nanochat_jax.inference.requests import Completion, SamplingParams
 from nanochat_jax.inference.shared import make_engine
 from nanochat_jax.memory import train_rows, with_loss_chunk
-from nanochat_jax.metrics import Console
 from nanochat_jax.model import flops_per_token, param_shapes
 from nanochat_jax.optim import Schedule
 from nanochat_jax.run import finished
@@ -39,7 +38,7 @@ from nanochat_jax.sharding import data_shards, put_batch
 from nanochat_jax.stages.finetune import continued
 from nanochat_jax.stages.policy import SHORTEST, clipped, policy_batch
 from nanochat_jax.stages.samples import write_samples
-from nanochat_jax.stages.session import Log, Session, due, is_done, open_session, params_from
+from nanochat_jax.stages.session import Log, Session, is_done, open_session, params_from
 from nanochat_jax.tasks import Task, load
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train import train_step
@@ -75,7 +74,6 @@ def run(config: Config, workdir: Path, log: Log, force: bool = False) -> None:
     fit_update(session, samples, max_len)
     start = functools.partial(params_from, session, workdir, "sft")
     session.begin(schedule, start, samples_a_step=samples, questions=f"{len(train_task):,} ({digest(train_task)})")
-    console = Console("rl", steps)
     # The samples of a question share their prompt in the cache, where such groups divide over the mesh.
     together = math.gcd(settings.samples_per_question, settings.pass_k)
     engine = make_engine(
@@ -90,19 +88,18 @@ def run(config: Config, workdir: Path, log: Log, force: bool = False) -> None:
         logprobs=settings.clip > 0,
     )
     log(engine.describe())
-    last = steps if settings.stop_after is None else min(steps, settings.stop_after)
 
     def measure() -> None:
-        if session.owes("pass_at_k", settings.eval_every, last):
+        if session.owes("pass_at_k", settings.eval_every):
             engine.use(session.state.params)
             rates = pass_at_k(held_out, engine, session.tokenizer, settings, config.seed)
             session.validated(rates["1"], higher_is_better=True)
             session.metrics.write("pass_at_k", step=session.step, **{"pass": rates})
-            console.step(session.step, **{"pass": rates})
+            session.console.step(session.step, **{"pass": rates})
 
     with session.loop() as stop:
         stop.measure(measure)
-        while not stop.now(session.step) and session.step < last:
+        while not stop.now(session.step) and session.step < session.last:
             step, clock = session.step, time.perf_counter()
             engine.use(session.state.params)
             order = (step * settings.questions_per_step + np.arange(settings.questions_per_step)) % len(train_task)
@@ -136,8 +133,8 @@ def run(config: Config, workdir: Path, log: Log, force: bool = False) -> None:
                 "eta_seconds": (done - clock) * (steps - session.step),
             }
             session.metrics.write("rl", step=step, **values)
-            console.step(session.step, **values)
-            if due(session.step, settings.save_every, last):
+            session.console.step(session.step, **values)
+            if session.due(settings.save_every):
                 session.save()  # before anything that can fail
             stop.measure(measure)
         complete = session.leave(stop, steps)

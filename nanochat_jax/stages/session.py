@@ -27,7 +27,7 @@ from nanochat_jax.distributed import barrier, gather_json, is_leader, leaders
 from nanochat_jax.errors import UserError
 from nanochat_jax.fp8 import check_compiled, precision
 from nanochat_jax.memory import account, train_rows, with_loss_chunk
-from nanochat_jax.metrics import MetricsLog, Pace, banner, gib, peak_memory_bytes
+from nanochat_jax.metrics import Console, MetricsLog, Pace, banner, gib, peak_memory_bytes
 from nanochat_jax.model import count_params, flops_per_token
 from nanochat_jax.optim import Hyper, Schedule, horizon
 from nanochat_jax.run import finished, gpt_config, params_target, read_config, record_used
@@ -70,6 +70,9 @@ class Session:
     """(kind, step) of the measurements in the log that earlier starts made."""
     meta: dict = field(default_factory=lambda: {"seconds": 0.0, "tokens": 0, "flops": 0.0})
     started: float = field(default_factory=time.perf_counter)
+    console: Console | None = None
+    last: int = 0
+    """The step after which this start ends."""
 
     def rows(self, batch_tokens: int) -> tuple[int, int]:
         """(microbatches, rows in each) of a step of `batch_tokens`; UserError where it does not divide."""
@@ -97,8 +100,10 @@ class Session:
 
         `facts` go to the banner. UserError where they, or the horizon, are not those of the checkpoint.
         """
+        self.console = Console(self.name, schedule.steps)
+        self.last = min(schedule.steps, self.stage.stop_after or schedule.steps)
         fixed = {"steps": schedule.steps, "tokens_a_step": tokens_a_step, **facts}
-        if gather_json(self.checkpoints.latest())[0] is not None:
+        if leaders(self.checkpoints.latest()) is not None:
             tree, self.meta, self.step = self.checkpoints.restore(None, saved_shapes(self.cfg, self.mesh))
             self.saved = self.step
             self._check_same(fixed)
@@ -111,8 +116,7 @@ class Session:
         self.meta["fixed"] = fixed
         self.metrics.drop_after(self.step)
         records = MetricsLog.read(self.metrics.path) if is_leader() else []
-        done = gather_json([[record["kind"], record.get("step")] for record in records])[0]
-        self.measured = {(kind, step) for kind, step in done}
+        self.measured = {(kind, step) for kind, step in leaders([[r["kind"], r.get("step")] for r in records])}
         counts = count_params(self.cfg)
         banner(
             self.name,
@@ -200,9 +204,13 @@ class Session:
             if all(copied is not own for own in jax.tree.leaves(self.state)):
                 copied.delete()
 
-    def owes(self, kind: str, every: int, last: int) -> bool:
+    def due(self, *every: int) -> bool:
+        """Whether something that happens every so many steps, 0 meaning only at the end, happens after this one."""
+        return self.step == self.last or any(steps > 0 and self.step % steps == 0 for steps in every)
+
+    def owes(self, kind: str, every: int) -> bool:
         """Whether a measurement is due after this step that no earlier start has made."""
-        return self.step > 0 and due(self.step, every, last) and (kind, self.step) not in self.measured
+        return self.step > 0 and self.due(every) and (kind, self.step) not in self.measured
 
     def validated(self, value: float, *, higher_is_better: bool = False) -> None:
         """Keep the checkpoint of this step, where there is one, if none so far has a better `value`."""
@@ -346,8 +354,3 @@ def step_batch(
     batch = next(batches)
     split = {name: x.reshape(microbatches, -1, *x.shape[1:]) for name, x in batch.items()}
     return put_batch(split, mesh, leading=1, local=local), time.perf_counter() - start
-
-
-def due(step: int, every: int, total: int) -> bool:
-    """Whether something that happens every so many steps, 0 meaning only at the end, happens after `step` steps."""
-    return step == total or (every > 0 and step % every == 0)

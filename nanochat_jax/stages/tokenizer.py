@@ -13,7 +13,7 @@ import os
 import tempfile
 import time
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -23,11 +23,9 @@ from nanochat_jax.config import Config, TokenizerConfig
 from nanochat_jax.data.download import prepare_shards
 from nanochat_jax.data.files import write_json
 from nanochat_jax.data.shards import read_texts
-from nanochat_jax.distributed import barrier, is_leader, leaders
-from nanochat_jax.run import finished
+from nanochat_jax.distributed import barrier, is_leader
+from nanochat_jax.stages.session import Log, is_done
 from nanochat_jax.tokenizer import Tokenizer
-
-Log = Callable[[str], None]
 
 VALIDATION_CHARS = 1_000_000
 BLOBS = "https://openaipublic.blob.core.windows.net"
@@ -40,12 +38,11 @@ OTHERS = {
 
 def run(config: Config, workdir: Path, log: Log) -> None:
     """Trains the tokenizer of a run; nothing to do where that is complete. Of several processes the leader does it."""
-    if leaders(finished(workdir, "tokenizer")) is not None:
-        log("tokenizer: finished before, skipped")
+    if is_done(workdir, "tokenizer", log):
         return
     train_files, validation_file = prepare_shards(config.data, log)
     if is_leader():
-        learn(config.tokenizer, Path(workdir) / "tokenizer", train_files, validation_file, log)
+        learn(config.tokenizer, workdir / "tokenizer", train_files, validation_file, log)
     barrier("tokenizer")
 
 

@@ -14,9 +14,6 @@ from nanochat_jax.errors import UserError
 from nanochat_jax.tasks import arc, arithmetic, choice, gsm8k, humaneval, identity, mmlu, multistep, smoltalk, spelling
 from nanochat_jax.tasks.task import Task
 
-__all__ = ["LOADERS", "Mixture", "Task", "load"]
-
-
 LOADERS: dict[str, Callable[[str, DataConfig, int], Task]] = {
     "arithmetic": lambda split, data, seed: arithmetic.load(split, seed),
     "multistep": lambda split, data, seed: multistep.load(split, seed),
