@@ -37,12 +37,12 @@ def speedrun(options: SpeedrunOptions, workdir: Path) -> None:
     """Run all stages in order, evaluate each model and write the report."""
     from nanochat_jax.report import write_report
     from nanochat_jax.stages import evaluate
-    from nanochat_jax.stages.session import check_devices
+    from nanochat_jax.stages.session import check_ahead
 
     stages = [name for name in STAGES if name in options.chosen()]
     done = {name: distributed.leaders(run.finished(workdir, name)) for name in stages}
-    if any(name in MODEL_STAGES and not done[name] for name in stages):
-        check_devices(options.config)  # now rather than after the tokenizer
+    if todo := [name for name in stages if name in MODEL_STAGES and not done[name]]:
+        check_ahead(options.config, todo)  # rather than after hours
     for stage in stages:
         if done[stage]:
             cli.log(f"{stage}: finished already, skipped")

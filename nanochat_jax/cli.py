@@ -245,7 +245,6 @@ def guarded(action: Callable[[], None]) -> int:
         return int(stop.code or 0)
     except KeyboardInterrupt:
         status, message = 130, "interrupted"
-        print(message, file=sys.stderr, flush=True)
     except BrokenPipeError:
         # The reader of stdout has gone; Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -288,7 +287,7 @@ def run_command(prog: str, kind: type[Options], command: Command, about: str, ar
         if isinstance(options, SharedOptions):
             options.join(workdir)
         if training and distributed.is_leader():
-            stack.enter_context(run.locked(workdir))
+            stack.enter_context(run.locked(workdir, log))
             run.open_run(options.config, workdir, force=options.force, log=log)
         distributed.barrier("run opened")
         command(options, workdir)

@@ -16,6 +16,8 @@ import typeguard
 
 from nanochat_jax.errors import UserError
 
+DEFAULT_ROWS = 32
+"""Rows of a step of mid and sft where their total_batch_size is unset."""
 STAGES = ("tokenizer", "base", "mid", "sft", "rl")
 MODEL_STAGES = ("base", "mid", "sft", "rl")
 ARCHITECTURE = ("rope_base", "qk_scale", "value_embeds", "lambdas", "smear", "backout")
@@ -383,7 +385,8 @@ def check_types(config: Any, prefix: str = "--") -> None:
             check_types(value, f"{name}.")
             continue
         try:
-            typeguard.check_type(value, hints[field.name])
+            every = typeguard.CollectionCheckStrategy.ALL_ITEMS
+            typeguard.check_type(value, hints[field.name], collection_check_strategy=every)
         except typeguard.TypeCheckError:
             raise UserError(f"{name} {value!r} is not of type {field.type}") from None
 

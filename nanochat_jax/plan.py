@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nanochat_jax.config import Config, FinetuneConfig, GPTConfig
+from nanochat_jax.config import DEFAULT_ROWS, Config, FinetuneConfig, GPTConfig
 from nanochat_jax.data.conversations import read_jsonl
 from nanochat_jax.memory import loss_chunk
 from nanochat_jax.metrics import duration, gib, peak_flops, si
@@ -148,7 +148,7 @@ def _stage(name: str, steps: int, stop_after: int | None, batch_tokens: int, per
 
 
 def _finetune(name: str, stage: FinetuneConfig, config: Config, cfg: GPTConfig, per_token: int) -> dict[str, Any]:
-    batch_tokens = stage.total_batch_size or 32 * cfg.sequence_len
+    batch_tokens = stage.total_batch_size or DEFAULT_ROWS * cfg.sequence_len
     steps = stage.num_iterations
     if steps is None:
         sizes = [_mixture_entry(spec, config) for spec in stage.mixture]

@@ -31,7 +31,7 @@ GPU_ENVIRONMENT = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92", "NCCL_NVLS_ENABLE":
 """JAX by itself takes three quarters of a GPU's memory. NVLink's own sums where there is a switch that makes them."""
 HUGE_PAGE_TUNABLE = "glibc.malloc.hugetlb=1"
 CACHE_BYTES = 10 * 2**30
-"""The most that the compilation cache holds when a process begins."""
+"""The most that our own compilation cache holds when a process begins, without what XLA keeps in folders there."""
 
 
 def environment(given: Mapping[str, str]) -> dict[str, str]:
@@ -59,13 +59,16 @@ def prune(cache: Path, limit: int = CACHE_BYTES) -> None:
     """Deletes the compiled programs that were not used for longest, until `limit` bytes are left. Left to JAX they stay
     for ever, or every file is looked at whenever one is added.
     """
-    with contextlib.suppress(OSError):  # other processes add and delete too
-        entries = [(entry.stat(), entry.path) for entry in os.scandir(cache) if entry.is_file()]
-        excess = sum(stat.st_size for stat, _ in entries) - limit
-        for stat, path in sorted(entries, key=lambda entry: max(entry[0].st_atime, entry[0].st_mtime)):
-            if excess <= 0:
-                break
-            os.remove(path)
+    entries = []
+    for path in cache.glob("*"):
+        with contextlib.suppress(OSError):  # other processes delete too
+            if path.is_file():
+                entries.append((path.stat(), path))
+    excess = sum(stat.st_size for stat, _ in entries) - limit
+    for stat, path in sorted(entries, key=lambda entry: max(entry[0].st_atime, entry[0].st_mtime)):
+        if excess > 0:
+            with contextlib.suppress(OSError):
+                path.unlink()
             excess -= stat.st_size
 
 

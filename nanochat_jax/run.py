@@ -73,7 +73,7 @@ def open_run(config: Config, workdir: Path, *, force: bool = False, log: Callabl
 
 
 @contextlib.contextmanager
-def locked(workdir: Path) -> Iterator[None]:
+def locked(workdir: Path, log: Callable[[str], None] = print) -> Iterator[None]:
     """While this process alone trains in the folder of a run. UserError where another one does."""
     _make_folder(workdir)
     with (workdir / "lock").open("a+") as file:
@@ -81,12 +81,12 @@ def locked(workdir: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            holder = f"process {file.read()}"
+            holder = f"process {file.read()}".strip()
             raise UserError(
                 f"{workdir} is being trained in by {holder}: wait for it, or name another --workdir"
             ) from None
         except OSError:
-            pass  # a file system without locks
+            log(f"{workdir}: this file system has no locks; see to it that no other process trains there")
         file.truncate(0)
         file.write(f"{os.getpid()} on {platform.node()}")
         file.flush()
@@ -215,7 +215,7 @@ def load_model(
     """(params, architecture, tokenizer, stage, step) of a run's model, the newest unless `source` names a stage and
     `step` one of its checkpoints.
 
-    Parameters are placed on `mesh`, or on the default device. `config`, the run's own by default, may differ from it in
+    Parameters are placed on `mesh`, or on the first device. `config`, the run's own by default, may differ from it in
     precision and attention. Raises UserError where there is no model, or one of another shape.
     """
     from nanochat_jax.checkpoint import restore_params

@@ -113,6 +113,7 @@ def test_mistakes_in_an_experiment_file(capsys, tmp_path):
         ('model=replace(c.model, depth="4")', "--model.depth '4' is not of type int"),
         ("base=replace(c.base, num_iterations=2.5)", "--base.num-iterations 2.5 is not of type int | None"),
         ('sft=replace(c.sft, mixture=("gsm8k"))', "--sft.mixture 'gsm8k' is not of type tuple[str, ...]"),
+        ('eval=replace(c.eval, chat=("gsm8k", 5))', "--eval.chat ('gsm8k', 5) is not of type tuple[str, ...]"),
     ):
         path.write_text(f"{EXPERIMENT}\nconfig = replace(config, {mistake})\n")
         expect_error(capsys, ["pretrain", "--experiment", path], 1, "mine.py", words)
@@ -122,9 +123,9 @@ def test_mistakes_in_an_experiment_file(capsys, tmp_path):
     ("options", "part"),
     [
         (["--sft.mixture", "arithmetic:5", "nosuch"], "unknown task 'nosuch'"),
-        (["--mid.mixture", "nowhere.jsonl"], "nowhere.jsonl cannot be read"),
-        (["--eval.chat", "arithmetic", "foo"], "unknown task 'foo'"),
-        (["--rl.task", "bar"], "unknown task 'bar'"),
+        (["--mid.mixture", "bpb"], "--mid.mixture: unknown task 'bpb'"),
+        (["--eval.chat", "arithmetic", "foo"], "--eval.chat: unknown task 'foo'"),
+        (["--rl.task", "bar"], "--rl.task: unknown task 'bar'"),
         (["--seed", "-1"], "--seed -1"),
     ],
 )

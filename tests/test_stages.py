@@ -9,13 +9,13 @@ import pytest
 import tiny
 from stage_runs import losses, quiet, start
 
-from nanochat_jax.config import MODEL_STAGES
+from nanochat_jax.config import DEFAULT_ROWS, MODEL_STAGES
 from nanochat_jax.errors import UserError
 from nanochat_jax.metrics import MetricsLog
 from nanochat_jax.report import write_report
 from nanochat_jax.run import load_model
 from nanochat_jax.stages import evaluate, finetune, pretrain
-from nanochat_jax.stages.session import check_devices, open_session
+from nanochat_jax.stages.session import check_ahead, open_session
 from nanochat_jax.tasks import Mixture
 
 
@@ -67,16 +67,27 @@ def test_rl_is_compared_with_answers_that_were_given_alike(run, monkeypatch):
         ({"mesh": "99"}, "needs 99 devices"),
         ({"mesh": "tensor=8"}, "does not divide"),
         ({"sft": replace(tiny.config.sft, total_batch_size=33)}, "--sft.total-batch-size 33"),
+        ({"mid": replace(tiny.config.mid, mixture=("gone.jsonl",))}, "gone.jsonl cannot be read"),
         (
             {"mesh": "8", "base": replace(tiny.config.base, total_batch_size=tiny.config.model.sequence_len)},
             "--base.total",
         ),
     ],
 )
-def test_what_the_devices_cannot_do_is_known_before_the_first_stage(change, words):
-    check_devices(tiny.config)
+def test_what_ends_a_later_stage_is_known_before_the_first(change, words):
+    check_ahead(tiny.config, MODEL_STAGES)
+    config = replace(tiny.config, **change)
     with pytest.raises(UserError, match=words):
-        check_devices(replace(tiny.config, **change))
+        check_ahead(config, MODEL_STAGES)
+    if "mesh" not in change:
+        check_ahead(config, ["base"])  # which does not need it
+
+
+def test_a_default_batch_is_checked_ahead_too():
+    config = replace(tiny.config, mesh="3", sft=replace(tiny.config.sft, total_batch_size=None))
+    for stages in (["sft"], ["rl"]):  # rl trains sft on, for comparison
+        with pytest.raises(UserError, match=f"--sft.total-batch-size .* is {DEFAULT_ROWS} rows"):
+            check_ahead(config, stages)
 
 
 def test_the_report_shows_all_stages(run):

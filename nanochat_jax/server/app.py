@@ -1,7 +1,8 @@
 """The chat page and an OpenAI-compatible API on one engine, in Flask.
 
-Routes: `/` the page, `/health`, `/v1/models`, `/v1/chat/completions` (streamed as server-sent events, or whole). The
-page uses the same API as everyone else. Left out: accounts, rate limits and TLS, which belong to a proxy in front.
+Routes: `/` the page, `/health`, `/v1/models` and `/v1/models/NAME`, `/v1/chat/completions` (streamed as server-sent
+events, or whole). The page uses the same API as everyone else. Left out: accounts, rate limits and TLS, which belong to
+a proxy in front.
 
     python -m nanochat_jax serve            # http://127.0.0.1:8000
 """
@@ -11,9 +12,9 @@ from __future__ import annotations
 import hmac
 import ipaddress
 import logging
+import queue
 import socket
 import sys
-import threading
 import time
 import weakref
 from dataclasses import replace
@@ -50,7 +51,9 @@ def create_app(
     app.config.update(TOKEN=token, ENGINE=engine, MAX_CONTENT_LENGTH=MAX_BYTES)
     app.json.sort_keys = False
     started = int(time.time())
-    places = threading.BoundedSemaphore(max_requests)
+    places: queue.SimpleQueue[None] = queue.SimpleQueue()  # unlike a semaphore it may be given back to by a finalizer
+    for _ in range(max_requests):
+        places.put(None)
 
     @app.before_request
     def check_token() -> None:
@@ -87,20 +90,22 @@ def create_app(
             raise ApiError("the body is nested too deeply") from None
         chat_request = parse_request(body, model_name, engine.max_len)
         prompt = fit(chat_request.messages, tokenizer, engine.max_len, chat_request.sampling)
-        if not places.acquire(blocking=False):
-            raise ApiError(f"{max_requests} requests are waiting already; try again soon", status=503)
+        try:
+            places.get_nowait()
+        except queue.Empty:
+            raise ApiError(f"{max_requests} requests are waiting already; try again soon", status=503) from None
         # Closing this generator, as the server does when the client goes away, cancels the generation.
         events = engine.stream(prompt.ids, prompt.sampling)
         if not chat_request.stream:
             try:
                 return completion(events, prompt, model_name)
             finally:
-                places.release()
+                places.put(None)
         chunks = sse_chunks(events, prompt, model_name)
         response = Response(chunks, mimetype="text/event-stream")
         response.headers.update({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         # Once: when closed, or when freed: Werkzeug does not close it where the client's reset comes at the very end.
-        response.call_on_close(weakref.finalize(chunks, places.release))
+        response.call_on_close(weakref.finalize(chunks, places.put, None))
         return response
 
     @app.errorhandler(Exception)

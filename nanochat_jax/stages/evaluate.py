@@ -170,8 +170,8 @@ def measure(
 
 def answered_with(config: Config, limit: int | None) -> dict:
     """What decides which questions are asked and how they are answered, as JSON has it."""
-    settings = {"seed": config.seed, "data": asdict(config.data), "max_new_tokens": config.eval.max_new_tokens}
-    return json.loads(json.dumps(settings | {"max_examples": limit}))
+    settings = {"seed": config.seed, "data": asdict(config.data), "compute_dtype": config.compute_dtype}
+    return json.loads(json.dumps(settings | {"max_new_tokens": config.eval.max_new_tokens, "max_examples": limit}))
 
 
 def compare(config: Config, workdir: Path, mesh: Mesh, task: Task, rl: list[int], limit: int | None, log: Log) -> dict:
@@ -179,7 +179,7 @@ def compare(config: Config, workdir: Path, mesh: Mesh, task: Task, rl: list[int]
     right = {"rl": rl}
     for source in ("sft", "sft_continued"):
         saved = workdir / source / "correct.json"
-        before = json.loads(saved.read_text()) if saved.exists() else {}
+        before = leaders(json.loads(saved.read_text()) if saved.exists() else {})
         if before.get("settings") == answered_with(config, limit) and task.name in before["correct"]:
             right[source] = before["correct"][task.name]
             continue

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import jax
 
-from nanochat_jax.config import Config, FinetuneConfig
+from nanochat_jax.config import DEFAULT_ROWS, Config, FinetuneConfig
 from nanochat_jax.data.conversations import conversation_batches, epoch_rows
 from nanochat_jax.distributed import barrier, is_leader, leaders
 from nanochat_jax.errors import UserError
@@ -31,7 +31,6 @@ from nanochat_jax.tasks import Mixture
 from nanochat_jax.train import eval_losses
 
 PREVIOUS = {"mid": "base", "sft": "mid", "sft_continued": "sft"}
-DEFAULT_ROWS = 32
 
 
 def run(config: Config, workdir: Path, stage: str, log: Log, force: bool = False) -> None:

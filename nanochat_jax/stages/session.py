@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -20,7 +20,8 @@ import jax
 from jax.sharding import Mesh
 
 from nanochat_jax.checkpoint import Checkpointer, restore_params
-from nanochat_jax.config import ARCHITECTURE, Config, GPTConfig, StageConfig
+from nanochat_jax.config import ARCHITECTURE, DEFAULT_ROWS, Config, GPTConfig, StageConfig
+from nanochat_jax.data.conversations import read_jsonl
 from nanochat_jax.data.files import write_json
 from nanochat_jax.data.pretrain import merge_states
 from nanochat_jax.distributed import barrier, gather_json, is_leader, leaders
@@ -33,6 +34,7 @@ from nanochat_jax.optim import Hyper, Schedule, horizon
 from nanochat_jax.run import finished, gpt_config, params_target, read_config, record_used
 from nanochat_jax.sharding import check_mesh, data_shards, make_mesh, put_batch
 from nanochat_jax.stopping import Stop, stoppable
+from nanochat_jax.tasks import parse
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train import (
     TrainState,
@@ -286,15 +288,21 @@ def rows_of_step(name: str, batch_tokens: int, length: int, shards: int) -> int:
     return rows
 
 
-def check_devices(config: Config) -> None:
-    """UserError for a mesh, architecture or batch that would end one of the stages, before any has begun."""
+def check_ahead(config: Config, stages: Collection[str]) -> None:
+    """UserError for a mesh, a batch or a file of conversations that would end one of these stages when it begins."""
     cfg, mesh = gpt_config(config, config.tokenizer.vocab_size), make_mesh(config.mesh)
     check_mesh(mesh, cfg)
     precision(cfg, mesh.devices.flat[0])
-    batches = {"base": horizon(config, cfg).batch_tokens}
-    batches |= {name: getattr(config, name).total_batch_size for name in ("mid", "sft")}
-    for name, tokens in batches.items():
-        rows_of_step(name, tokens or cfg.sequence_len * data_shards(mesh), cfg.sequence_len, data_shards(mesh))
+    if "base" in stages:
+        rows_of_step("base", horizon(config, cfg).batch_tokens, cfg.sequence_len, data_shards(mesh))
+    continued = ["sft"] if "rl" in stages and config.rl.control else []
+    for name in [name for name in ("mid", "sft") if name in (*stages, *continued)]:
+        settings = getattr(config, name)
+        batch_tokens = settings.total_batch_size or DEFAULT_ROWS * cfg.sequence_len
+        rows_of_step(name, batch_tokens, cfg.sequence_len, data_shards(mesh))
+        for file, *_ in map(parse, settings.mixture):
+            if file.endswith(".jsonl"):
+                read_jsonl(Path(file))
 
 
 def is_done(workdir: Path, name: str, log: Log) -> bool:

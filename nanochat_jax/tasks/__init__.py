@@ -44,13 +44,17 @@ def load(name: str, split: str, data: DataConfig, seed: int = 42, unsafe_sandbox
 
 
 def check_names(config: Config) -> None:
-    """UserError for a task of a stage or evaluation that does not exist, or a file of conversations that is wrong."""
-    trained = [parse(spec)[0] for spec in (*config.mid.mixture, *config.sft.mixture)]
-    for name in (*trained, config.rl.task, *config.eval.base, *config.eval.chat):
-        if name in trained and name.endswith(".jsonl"):
-            read_jsonl(Path(name))
-        elif name not in (*LOADERS, "bpb", "core"):
-            raise UserError(f"unknown task {name!r}; there are {', '.join(LOADERS)}")
+    """UserError for a task of a stage or an evaluation that does not exist. Reads no file."""
+    mixtures = {
+        f"--{stage}.mixture": [name for name, *_ in map(parse, mixture) if not name.endswith(".jsonl")]
+        for stage, mixture in (("mid", config.mid.mixture), ("sft", config.sft.mixture))
+    }
+    evaluations = {"--eval.base": config.eval.base, "--eval.chat": config.eval.chat}
+    for option, names in (mixtures | {"--rl.task": [config.rl.task]} | evaluations).items():
+        there = [*LOADERS, *(("bpb", "core") if option in evaluations else ())]
+        for name in names:
+            if name not in there:
+                raise UserError(f"{option}: unknown task {name!r}; there are {', '.join(there)}")
 
 
 class Mixture(Sequence[dict]):
