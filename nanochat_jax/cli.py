@@ -24,12 +24,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
+import typeguard
 import tyro
 
 from nanochat_jax import distributed, run
-from nanochat_jax.config import Config, check_ranges, check_types
+from nanochat_jax.config import Config, check_ranges
 from nanochat_jax.errors import UserError
 from nanochat_jax.stopping import ending_at_once
 
@@ -320,6 +321,20 @@ def load_experiment(path: Path) -> Config:
     except UserError as error:
         raise UserError(f"--experiment {path}: {error}") from None
     return config
+
+
+def check_types(config: Any, prefix: str = "--") -> None:
+    """UserError naming the first field, of `config` or of a section in it, whose value is not of the declared type."""
+    hints, every = get_type_hints(type(config)), typeguard.CollectionCheckStrategy.ALL_ITEMS
+    for field in dataclasses.fields(config):
+        name, value = f"{prefix}{field.name.replace('_', '-')}", getattr(config, field.name)
+        if dataclasses.is_dataclass(hints[field.name]) and isinstance(value, hints[field.name]):
+            check_types(value, f"{name}.")
+            continue
+        try:
+            typeguard.check_type(value, hints[field.name], collection_check_strategy=every)
+        except typeguard.TypeCheckError:
+            raise UserError(f"{name} {value!r} is not of type {field.type}") from None
 
 
 def log(text: str) -> None:

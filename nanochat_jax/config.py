@@ -6,13 +6,9 @@ fields (`--base.num-iterations 100`). Nothing here reads files, looks at devices
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import typing
 from dataclasses import dataclass
-from typing import Any, Literal
-
-import typeguard
+from typing import Literal
 
 from nanochat_jax.errors import UserError
 
@@ -374,21 +370,6 @@ def windows(pattern: str, n_layer: int, sequence_len: int) -> tuple[int, ...]:
     sizes = [sequence_len if pattern.upper()[i % len(pattern)] == "L" else short for i in range(n_layer)]
     sizes[-1] = sequence_len
     return tuple(sizes)
-
-
-def check_types(config: Any, prefix: str = "--") -> None:
-    """UserError naming the first field, of `config` or of a section in it, whose value is not of the declared type."""
-    hints = typing.get_type_hints(type(config))
-    for field in dataclasses.fields(config):
-        name, value = f"{prefix}{field.name.replace('_', '-')}", getattr(config, field.name)
-        if dataclasses.is_dataclass(hints[field.name]) and isinstance(value, hints[field.name]):
-            check_types(value, f"{name}.")
-            continue
-        try:
-            every = typeguard.CollectionCheckStrategy.ALL_ITEMS
-            typeguard.check_type(value, hints[field.name], collection_check_strategy=every)
-        except typeguard.TypeCheckError:
-            raise UserError(f"{name} {value!r} is not of type {field.type}") from None
 
 
 AT_LEAST_ONE = {

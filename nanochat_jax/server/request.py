@@ -53,7 +53,7 @@ def parse_request(body: Any, model_name: str, max_len: int) -> ChatRequest:
     if body.get("model") is not None:
         check_model(body["model"], model_name)
     for field in UNSUPPORTED:
-        if body.get(field) and body[field] != {"type": "text"}:  # OpenAI's default of response_format
+        if body.get(field) and (field, body[field]) != ("response_format", {"type": "text"}):  # which asks for nothing
             raise ApiError(f"{field} is not supported; leave it out", field)
     if body.get("n") not in (None, 1):
         raise ApiError("n must be 1: ask again for another answer", "n")
