@@ -74,7 +74,8 @@ class Owners:
                 return jax.lax.psum(x, "data")
             return jax.lax.psum_scatter(x, "data", scatter_dimension=dim, tiled=True)
 
-        return self._to_view(grads, cut)
+        view = self._to_view(grads, cut)
+        return view | {path: self._of_the_first(view[path]) for path in self.data_dims if self._on_all_of_tensor(path)}
 
     def owned(self, params: Params) -> View:
         """Each device's part of the parameters."""
@@ -103,6 +104,15 @@ class Owners:
             cut = tuple(axis for axis in cut if self.mesh.shape[axis] > 1)
             sums[cut] = sums.get(cut, 0.0) + jnp.sum(jnp.square(x.astype(jnp.float32)))
         return jnp.sqrt(sum(jax.lax.psum(x, cut) if cut else x for cut, x in sums.items()))
+
+    def _on_all_of_tensor(self, path: str) -> bool:
+        """Whether each device of `tensor` computes this gradient for itself. A GPU adds up that of `wte` in any order,
+        and copies that were updated by their own sums would part.
+        """
+        return self.mesh.shape["tensor"] > 1 and "tensor" not in match(path, PARAM_SPECS)
+
+    def _of_the_first(self, x: jax.Array) -> jax.Array:
+        return jax.lax.psum(jnp.where(jax.lax.axis_index("tensor") == 0, x, 0), "tensor")
 
     def _to_view(self, params: Params, cut: Callable[[jax.Array, int | None], jax.Array]) -> View:
         leaves = by_path(params)

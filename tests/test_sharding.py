@@ -6,15 +6,17 @@ from collections import Counter
 import jax
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 from test_train import CFG, batches
 
 from nanochat_jax.config import BaseConfig, GPTConfig, ModelConfig
 from nanochat_jax.errors import UserError
 from nanochat_jax.model import param_shapes
 from nanochat_jax.optim import Schedule
+from nanochat_jax.replicas import parted
 from nanochat_jax.sharding import PARAM_SPECS, by_path, check_mesh, make_mesh, match, put_batch, state_spec
 from nanochat_jax.train import born_params, saved_shapes, saved_tree, state_shapes, train_step, with_optimizer
-from nanochat_jax.zero import stacks_of, view
+from nanochat_jax.zero import Owners, stacks_of, view
 
 MESHES = ("8", "data=4,fsdp=2", "fsdp=8", "data=4,tensor=2", "data=2,fsdp=2,tensor=2")
 STEPS = 20
@@ -62,6 +64,46 @@ def test_replicated_values_are_the_same_on_all_devices(trained):
         for shard in leaf.addressable_shards:
             same = parts.setdefault(str(shard.index), np.asarray(shard.data))
             np.testing.assert_array_equal(same, np.asarray(shard.data), err_msg=path)
+
+
+def test_copies_that_differ_between_devices_are_found(trained):
+    spec, state, _ = trained
+    with jax.set_mesh(make_mesh(spec)):
+        assert parted(state) == []
+        for path in ("resid_lambda", "wte/embedding"):
+            x = by_path(state.params)[path]
+            if spec == "fsdp=8" and "wte" in path:
+                continue  # no two devices hold the same rows of the table
+            parts = [np.array(shard.data) for shard in x.addressable_shards]
+            parts[5].reshape(-1)[1] *= 1 + 2**-7  # one number on one device, one bit of bfloat16
+            put = [jax.device_put(part, shard.device) for part, shard in zip(parts, x.addressable_shards, strict=True)]
+            odd = jax.make_array_from_single_device_arrays(x.shape, x.sharding, put)
+            leaves = {**by_path(state.params), path: odd}
+            changed = jax.tree.unflatten(jax.tree.structure(state.params), leaves.values())
+            assert parted(state._replace(params=changed)) == [f"params/{path}"]
+
+
+def test_the_devices_of_tensor_take_one_gradient_of_what_all_hold():
+    """Though each computes its own, which on a GPU may differ by rounding."""
+    mesh = make_mesh("data=4,tensor=2")
+    params = param_shapes(CFG)
+    owners = Owners.of(params, mesh)
+
+    def reduced():
+        own = 1 + jax.lax.axis_index("tensor")
+        whole = {path: np.ones(mesh_shape(path, x.shape)) * own for path, x in by_path(params).items()}
+        view = owners.reduced(whole)
+        return {path: view[path][None, None] for path in ("wte/embedding", "resid_lambda", "lm_head/kernel")}
+
+    def mesh_shape(path, shape):
+        specs = (*match(path, PARAM_SPECS), *[None] * len(shape))
+        return tuple(n // (mesh.shape[axis] if axis else 1) for n, axis in zip(shape, specs, strict=False))
+
+    with jax.set_mesh(mesh):
+        on_each = jax.shard_map(reduced, in_specs=(), out_specs=P("tensor", "data"), check_vma=False)()
+    for path, x in on_each.items():
+        second = 8 if path == "lm_head/kernel" else 4  # what is cut over `tensor` is each device's own
+        assert np.all(x[0] == 4) and np.all(x[1] == second), path
 
 
 def test_each_device_holds_its_share_of_the_state(alone, trained):

@@ -106,6 +106,16 @@ def test_eight_devices_give_the_same_losses(run, tmp_path):
     np.testing.assert_allclose(losses(folder, "mid"), losses(run, "mid"), atol=5e-3)
 
 
+def test_devices_that_hold_different_copies_stop_the_run(tmp_path, monkeypatch):
+    config = replace(tiny.config, mesh="8")
+    monkeypatch.setattr("nanochat_jax.stages.session.parted", lambda _: ["params/wte/embedding", "params/x0_lambda"])
+    with pytest.raises(
+        UserError, match=r"different copies of params/wte/embedding and 1 other arrays at step \d+: a f"
+    ):
+        pretrain.run(config, start(tmp_path, config), quiet)
+    assert not list((tmp_path / "base" / "checkpoints").glob("step*"))
+
+
 def test_validation_loss_counts_each_conversation_once(run, tmp_path):
     """However many rows a batch has: smaller and larger than the held-out rows."""
     session = open_session(tiny.config, run, "sft", tiny.config.sft, quiet)

@@ -31,6 +31,7 @@ from nanochat_jax.memory import account, train_rows, with_loss_chunk
 from nanochat_jax.metrics import Console, MetricsLog, Pace, banner, gib, peak_memory_bytes
 from nanochat_jax.model import count_params, flops_per_token
 from nanochat_jax.optim import Hyper, Schedule, horizon
+from nanochat_jax.replicas import parted
 from nanochat_jax.run import finished, gpt_config, params_target, read_config, record_used
 from nanochat_jax.sharding import check_mesh, data_shards, make_mesh, put_batch
 from nanochat_jax.stopping import Stop, stoppable
@@ -198,6 +199,12 @@ class Session:
         if isinstance(data, grain.DatasetIterator):
             self.meta["data"] = merge_states(gather_json(data.get_state()))
         with jax.set_mesh(self.mesh):
+            if self.mesh.size > 1 and (differ := parted(self.state)):
+                raise UserError(
+                    f"{self.name}: devices hold different copies of {differ[0]} and {len(differ) - 1} other arrays at "
+                    f"step {self.step}: a faulty device or kernel; nothing was saved, and a new start goes on from "
+                    f"step {self.saved}"
+                )
             tree = saved_tree(self.state, cfg=self.cfg)
         self.checkpoints.save(self.step, tree, self.meta)
         self.saved = self.step
