@@ -37,12 +37,12 @@ def speedrun(options: SpeedrunOptions, workdir: Path) -> None:
     """Run all stages in order, evaluate each model and write the report."""
     from nanochat_jax.report import write_report
     from nanochat_jax.stages import evaluate
-    from nanochat_jax.stages.session import check_ahead
+    from nanochat_jax.stages.ahead import check_ahead
 
     stages = [name for name in STAGES if name in options.chosen()]
     done = {name: distributed.leaders(run.finished(workdir, name)) for name in stages}
     if todo := [name for name in stages if name in MODEL_STAGES and not done[name]]:
-        check_ahead(options.config, todo)  # rather than after hours
+        check_ahead(options.config, todo)
     for stage in stages:
         if done[stage]:
             cli.log(f"{stage}: finished already, skipped")
@@ -50,7 +50,7 @@ def speedrun(options: SpeedrunOptions, workdir: Path) -> None:
             cli.train(stage, options, workdir)
             if not distributed.leaders(run.finished(workdir, stage)):
                 return  # stopped, as the stage has said
-        if stage in MODEL_STAGES and not distributed.leaders((workdir / stage / "eval.json").exists()):
+        if stage in MODEL_STAGES and not distributed.leaders(run.evaluated(workdir, stage)):
             evaluate.run(options.config, workdir, stage, None, None, cli.log)
     if distributed.is_leader():
         cli.log(f"report: {write_report(workdir)}")

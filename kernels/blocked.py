@@ -104,7 +104,15 @@ def _head_backward(
 
 
 def _dot(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+    """Products summed and returned in float32. XLA's CPU compiler refuses some whose operands have 16 bits."""
+
+    def on_cpu(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.einsum(spec, a.astype(jnp.float32), b.astype(jnp.float32))
+
+    def elsewhere(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+
+    return jax.lax.platform_dependent(a, b, cpu=on_cpu, default=elsewhere)
 
 
 def _grouped(x_BTNH: jax.Array, kv_heads: int) -> jax.Array:

@@ -91,9 +91,11 @@ class Checkpointer:
 
     def settle(self) -> None:
         """`wait` without the other processes, for one that is about to end with an error."""
-        saving, self._in_flight = self._in_flight, None
-        if saving is not None:
-            saving.result()
+        if self._in_flight is not None:
+            error = self._in_flight.exception()  # a signal may break this off: then the save is still in flight
+            self._in_flight = None
+            if error is not None:
+                raise error
 
     def check(self) -> None:
         """Raises at once what went wrong with the save in flight, if it has ended."""
@@ -269,10 +271,10 @@ def _verify(path: Path) -> str | None:
         raise UserError(
             f"{path} has checkpoint format {version}, this program reads {FORMAT}: use the version that wrote it"
         )
-    for name in files:
-        if not (path / name).is_file():
-            return f"{path / name} is missing"
-    found = _fingerprints(path, files)
+    try:
+        found = _fingerprints(path, files)
+    except OSError as error:  # removed by training that goes on there, or a disk that cannot read it
+        return f"{error.filename or path} is missing or unreadable"
     for name, expected in files.items():
         if found[name]["sha256"] != expected["sha256"]:
             return f"{path / name} has other contents than were written"

@@ -454,6 +454,7 @@ def _defaults(argv: Sequence[str], starts_run: bool) -> tuple[Config, Path, str]
         workdir = run.newest_run()
     if workdir is not None and ((workdir / "config.json").exists() or not starts_run):
         config = run.read_config(workdir)
+        check_types(config, f"{workdir / 'config.json'}: ")
         if not starts_run:
             # A model is used on other machines than it was trained on; --mesh spreads it out again.
             config = dataclasses.replace(config, mesh="1")

@@ -7,7 +7,7 @@ fields (`--base.num-iterations 100`). Nothing here reads files, looks at devices
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Literal
 
 from nanochat_jax.errors import UserError
@@ -376,7 +376,7 @@ AT_LEAST_ONE = {
     "model": ("depth", "aspect_ratio", "head_dim", "n_kv_head", "sequence_len"),
     "tokenizer": ("vocab_size", "max_chars", "doc_cap"),
     "data": ("num_shards", "streams", "buffer_docs"),
-    "base": ("total_batch_size", "eval_tokens", "target_param_data_ratio", "target_flops"),
+    "base": ("total_batch_size", "eval_tokens"),
     "mid": ("total_batch_size",),
     "sft": ("total_batch_size",),
     "rl": ("questions_per_step", "samples_per_question", "normalize_over", "max_new_tokens", "eval_examples", "pass_k"),
@@ -386,12 +386,24 @@ EVERY_STAGE = ("num_iterations", "device_batch_size", "keep", "stop_after", "sam
 
 
 def check_ranges(config: Config) -> None:
-    """UserError naming the first count that is below 1, where 0 or less means nothing."""
+    """UserError naming the first value that is no number, or a count below 1 where 0 or less means nothing."""
+    for section in (config, *vars(config).values()):
+        if is_dataclass(section):
+            for name, value in vars(section).items():
+                if isinstance(value, float) and not math.isfinite(value):
+                    raise UserError(f"{name.replace('_', '-')} {value} is no number that can be computed with")
     for section, names in AT_LEAST_ONE.items():
         for name in (*names, *(EVERY_STAGE if section in MODEL_STAGES else ())):
             value = getattr(getattr(config, section), name)
             if value not in (None, "auto") and value < 1:
                 raise UserError(f"--{section}.{name.replace('_', '-')} {value}: at least 1 is needed")
+    for name in ("target_param_data_ratio", "target_flops"):
+        value = getattr(config.base, name)
+        if value is not None and value <= 0:
+            raise UserError(f"--base.{name.replace('_', '-')} {value}: more than 0 is needed")
+    for stage in ("mid", "sft"):
+        if getattr(config, stage).val_rows < 0:
+            raise UserError(f"--{stage}.val-rows {getattr(config, stage).val_rows}: at least 0 is needed")
     if not 0 <= config.seed < 2**31:
         raise UserError(f"--seed {config.seed}: 0 to {2**31 - 1} are seeds")
     if config.loss_chunk != "auto" and config.loss_chunk < 0:

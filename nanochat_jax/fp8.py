@@ -81,6 +81,11 @@ def precision(cfg: GPTConfig, device: jax.Device) -> str:
     """How a stage on `device` multiplies, for a person. UserError where it should use fp8 and cannot."""
     if not cfg.fp8:
         return cfg.compute_dtype
+    if expected_products(cfg) == 0:
+        raise UserError(
+            f"--fp8: no matrix of a model of width {cfg.n_embd} can use it, both dimensions must be multiples of "
+            "16 and at least 128: raise --model.depth or --model.aspect-ratio, or leave --fp8 out"
+        )
     if device.platform == "cpu":
         return f"{cfg.compute_dtype}, layers train in fp8 (emulated)"
     # Kinds of GPU from other vendors are no numbers.

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh
 
 from nanochat_jax.config import DEFAULT_ROWS, Config, FinetuneConfig, GPTConfig
 from nanochat_jax.data.conversations import read_jsonl
@@ -22,7 +23,7 @@ from nanochat_jax.metrics import duration, gib, peak_flops, si
 from nanochat_jax.model import count_params, flops_per_token, scaling_params
 from nanochat_jax.optim import horizon
 from nanochat_jax.run import gpt_config
-from nanochat_jax.sharding import parse_mesh
+from nanochat_jax.sharding import AXES, check_mesh, data_shards, parse_mesh, rows_of_microbatch, rows_of_step
 from nanochat_jax.tasks import load, parse
 
 ASSUMED_MFU = 0.4
@@ -59,17 +60,24 @@ def plan(config: Config) -> dict[str, Any]:
     Hours and dollars are per kind of hardware: what JAX sees here, and H100s where that is no accelerator (alone where
     the mesh has several devices). Raises UserError where the configuration cannot be.
     """
-    devices = math.prod(parse_mesh(config.mesh).values())
+    mesh = AbstractMesh(tuple(parse_mesh(config.mesh).values()), AXES)
+    devices = mesh.size
     rates = _rates(devices)
     platform = jax.default_backend()
     if platform == "cpu" and devices > 1:
         platform = "gpu"  # of another machine
     cfg = gpt_config(config, config.tokenizer.vocab_size, platform)
     attention, cfg = cfg.attention, replace(cfg, attention="reference")  # which can be traced everywhere
+    check_mesh(mesh, cfg)
     counts, per_token = count_params(cfg), flops_per_token(cfg)
     base = horizon(config, cfg)
     stages = [_stage("base", base.steps, config.base.stop_after, base.batch_tokens, per_token)]
     stages += [_finetune(name, getattr(config, name), config, cfg, per_token) for name in ("mid", "sft")]
+    for stage in stages:
+        name, shards = stage["stage"], data_shards(mesh)
+        step_rows = rows_of_step(name, stage["batch_tokens"], cfg.sequence_len, shards)
+        if (wanted := getattr(config, name).device_batch_size) != "auto":
+            rows_of_microbatch(name, step_rows, wanted, shards)
     rows = {stage["stage"]: _rows(config, stage) for stage in stages}
     memory = step_memory(config, cfg, max(rows.values()), platform, attention)
     stages.append(_rl(config, cfg, per_token))

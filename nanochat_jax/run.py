@@ -61,6 +61,8 @@ def open_run(config: Config, workdir: Path, *, force: bool = False, log: Callabl
     _make_folder(workdir)
     environment = _environment()
     record = {"config": dataclasses.asdict(config), "data": None} | environment
+    for stage in MODEL_STAGES:
+        record["config"][stage]["stop_after"] = None  # asked of one start only
     if (workdir / "config.json").exists():
         old = _read_record(workdir)
         begun = {stage for stage in STAGES if _begun(workdir, stage)}
@@ -182,7 +184,13 @@ def gpt_config(config: Config, vocab_size: int, platform: str | None = None) -> 
 def finished(workdir: Path, stage: str) -> dict[str, Any] | None:
     """What done.json of a stage says, or None where the stage is not complete."""
     path = workdir / stage / "done.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def evaluated(workdir: Path, stage: str) -> bool:
+    """Whether eval.json of a complete stage is of its last step; one that was made on the way is not."""
+    path = workdir / stage / "eval.json"
+    return path.exists() and json.loads(path.read_text(encoding="utf-8"))["step"] == finished(workdir, stage)["steps"]
 
 
 def newest_run(root: Path = RUNS) -> Path:
@@ -288,7 +296,7 @@ def _write_record(workdir: Path, record: dict[str, Any]) -> None:
 def _read_record(workdir: Path) -> dict[str, Any]:
     path = workdir / "config.json"
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_text(encoding="utf-8"))
         return {"config": record["config"], "data": record.get("data")} | record
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{workdir} is not the folder of a run: there is no config.json in it") from None

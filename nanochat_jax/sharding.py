@@ -105,6 +105,28 @@ def data_shards(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def rows_of_step(name: str, batch_tokens: int, length: int, shards: int) -> int:
+    """Rows of `length` tokens in a step of a stage; UserError where the mesh cannot share them out."""
+    rows, left = divmod(batch_tokens, length)
+    if left or rows < 1 or rows % shards:
+        raise UserError(
+            f"--{name}.total-batch-size {batch_tokens} is {batch_tokens / length:g} rows of {length} tokens; "
+            f"the mesh needs a multiple of {shards} rows: use a multiple of {shards * length}"
+        )
+    return rows
+
+
+def rows_of_microbatch(name: str, rows: int, device_batch_size: int, shards: int) -> int:
+    """Rows of a microbatch of a step of `rows`, over all data shards; UserError where they do not divide."""
+    here = min(device_batch_size * shards, rows)
+    if rows % here:
+        raise UserError(
+            f"--{name}.device-batch-size {device_batch_size} on {shards} data shards does not divide the {rows} rows "
+            f"of a step; use a divisor of {rows // shards}"
+        )
+    return here
+
+
 def param_specs(params: object) -> object:
     """A PartitionSpec for every parameter of a tree."""
     return jax.tree_util.tree_map_with_path(lambda path, _: match(path_of(path), PARAM_SPECS), params)

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -38,6 +39,8 @@ SPECIALS = (
 SPLIT_PATTERN = (
     r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"""
 )
+BLANKS = 100_000
+"""Characters of white space in a row after which a text is cut: tiktoken's stack ends at about ten times as many."""
 FILE_NAME = "tokenizer.json"
 FORMAT = 1
 
@@ -129,7 +132,10 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, special tokens in it taken as ordinary text."""
-        return self._encoding.encode_ordinary(text)
+        if len(text) <= BLANKS:
+            return self._encoding.encode_ordinary(text)
+        pieces = re.split(rf"(\s{{{BLANKS}}})", text)
+        return [token for piece in pieces for token in self._encoding.encode_ordinary(piece)]
 
     def encode_batch(self, texts: list[str], num_threads: int | None = None) -> list[list[int]]:
         """`encode` of each text, over threads; unset: one for each CPU core, at most 16."""
@@ -143,7 +149,7 @@ class Tokenizer:
             return [ids for part in pool.map(self._encode_all, parts) for ids in part]
 
     def _encode_all(self, texts: list[str]) -> list[list[int]]:
-        return [self._encoding.encode_ordinary(text) for text in texts]
+        return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`: special tokens by name, bytes that are no UTF-8 as U+FFFD."""

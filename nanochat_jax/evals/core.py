@@ -121,12 +121,14 @@ def read_bundle(folder: Path) -> list[CoreTask]:
             baselines = {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in csv.DictReader(file)}
         tasks = []
         for entry in entries:
-            lines = (folder / "eval_data" / entry["dataset_uri"]).read_text(encoding="utf-8").splitlines()
+            lines = (folder / "eval_data" / entry["dataset_uri"]).read_text(encoding="utf-8").split("\n")
             rows = [json.loads(line) for line in lines if line.strip()]
             random.Random(SHUFFLE_SEED).shuffle(rows)
             delimiter = entry.get("continuation_delimiter", " ")
             label = entry["label"]
             kind, shots = entry["icl_task_type"], entry["num_fewshot"][0]
+            if len(rows) <= shots:
+                raise ValueError(f"{label} has {len(rows)} rows, too few for {shots} examples beside each")
             tasks.append(CoreTask(label, kind, shots, delimiter, baselines[label], rows))
     except (OSError, KeyError, ValueError, yaml.YAMLError) as error:
         raise UserError(

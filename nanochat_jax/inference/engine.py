@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import groupby
 from typing import NamedTuple
 
 import jax
@@ -168,10 +169,7 @@ class Engine:
                 self.step()
                 self._hand_over()
         for row in rows:
-            text = self.tokenizer.decode(row.completion.ids)
-            if row.text and row.text.stopped:
-                text = text[: len(text) - row.text.dropped]
-            row.completion.text = text
+            row.completion.text = self._whole_text(row)
         return [row.completion for row in rows]
 
     def stream(self, prompt: Sequence[int], sampling: SamplingParams) -> Iterator[dict]:
@@ -418,24 +416,41 @@ class Engine:
         if not drawn:
             row.forced.pop(0)
         elif token == self._token["python_start"]:
+            self._say_unclosed(row)
             row.expression = []
         elif token == self._token["python_end"] and row.expression is not None:
             self._call_tool(row)
         elif row.expression is not None:
             row.expression.append(token)
-        elif row.text and token in self.tokenizer.special_ids:
-            self._say(row, row.text.flush())
-        elif row.text:
+        elif row.text and token not in self.tokenizer.special_ids:
             self._say(row, row.text.feed(self.tokenizer.decode_bytes([token])))
-            if row.text.stopped:
-                self._finish(row, "stop")
-                return
-        if len(completion.ids) >= self._most(row):
+        if row.text and row.text.stopped:
+            self._finish(row, "stop")
+        elif len(completion.ids) >= self._most(row):
             self._finish(row, "length")
 
     def _say(self, row: Row, text: str) -> None:
         if text:
             row.events.append({"type": "text", "text": text})
+
+    def _say_unclosed(self, row: Row) -> None:
+        """What stands in a python block that is open, and that nothing will close, is text like any other."""
+        if row.text and row.expression is not None:
+            plain = [token for token in row.expression if token not in self.tokenizer.special_ids]
+            self._say(row, row.text.feed(self.tokenizer.decode_bytes(plain)))
+        row.expression = None
+
+    def _whole_text(self, row: Row) -> str:
+        """Of an answer that has ended: special tokens by name, up to a stop string, which may have some within it."""
+        runs = groupby(row.completion.ids, key=self.tokenizer.special_ids.__contains__)
+        texts = [(special, self.tokenizer.decode(list(run))) for special, run in runs]
+        dropped = row.text.dropped if row.text and row.text.stopped else 0
+        while dropped and texts:
+            special, text = texts.pop()
+            if not special:
+                texts += [(special, text[:-dropped])] if len(text) > dropped else []
+                dropped -= min(dropped, len(text))
+        return "".join(text for _, text in texts)
 
     def _call_tool(self, row: Row) -> None:
         expression = self.tokenizer.decode(row.expression)
@@ -451,11 +466,12 @@ class Engine:
             row.forced = forced[:FORCED]
 
     def _finish(self, row: Row, reason: str) -> None:
-        row.completion.finish_reason = reason
         self._rows.pop(row.slot, None)
         if row.text:
+            self._say_unclosed(row)
             self._say(row, row.text.flush())
-            self._say(row, self.tokenizer.decode(row.expression or []))  # one that was never closed is text
+            reason = "stop" if row.text.stopped and reason == "length" else reason
+        row.completion.finish_reason = reason  # last: whoever reads without the lock then finds all there is to read
 
     def _cancel(self, row: Row) -> None:
         with self._lock:

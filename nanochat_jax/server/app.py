@@ -21,7 +21,7 @@ from dataclasses import replace
 
 from flask import Flask, Response, jsonify, render_template, request
 from tqdm import tqdm
-from werkzeug.exceptions import HTTPException
+from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 from werkzeug.serving import make_server
 
 from nanochat_jax.errors import UserError
@@ -88,7 +88,7 @@ def create_app(
             body = request.get_json(silent=True)
         except RecursionError:
             raise ApiError("the body is nested too deeply") from None
-        chat_request = parse_request(body, model_name, engine.max_len)
+        chat_request = parse_request(body, model_name)
         prompt = fit(chat_request.messages, tokenizer, engine.max_len, chat_request.sampling)
         try:
             places.get_nowait()
@@ -112,6 +112,9 @@ def create_app(
     def show_error(error: Exception) -> tuple[Response, int]:
         if isinstance(error, UserError):
             error = ApiError(str(error))
+        elif isinstance(error, RequestEntityTooLarge):
+            size = f"{request.content_length:,}" if request.content_length else "more"
+            error = ApiError(f"the body has {size} bytes, {MAX_BYTES:,} at most are read: leave out old messages", status=413)
         elif not isinstance(error, HTTPException):
             logging.getLogger(__name__).exception("request failed")
             error = ApiError("the request failed; the server log says why", status=500)

@@ -46,8 +46,8 @@ class ChatRequest:
     stream: bool
 
 
-def parse_request(body: Any, model_name: str, max_len: int) -> ChatRequest:
-    """Checks a decoded JSON body. Raises ApiError."""
+def parse_request(body: Any, model_name: str) -> ChatRequest:
+    """Checks a decoded JSON body. Raises ApiError. More tokens than fit may be asked for: `fit` takes what there is."""
     if not isinstance(body, dict):
         raise ApiError("the body must be a JSON object, sent with Content-Type: application/json")
     if body.get("model") is not None:
@@ -65,7 +65,7 @@ def parse_request(body: Any, model_name: str, max_len: int) -> ChatRequest:
         top_k=_number(body, "top_k", int, 0, 1_000_000, 50),
         top_p=max(1e-6, _number(body, "top_p", float, 0, 1, 1.0)),
         min_p=_number(body, "min_p", float, 0, 1, 0.0),
-        max_tokens=_number(body, limit, int, 1, max_len, min(512, max_len)),
+        max_tokens=_number(body, limit, int, 1, 2**31 - 1, 512),
         seed=_number(body, "seed", int, -(2**63), 2**63 - 1, secrets.randbelow(2**31)) % 2**31,
         repetition_penalty=_number(body, "repetition_penalty", float, 0.01, 100, 1.0),
         stop=_stop(body.get("stop")),
@@ -103,6 +103,8 @@ def _messages(messages: Any) -> list[dict]:
     if not isinstance(messages, list) or not messages:
         raise ApiError("messages must be a list with at least one message", "messages")
     messages = [_plain(message) for message in messages]
+    if isinstance(messages[0], dict) and messages[0].get("role") == "developer":  # OpenAI's newer name for it
+        messages[0] = messages[0] | {"role": "system"}
     try:
         check_turns(messages, "messages")
     except UserError as error:

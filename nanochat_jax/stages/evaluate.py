@@ -29,7 +29,7 @@ from nanochat_jax.inference.sampling import token_nats
 from nanochat_jax.inference.shared import make_engine, own_copy
 from nanochat_jax.memory import with_loss_chunk
 from nanochat_jax.model import Params
-from nanochat_jax.run import finished, load_model, recorded_files
+from nanochat_jax.run import finished, load_model, read_config, recorded_files
 from nanochat_jax.sharding import data_shards, make_mesh, put_batch
 from nanochat_jax.stages.session import Log
 from nanochat_jax.tasks import Task, load
@@ -79,10 +79,12 @@ def run(
     if source == "rl" and in_pairs and leaders(finished(workdir, "sft_continued")):
         task = loaded[config.rl.task]
         figures["comparison"] = compare(config, workdir, mesh, task, correct[task.name], limit, log)
-    if tasks is None and max_examples is None and step is None and is_leader():
+    as_configured = config.eval == read_config(workdir).eval
+    if tasks is None and max_examples is None and step is None and as_configured and is_leader():
         write_json(workdir / source / "eval.json", figures)
         # Row by row, so that stages can be compared in pairs without running them again.
-        write_json(workdir / source / "correct.json", {"settings": answered_with(config, limit), "correct": correct})
+        rows = {"step": found, "settings": answered_with(config, limit), "correct": correct}
+        write_json(workdir / source / "correct.json", rows)
     return figures
 
 
@@ -179,8 +181,10 @@ def compare(config: Config, workdir: Path, mesh: Mesh, task: Task, rl: list[int]
     right = {"rl": rl}
     for source in ("sft", "sft_continued"):
         saved = workdir / source / "correct.json"
-        before = leaders(json.loads(saved.read_text()) if saved.exists() else {})
-        if before.get("settings") == answered_with(config, limit) and task.name in before["correct"]:
+        before = leaders(json.loads(saved.read_text(encoding="utf-8")) if saved.exists() else {})
+        last = (leaders(finished(workdir, source)) or {}).get("steps")
+        same = before.get("step") == last and before.get("settings") == answered_with(config, limit)
+        if same and task.name in before["correct"]:
             right[source] = before["correct"][task.name]
             continue
         log(f"{source}: {task.name}, for the comparison with rl")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,10 +72,9 @@ def train(
         return
     session = open_session(config, workdir, name, settings, log, force)
     cfg, mesh = session.cfg, session.mesh
-    if not settings.mixture:
-        raise UserError(f"--{name}.mixture is empty: name the sets to learn from, such as smoltalk:10000")
+    check_mixture(name, settings)
     conversations = Mixture(settings.mixture, "train", config.data, config.seed)
-    train_set, val_set = conversations.split(min(settings.val_rows, len(conversations) // 10))
+    train_set, val_set = conversations.split(settings.val_rows)
     batch_tokens = settings.total_batch_size or DEFAULT_ROWS * cfg.sequence_len
     microbatches, rows = session.rows(batch_tokens)
     cfg = session.cfg
@@ -90,7 +90,7 @@ def train(
     elif settings.num_iterations is not None:
         steps = settings.num_iterations
     else:
-        steps = max(1, epoch_rows(train_set, session.tokenizer, log=log, **packed) // (microbatches * rows))
+        steps = math.ceil(epoch_rows(train_set, session.tokenizer, log=log, **packed) / (microbatches * rows))
     schedule = Schedule(settings, steps, cfg.n_embd, weight_decay=settings.weight_decay)
     batches = conversation_batches(train_set, session.tokenizer, rows=microbatches * rows, **packed)
     start = functools.partial(params_from, session, workdir, PREVIOUS[name])
@@ -106,6 +106,11 @@ def train(
     def measure() -> None:
         if len(val_set) and session.owes("val", settings.eval_every):
             loss = validation_loss(session, val_set, rows, packed)
+            if loss is None:
+                session.log(
+                    f"{name} {session.step}: no held-out conversation has a target within {cfg.sequence_len} tokens"
+                )
+                return
             session.validated(loss)
             session.metrics.write("val", step=session.step, loss=loss)
             session.log(f"{name} {session.step}: validation loss {loss:.4f}")
@@ -148,8 +153,14 @@ def train(
     )
 
 
-def validation_loss(session: Session, held_out: Sequence[dict], rows: int, packed: dict) -> float:
-    """Mean loss over the targets of the held-out conversations, each once, nats."""
+def check_mixture(name: str, settings: FinetuneConfig) -> None:
+    """UserError where there is nothing to learn from."""
+    if not settings.mixture:
+        raise UserError(f"--{name}.mixture is empty: name the sets to learn from, such as smoltalk:10000")
+
+
+def validation_loss(session: Session, held_out: Sequence[dict], rows: int, packed: dict) -> float | None:
+    """Mean loss over the targets of the held-out conversations, each once, nats; None where there is no target."""
     total, counted = 0.0, 0
     left = epoch_rows(held_out, session.tokenizer, **packed)
     batches = conversation_batches(held_out, session.tokenizer, rows=rows, **packed)
@@ -162,4 +173,4 @@ def validation_loss(session: Session, held_out: Sequence[dict], rows: int, packe
         with jax.set_mesh(session.mesh):
             losses = eval_losses(session.state.params, placed["inputs"], placed["targets"], cfg=session.cfg)
         total += float(losses.sum())
-    return total / max(counted, 1)
+    return total / counted if counted else None

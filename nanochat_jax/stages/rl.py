@@ -56,8 +56,6 @@ def run(config: Config, workdir: Path, log: Log, force: bool = False) -> None:
     session = open_session(config, workdir, "rl", settings, log, force)
     train_task = load(settings.task, "train", config.data, config.seed)
     held_out = load(settings.task, "val", config.data, config.seed)
-    if train_task.kind != "generative":
-        raise UserError(f"--rl.task {settings.task} is answered by a letter; name a task with generated answers")
     steps = settings.num_iterations or max(1, len(train_task) // settings.questions_per_step)
     schedule = Schedule(settings, steps, session.cfg.n_embd, weight_decay=settings.weight_decay)
     samples = settings.questions_per_step * settings.samples_per_question

@@ -42,4 +42,4 @@ def write_samples(session: Session, params: Params, *, raw: bool) -> None:
     for (text, _), answer in zip(fitting, answers, strict=True):
         lines += [f"> {text}", "", answer.text.strip() or "(nothing)", ""]
     if is_leader():
-        (session.folder / "samples.md").write_text("\n".join(lines))
+        (session.folder / "samples.md").write_text("\n".join(lines), encoding="utf-8")

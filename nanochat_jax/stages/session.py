@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -20,8 +20,7 @@ import jax
 from jax.sharding import Mesh
 
 from nanochat_jax.checkpoint import Checkpointer, restore_params
-from nanochat_jax.config import ARCHITECTURE, DEFAULT_ROWS, Config, GPTConfig, StageConfig
-from nanochat_jax.data.conversations import read_jsonl
+from nanochat_jax.config import ARCHITECTURE, Config, GPTConfig, StageConfig
 from nanochat_jax.data.files import write_json
 from nanochat_jax.data.pretrain import merge_states
 from nanochat_jax.distributed import barrier, gather_json, is_leader, leaders
@@ -30,12 +29,11 @@ from nanochat_jax.fp8 import check_compiled, precision
 from nanochat_jax.memory import account, train_rows, with_loss_chunk
 from nanochat_jax.metrics import Console, MetricsLog, Pace, banner, gib, peak_memory_bytes
 from nanochat_jax.model import count_params, flops_per_token
-from nanochat_jax.optim import Hyper, Schedule, horizon
+from nanochat_jax.optim import Hyper, Schedule
 from nanochat_jax.replicas import parted
 from nanochat_jax.run import finished, gpt_config, params_target, read_config, record_used
-from nanochat_jax.sharding import check_mesh, data_shards, make_mesh, put_batch
+from nanochat_jax.sharding import check_mesh, data_shards, make_mesh, put_batch, rows_of_microbatch, rows_of_step
 from nanochat_jax.stopping import Stop, stoppable
-from nanochat_jax.tasks import parse
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train import (
     TrainState,
@@ -82,12 +80,7 @@ class Session:
         shards = data_shards(self.mesh)
         rows = rows_of_step(self.name, batch_tokens, self.cfg.sequence_len, shards)
         microbatch = train_rows(self.config, self.stage, self.name, self.cfg, self.mesh, rows // shards, self.log)
-        here = min(microbatch * shards, rows)
-        if rows % here:
-            raise UserError(
-                f"--{self.name}.device-batch-size {microbatch} on {shards} data shards does not "
-                f"divide the {rows} rows of a step; use a divisor of {rows // shards}"
-            )
+        here = rows_of_microbatch(self.name, rows, microbatch, shards)
         self.cfg = with_loss_chunk(self.config, self.cfg, here // shards, self.mesh)
         return rows // here, here
 
@@ -190,7 +183,10 @@ class Session:
             why = stop.signal.name if stop.signal else "a signal to another process"
             self.log(f"{self.name}: stopped by {why} after step {self.step}, saved; the same command goes on")
         elif self.step < steps:
-            self.log(f"{self.name}: stopped after step {self.step} of {steps} as asked; start again to go on")
+            self.log(
+                f"{self.name}: stopped after step {self.step} of {steps} as asked; without --{self.name}.stop-after it "
+                "goes on"
+            )
         return self.step >= steps and not stop.agreed
 
     def save(self, data: object = None) -> None:
@@ -282,34 +278,6 @@ def open_session(
     folder.mkdir(parents=True, exist_ok=True)
     checkpoints = Checkpointer(folder / "checkpoints", stage.keep)
     return Session(name, config, stage, folder, mesh, cfg, tokenizer, log, checkpoints, MetricsLog(folder), force)
-
-
-def rows_of_step(name: str, batch_tokens: int, length: int, shards: int) -> int:
-    """Rows of `length` tokens in a step of a stage; UserError where the mesh cannot share them out."""
-    rows, left = divmod(batch_tokens, length)
-    if left or rows < 1 or rows % shards:
-        raise UserError(
-            f"--{name}.total-batch-size {batch_tokens} is {batch_tokens / length:g} rows of {length} tokens; "
-            f"the mesh needs a multiple of {shards} rows: use a multiple of {shards * length}"
-        )
-    return rows
-
-
-def check_ahead(config: Config, stages: Collection[str]) -> None:
-    """UserError for a mesh, a batch or a file of conversations that would end one of these stages when it begins."""
-    cfg, mesh = gpt_config(config, config.tokenizer.vocab_size), make_mesh(config.mesh)
-    check_mesh(mesh, cfg)
-    precision(cfg, mesh.devices.flat[0])
-    if "base" in stages:
-        rows_of_step("base", horizon(config, cfg).batch_tokens, cfg.sequence_len, data_shards(mesh))
-    continued = ["sft"] if "rl" in stages and config.rl.control else []
-    for name in [name for name in ("mid", "sft") if name in (*stages, *continued)]:
-        settings = getattr(config, name)
-        batch_tokens = settings.total_batch_size or DEFAULT_ROWS * cfg.sequence_len
-        rows_of_step(name, batch_tokens, cfg.sequence_len, data_shards(mesh))
-        for file, *_ in map(parse, settings.mixture):
-            if file.endswith(".jsonl"):
-                read_jsonl(Path(file))
 
 
 def is_done(workdir: Path, name: str, log: Log) -> bool:

@@ -24,6 +24,7 @@ from nanochat_jax.data.download import prepare_shards
 from nanochat_jax.data.files import write_json
 from nanochat_jax.data.shards import read_texts
 from nanochat_jax.distributed import barrier, is_leader
+from nanochat_jax.errors import UserError
 from nanochat_jax.stages.session import Log, is_done
 from nanochat_jax.tokenizer import Tokenizer
 
@@ -51,6 +52,8 @@ def learn(
 ) -> None:
     """Trains and measures a tokenizer and writes it to `folder`, done.json last."""
     start = time.perf_counter()
+    if not any(read_texts([validation_file])):
+        raise UserError(f"{validation_file}, the last shard and so the one to validate on, holds no text: add another")
     texts = CutTexts(read_texts(train_files), settings.doc_cap, settings.max_chars)
     log(f"tokenizer: learning {settings.vocab_size:,} tokens from up to {settings.max_chars:,} characters")
     tokenizer = Tokenizer.train(texts, settings.vocab_size)

@@ -43,18 +43,30 @@ def load(name: str, split: str, data: DataConfig, seed: int = 42, unsafe_sandbox
     return LOADERS[name](split, data, seed)
 
 
+NOT_TO_LEARN = ("mmlu", "humaneval")
+"""Benchmarks without rows to train on."""
+NOT_TO_GRADE = ("identity", "smoltalk", "mmlu_aux")
+"""Conversations without a right answer, or without a test."""
+TO_REINFORCE = ("arithmetic", "multistep", "simple_spelling", "spelling_bee", "gsm8k")
+"""Sets with rows to train on and to hold out whose answers are written, not chosen, and graded."""
+
+
 def check_names(config: Config) -> None:
-    """UserError for a task of a stage or an evaluation that does not exist. Reads no file."""
+    """UserError for a task of a stage or an evaluation that does not exist or cannot be used so. Reads no file."""
     mixtures = {
         f"--{stage}.mixture": [name for name, *_ in map(parse, mixture) if not name.endswith(".jsonl")]
         for stage, mixture in (("mid", config.mid.mixture), ("sft", config.sft.mixture))
     }
     evaluations = {"--eval.base": config.eval.base, "--eval.chat": config.eval.chat}
     for option, names in (mixtures | {"--rl.task": [config.rl.task]} | evaluations).items():
-        there = [*LOADERS, *(("bpb", "core") if option in evaluations else ())]
+        if option in evaluations:
+            there = [name for name in (*LOADERS, "bpb", "core") if name not in NOT_TO_GRADE]
+        else:
+            there = TO_REINFORCE if option == "--rl.task" else [name for name in LOADERS if name not in NOT_TO_LEARN]
         for name in names:
             if name not in there:
-                raise UserError(f"{option}: unknown task {name!r}; there are {', '.join(there)}")
+                what = f"{name!r} cannot be used here" if name in LOADERS else f"unknown task {name!r}"
+                raise UserError(f"{option}: {what}; there are {', '.join(there)}")
 
 
 class Mixture(Sequence[dict]):
@@ -76,9 +88,9 @@ class Mixture(Sequence[dict]):
         random.Random(seed).shuffle(self.index)
 
     def split(self, held_out: int) -> tuple[Mixture, Mixture]:
-        """(the rest, the first `held_out` different conversations); no copy of one stands in the other."""
+        """(the rest, the first `held_out` different rows, a tenth of them at most); no row stands in both."""
         kept = dict.fromkeys(self.index)
-        first = set(list(kept)[:held_out])
+        first = set(list(kept)[: min(held_out, len(kept) // 10)])
         rest, validation = copy.copy(self), copy.copy(self)
         rest.index = [entry for entry in self.index if entry not in first]
         validation.index = [entry for entry in kept if entry in first]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from nanochat_jax.config import DataConfig
+from nanochat_jax.errors import UserError
 from nanochat_jax.tasks.hub import load_rows
 from nanochat_jax.tasks.task import FINAL_ANSWER, SPLITS, Task, dialogue, is_final_answer, one_of
 
@@ -33,5 +34,7 @@ def conversation(row: dict) -> dict:
             parts += [{"type": "python", "text": expression}, {"type": "python_output", "text": result}]
         elif piece:
             parts.append({"type": "text", "text": piece})
-    answer = FINAL_ANSWER.search(row["answer"]).group(1).replace(",", "")
-    return dialogue(row["question"], parts, answer=answer)
+    found = FINAL_ANSWER.search(row["answer"])
+    if found is None:
+        raise UserError(f"gsm8k: an answer without '#### NUMBER', to {row['question'][:60]!r}; is it another set?")
+    return dialogue(row["question"], parts, answer=found.group(1).replace(",", ""))

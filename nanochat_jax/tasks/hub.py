@@ -42,4 +42,7 @@ def load_rows(data: DataConfig, repo: str, config: str, split: str, columns: Seq
         rows = rows.rename_columns({name: name.removeprefix("train.") for name in rows.column_names})
     if missing := set(columns) - set(rows.column_names):
         raise UserError(f"{where} lacks the columns {sorted(missing)} (it has {rows.column_names}); is it another set?")
+    for name in columns:
+        if empty := rows.data.column(name).null_count:
+            raise UserError(f"{where}: {empty} of {len(rows)} rows have no {name}; mend the file or take another")
     return rows.select(np.random.default_rng(ORDER_SEED).permutation(len(rows)))

@@ -14,7 +14,9 @@ from nanochat_jax.tasks.hub import load_rows
 from nanochat_jax.tasks.task import Task, dialogue, one_of
 
 COLUMNS = ("prompt", "canonical_solution", "test", "entry_point")
-FENCED = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
+FENCED = re.compile(r"```([^\n`]*)\n(.*?)```", re.DOTALL)
+
+PYTHON = ("", "python", "python3", "py")
 
 
 def load(split: str, data: DataConfig, unsafe_sandbox: bool = False) -> Task:
@@ -51,6 +53,6 @@ def imports(prompt: str) -> str:
 
 
 def code(completion: str) -> str:
-    """The last fenced block of a completion, or all of it."""
-    blocks = FENCED.findall(completion)
-    return blocks[-1] if blocks else completion
+    """The last fenced block of a completion that is Python or says no language, or all of it."""
+    blocks = [text for language, text in FENCED.findall(completion) if language.strip().lower() in PYTHON]
+    return (blocks or [completion])[-1].strip()

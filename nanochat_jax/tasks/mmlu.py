@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nanochat_jax.config import DataConfig
+from nanochat_jax.errors import UserError
 from nanochat_jax.tasks.hub import load_rows
 from nanochat_jax.tasks.task import Task, is_letter, multiple_choice, one_of
 
@@ -31,4 +32,9 @@ def load_auxiliary(split: str, data: DataConfig) -> Task:
 
 def conversation(row: dict) -> dict:
     """Row with `answer` 0 to 3 -> multiple choice."""
-    return multiple_choice(row["question"], LETTERS, row["choices"], LETTERS[row["answer"]], subject=row["subject"])
+    choices, answer = row["choices"], row["answer"]
+    if len(choices) != len(LETTERS) or answer not in range(len(LETTERS)):
+        raise UserError(
+            f"mmlu: {len(choices)} choices and answer {answer!r}, 4 and 0 to 3 are needed, at {row['question'][:60]!r}"
+        )
+    return multiple_choice(row["question"], LETTERS, choices, LETTERS[answer], subject=row["subject"])

@@ -1,0 +1,43 @@
+"""What would end a later stage when it begins, found before the first: rather than after hours."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+from nanochat_jax.config import DEFAULT_ROWS, MODEL_STAGES, Config
+from nanochat_jax.data.conversations import read_jsonl
+from nanochat_jax.errors import UserError
+from nanochat_jax.fp8 import precision
+from nanochat_jax.optim import horizon
+from nanochat_jax.run import gpt_config
+from nanochat_jax.sharding import check_mesh, data_shards, make_mesh, rows_of_microbatch, rows_of_step
+from nanochat_jax.stages.finetune import check_mixture
+from nanochat_jax.stages.rl import check_updates
+from nanochat_jax.tasks import parse
+
+
+def check_ahead(config: Config, stages: Collection[str]) -> None:
+    """UserError for what would end one of these stages: mesh, batch, conversations, start, updates of rl."""
+    cfg, mesh = gpt_config(config, config.tokenizer.vocab_size), make_mesh(config.mesh)
+    shards = data_shards(mesh)
+    check_mesh(mesh, cfg)
+    precision(cfg, mesh.devices.flat[0])
+    continued = ["sft"] if "rl" in stages and config.rl.control else []
+    for name in [name for name in ("base", "mid", "sft") if name in (*stages, *continued)]:
+        stage = getattr(config, name)
+        made = horizon(config, cfg).batch_tokens if name == "base" else DEFAULT_ROWS * cfg.sequence_len
+        rows = rows_of_step(name, stage.total_batch_size or made, cfg.sequence_len, shards)
+        if stage.device_batch_size != "auto":
+            rows_of_microbatch(name, rows, stage.device_batch_size, shards)
+        if name != "base":
+            check_mixture(name, stage)
+            for file, *_ in map(parse, stage.mixture):
+                if file.endswith(".jsonl"):
+                    read_jsonl(Path(file))
+    if "rl" in stages:
+        check_updates(config.rl)
+    for name in [name for name in MODEL_STAGES if name in stages]:
+        source = getattr(config, name).init_from
+        if source and Path(source).name not in stages and not (Path(source) / "checkpoints").is_dir():
+            raise UserError(f"--{name}.init-from {source} has no checkpoint: train {Path(source).name} first")
