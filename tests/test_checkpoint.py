@@ -139,6 +139,44 @@ def test_writing_goes_on_behind_the_program(tmp_path, monkeypatch):
     assert checkpoints.restore(1, None)[1] == {"counter": 1}
 
 
+def test_a_save_is_still_waited_for_after_a_wait_was_broken_off(tmp_path, monkeypatch):
+    """As a signal does that comes in a validation."""
+
+    class BrokenOff(BaseException):
+        pass
+
+    def broken_off(*_):
+        raise BrokenOff
+
+    gate, sync = threading.Event(), checkpoint._sync
+    monkeypatch.setattr(checkpoint, "_sync", lambda folder: gate.wait() and sync(folder))
+    checkpoints = Checkpointer(tmp_path, 2)
+    checkpoints.save(1, state(1), {})
+    before = signal.signal(signal.SIGALRM, broken_off)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with pytest.raises(BrokenOff):
+            checkpoints.note_validation(1, 0.5)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    threading.Timer(0.1, gate.set).start()
+    checkpoints.wait()
+    assert checkpoints.latest() == 1
+
+
+def test_a_checkpoint_that_goes_while_it_is_verified_is_passed_over(tmp_path, monkeypatch):
+    saved(tmp_path, 1, 2)
+    fingerprints = checkpoint._fingerprints
+
+    def pruned_first(folder, names):
+        if folder.name.endswith("2"):
+            folder.rename(tmp_path / "gone")
+        return fingerprints(folder, names)
+
+    monkeypatch.setattr(checkpoint, "_fingerprints", pruned_first)
+    assert restore_params(tmp_path)[2] == 1
+
+
 def test_keeps_the_newest(tmp_path):
     assert Checkpointer(tmp_path, 2).latest() is None
     checkpoints = saved(tmp_path, 5, 10, 15)

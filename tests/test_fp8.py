@@ -183,6 +183,12 @@ def test_what_the_start_says():
     assert "fp8" in fp8.precision(CFG, device("gpu", "8.9")) and "fp8" in fp8.precision(CFG, device("gpu", "12.0"))
 
 
+def test_a_model_too_narrow_for_fp8_is_one_clear_line():
+    narrow = dataclasses.replace(CFG, n_embd=64, n_head=1, n_kv_head=1, head_dim=64)
+    with pytest.raises(UserError, match="--fp8: no matrix of a model of width 64"):
+        fp8.precision(narrow, device("cpu"))
+
+
 @pytest.mark.parametrize("platform, capability", [("gpu", "8.6"), ("gpu", "gfx90a"), ("tpu", None)])
 def test_a_device_without_fp8_is_one_clear_line(platform, capability):
     with pytest.raises(UserError, match=r"--fp8: Some GPU .* 8\.9 is needed"):

@@ -57,7 +57,7 @@ def test_stopping_and_going_on_is_exact(run, tmp_path, monkeypatch, stage):
     """Four steps, as asked; SIGTERM in the seventh, which nothing else would save; the rest."""
     folder, said = start_after(run, tmp_path, stage, ALONE), []
     WORK[stage](changed(stage, stop_after=4), folder, said.append)
-    assert f"{stage}: stopped after step 4 of 12 as asked; start again to go on" in said
+    assert f"{stage}: stopped after step 4 of 12 as asked; without --{stage}.stop-after it goes on" in said
     rates, handler = Schedule.hyper, signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
         patch.setattr(Schedule, "hyper", lambda self, it: (it == 6 and signal.raise_signal(15)) or rates(self, it))

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from nanochat_jax import memory, run
 from nanochat_jax.cli import TrainOptions, UsageError, parse
-from nanochat_jax.config import BaseConfig, Config, GPTConfig, ModelConfig, check_ranges
+from nanochat_jax.config import BaseConfig, Config, FinetuneConfig, GPTConfig, ModelConfig, check_ranges
 from nanochat_jax.errors import UserError
 from nanochat_jax.loss import token_losses, weighted_loss
 from nanochat_jax.memory import device_limit, program_bytes, train_bytes, train_rows
@@ -259,9 +259,13 @@ def test_options_reach_the_configuration_and_come_back():
         ({"loss_chunk": -1}, "--loss-chunk -1"),
         ({"device_memory_gb": 0.0}, "--device-memory-gb 0"),
         ({"base": BaseConfig(device_batch_size=0)}, "--base.device-batch-size 0"),
+        ({"base": BaseConfig(target_param_data_ratio=0)}, "--base.target-param-data-ratio 0: more than 0"),
+        ({"base": BaseConfig(warmdown_ratio=float("nan"))}, "warmdown-ratio nan is no number"),
+        ({"mid": FinetuneConfig(val_rows=-1)}, "--mid.val-rows -1"),
     ],
 )
 def test_values_without_meaning_are_errors(change, words):
+    check_ranges(replace(Config(), base=BaseConfig(target_param_data_ratio=0.5)))
     with pytest.raises(UserError, match=words):
         check_ranges(replace(Config(), **change))
 

@@ -13,9 +13,10 @@ from nanochat_jax.config import DEFAULT_ROWS, MODEL_STAGES
 from nanochat_jax.errors import UserError
 from nanochat_jax.metrics import MetricsLog
 from nanochat_jax.report import write_report
-from nanochat_jax.run import load_model
+from nanochat_jax.run import evaluated, finished, load_model
 from nanochat_jax.stages import evaluate, finetune, pretrain
-from nanochat_jax.stages.session import check_ahead, open_session
+from nanochat_jax.stages.ahead import check_ahead
+from nanochat_jax.stages.session import open_session
 from nanochat_jax.tasks import Mixture
 
 
@@ -58,7 +59,26 @@ def test_rl_is_compared_with_answers_that_were_given_alike(run, monkeypatch):
         return asked
 
     assert "sft" not in compared_with(tiny.config)
+    with monkeypatch.context() as patch:  # the answers were given by a model on its way
+        patch.setattr(evaluate, "finished", lambda *which: finished(*which) | {"steps": 99})
+        assert "sft" in compared_with(tiny.config)
     assert "sft" in compared_with(replace(tiny.config, eval=replace(tiny.config.eval, max_new_tokens=3)))
+
+
+def test_only_the_evaluation_of_the_last_step_counts(run, tmp_path):
+    (tmp_path / "sft").mkdir()
+    for name in ("done.json", "eval.json"):
+        (tmp_path / "sft" / name).write_text((run / "sft" / name).read_text())
+    assert evaluated(tmp_path, "sft")
+    (tmp_path / "sft" / "eval.json").write_text(json.dumps({"step": 5}))
+    assert not evaluated(tmp_path, "sft")
+
+
+def test_another_evaluation_than_the_runs_own_leaves_its_figures(run):
+    before = (run / "sft" / "eval.json").read_text()
+    config = replace(tiny.config, eval=replace(tiny.config.eval, chat=("choice",), max_examples=2))
+    assert set(evaluate.run(config, run, "sft", None, None, quiet)["tasks"]) == {"choice"}
+    assert (run / "sft" / "eval.json").read_text() == before
 
 
 @pytest.mark.parametrize(
@@ -68,6 +88,13 @@ def test_rl_is_compared_with_answers_that_were_given_alike(run, monkeypatch):
         ({"mesh": "tensor=8"}, "does not divide"),
         ({"sft": replace(tiny.config.sft, total_batch_size=33)}, "--sft.total-batch-size 33"),
         ({"mid": replace(tiny.config.mid, mixture=("gone.jsonl",))}, "gone.jsonl cannot be read"),
+        ({"mid": replace(tiny.config.mid, mixture=())}, "--mid.mixture is empty"),
+        ({"sft": replace(tiny.config.sft, device_batch_size=3)}, "--sft.device-batch-size 3 "),
+        (
+            {"sft": replace(tiny.config.sft, init_from="runs/nowhere/other")},
+            "--sft.init-from runs/nowhere/other has no",
+        ),
+        ({"rl": replace(tiny.config.rl, updates_per_batch=2)}, "--rl.updates-per-batch 2 needs --rl.clip"),
         (
             {"mesh": "8", "base": replace(tiny.config.base, total_batch_size=tiny.config.model.sequence_len)},
             "--base.total",
@@ -124,10 +151,12 @@ def test_validation_loss_counts_each_conversation_once(run, tmp_path):
     packed = {"sequence_len": 64, "packing": "bestfit", "loss_on": "assistant", "seed": 1}
     values = [finetune.validation_loss(session, held_out, rows, packed) for rows in (1, 7, 64)]
     np.testing.assert_allclose(values, values[0], rtol=1e-5)
+    long = {"messages": [{"role": "user", "content": "x " * 99}, {"role": "assistant", "content": "y"}]}
+    assert finetune.validation_loss(session, [long], 1, packed) is None  # no target within the context
 
 
 def test_held_out_conversations_are_never_trained_on():
-    train, held_out = Mixture(("arithmetic:20*3", "choice:10"), "train", tiny.config.data).split(6)
+    train, held_out = Mixture(("arithmetic:60*3", "choice:20"), "train", tiny.config.data).split(6)
     questions = [[row["messages"][0]["content"] for row in part] for part in (train, held_out)]
     assert len(questions[1]) == len(set(questions[1])) == 6
     assert not set(questions[0]) & set(questions[1])

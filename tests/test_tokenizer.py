@@ -218,6 +218,22 @@ def test_the_stage_learns_from_training_shards_only(tmp_path):
     assert len(tokenizer.encode(" trainword")) == 1 and len(tokenizer.encode(" valword")) > 3
 
 
+def test_white_space_without_end_is_encoded(tokenizer):
+    for blank in (" ", "\t"):
+        text = f"a{blank * 1_200_000}b"
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.encode_batch([text]) == [tokenizer.encode(text)]
+
+
+def test_a_validation_shard_without_text_is_refused_before_learning(tmp_path):
+    for name, text in (("a.parquet", ["trainword " * 50]), ("b.parquet", ["", ""])):
+        pq.write_table(pa.table({"text": text}), tmp_path / name)
+    config = Config(tokenizer=TokenizerConfig(vocab_size=274), data=DataConfig(dir=str(tmp_path)))
+    with pytest.raises(UserError, match=r"b\.parquet, the last shard .* holds no text"):
+        stage.run(config, tmp_path / "run", lambda line: None)
+    assert not (tmp_path / "run" / "tokenizer" / "tokenizer.json").exists()
+
+
 def test_documents_are_cut_at_both_limits():
     texts = CutTexts(["abcdef", "gh", "ijklmn", "opq"], doc_cap=4, max_chars=8)
     assert list(texts) == ["abcd", "gh", "ij"]

@@ -1,13 +1,15 @@
 // The chat page: conversations in localStorage, answers streamed from /v1/chat/completions. No build step, no libraries.
 //
-// A conversation is {id, title, messages}; a user message {role, text}; an assistant message {role, parts, note?, error?,
-// figures?}, its parts {type: "text", text} or {type: "tool", expression, result}, in the order they came.
+// A conversation is {id, title, started, messages}; a user message {role, text}; an assistant message {role, parts, note?,
+// error?, figures?}, its parts {type: "text", text} or {type: "tool", expression, result}, in the order they came. Each
+// conversation has a key of its own, so that tabs do not erase each other's; in one that two write to, the last one wins.
 
 import { renderMarkdown } from "./markdown.js";
 
 const $ = (id) => document.getElementById(id);
 const SUGGESTIONS = ["What is 12 + 7?", "Why is the sky blue?", "How many r are in strawberry?", "Write a short poem about the sea"];
 const SETTINGS = { temperature: 0.8, top_k: 50, max_tokens: 256 };
+const SENT = 80_000; // characters of messages in a request: in UTF-8 still less than the 256 KiB that the server takes
 const MODEL = document.body.dataset.model;
 
 function load(key, fallback) {
@@ -18,15 +20,19 @@ function load(key, fallback) {
   }
 }
 
+// Without a value: removes it.
 function store(key, value) {
   try {
-    localStorage.setItem("nanochat." + key, JSON.stringify(value));
+    if (value === undefined) localStorage.removeItem("nanochat." + key);
+    else localStorage.setItem("nanochat." + key, JSON.stringify(value));
+    return true;
   } catch {
     announce("This browser's storage is full: delete old conversations to keep new ones.");
+    return false;
   }
 }
 
-let conversations = load("conversations", []);
+let conversations = [];
 let current = newConversation();
 let settings = { ...SETTINGS, ...load("settings", {}) };
 let running = null; // the AbortController of the answer that is streaming in
@@ -36,10 +42,55 @@ function newConversation() {
   return { id: crypto.randomUUID?.() ?? String(Date.now() + Math.random()), title: "", messages: [] };
 }
 
-function save() {
-  if (current.messages.length && !conversations.includes(current)) conversations.unshift(current);
-  store("conversations", conversations);
+const keyOf = ({ id }) => "conversation." + id;
+
+// Called as soon as an answer begins, so that leaving the page does not lose it, and when it ends.
+function save(conversation) {
+  if (!conversations.includes(conversation)) return; // deleted meanwhile
+  store(keyOf(conversation), conversation);
   drawHistory();
+}
+
+function loadConversations() {
+  migrate();
+  try {
+    const keys = Object.keys(localStorage).filter((key) => key.startsWith("nanochat.conversation."));
+    setConversations(keys.map((key) => load(key.slice("nanochat.".length), null)).filter(Boolean));
+  } catch {
+    // Storage is forbidden: this page begins with an empty list.
+  }
+}
+
+// All conversations used to be in one list, the newest first. They leave it one by one, so that none is lost where storage
+// is almost full; those that do not fit stay in it until there is room.
+function migrate() {
+  const old = load("conversations", []);
+  while (old.length) {
+    const first = old.shift();
+    store("conversations", old);
+    const moved = load(keyOf(first), null) || store(keyOf(first), { ...first, started: old.length });
+    if (!moved) return store("conversations", [first, ...old]);
+  }
+}
+
+function setConversations(list) {
+  conversations = list.sort((a, b) => b.started - a.started);
+  drawHistory();
+}
+
+// Another tab has saved or deleted a conversation. Read anew, as this tab may have saved it since.
+function follow({ key }) {
+  if (!key?.startsWith("nanochat.conversation.")) return;
+  const theirs = load(key.slice("nanochat.".length), null);
+  const mine = conversations.find((conversation) => key === "nanochat." + keyOf(conversation));
+  if (!theirs) return drop(mine);
+  if (!mine) return setConversations([theirs, ...conversations]);
+  if (mine === current && running) return; // it is saved as it is here when the answer ends
+  Object.assign(mine, theirs);
+  drawHistory();
+  if (mine !== current) return;
+  editing = -1;
+  drawMessages();
 }
 
 // ---- drawing -------------------------------------------------------------------------------------------------------
@@ -95,7 +146,9 @@ function messageNode(message, index) {
   }
   for (const part of message.parts) body.append(...(part.type === "tool" ? [toolCard(part)] : markdown(part.text)));
   if (live) body.append(element("span", { className: "waiting" }));
-  if (message.note) node.append(element("p", { className: "note", textContent: message.note }));
+  // A page that was left during the answer had no time to say so.
+  const note = message.note ?? (live || message.error || message.figures ? "" : "Not finished.");
+  if (note) node.append(element("p", { className: "note", textContent: note }));
   if (message.error) node.append(element("p", { className: "note error", textContent: message.error }));
   if (!live) {
     const actions = element("div", { className: "actions" }, copyButton(() => plainText(message)));
@@ -140,26 +193,34 @@ const plainText = (message) =>
   message.parts.map((part) => (part.type === "tool" ? `[${part.expression} = ${part.result ?? "failed"}]` : part.text)).join("");
 
 function announce(text) {
+  if ($("messages").lastElementChild?.textContent === text) return;
   $("messages").append(element("li", { className: "note error", textContent: text }));
 }
 
 // ---- acting --------------------------------------------------------------------------------------------------------
 
 function show(conversation) {
-  running?.abort();
-  current = conversation;
-  editing = -1;
   document.body.classList.remove("menu-open");
   $("shade").hidden = true;
+  $("input").focus();
+  if (conversation === current) return;
+  running?.abort();
+  running = null; // now, not when the stream has noticed: what is drawn below is not streaming
+  busy(false);
+  current = conversation;
+  editing = -1;
   drawHistory();
   drawMessages();
   $("scroller").scrollTop = $("scroller").scrollHeight;
-  $("input").focus();
 }
 
 function deleteConversation(conversation) {
+  store(keyOf(conversation));
+  drop(conversation);
+}
+
+function drop(conversation) {
   conversations = conversations.filter((other) => other !== conversation);
-  store("conversations", conversations);
   if (conversation === current) show(newConversation());
   else drawHistory();
 }
@@ -180,8 +241,7 @@ function editor(message, index) {
     drawMessages();
   };
   const commit = () => {
-    if (!area.value.trim()) return;
-    editing = -1;
+    if (running || !area.value.trim()) return;
     current.messages.length = index;
     ask(area.value.trim());
   };
@@ -197,6 +257,11 @@ function editor(message, index) {
 }
 
 function ask(text) {
+  editing = -1;
+  if (!conversations.includes(current)) {
+    current.started = Date.now();
+    conversations.unshift(current);
+  }
   current.messages.push({ role: "user", text });
   current.title = current.messages[0].text.slice(0, 60);
   answer();
@@ -204,6 +269,7 @@ function ask(text) {
 
 function regenerate(index) {
   if (running) return;
+  editing = -1;
   current.messages.length = index;
   answer();
 }
@@ -218,16 +284,27 @@ function content(message) {
   });
 }
 
+// As many of the newest turns as a request holds, from a user's message on; the last message always.
+function newest(messages) {
+  const size = (value) => JSON.stringify(value).length;
+  let from = messages.length - 1;
+  let room = SENT - size(messages[from]);
+  while (from >= 2 && (room -= size(messages.slice(from - 2, from))) >= 0) from -= 2;
+  return messages.slice(from);
+}
+
 async function answer() {
   const conversation = current;
-  const messages = conversation.messages
+  const all = conversation.messages
     .filter((message, i, all) => (all[i + 1] ?? message).parts?.length !== 0 && message.parts?.length !== 0)
     .map((message) => ({ role: message.role, content: content(message) }));
+  const messages = newest(all);
   const reply = { role: "assistant", parts: [] };
   conversation.messages.push(reply);
   const control = (running = new AbortController());
   busy(true);
   drawMessages();
+  save(conversation);
   $("scroller").scrollTop = $("scroller").scrollHeight;
   const started = performance.now();
   let drawn = false;
@@ -243,7 +320,7 @@ async function answer() {
     const body = { model: MODEL, messages, stream: true, ...settings };
     for await (const chunk of stream(body, control.signal)) {
       if (chunk.error) throw new Error(chunk.error.message);
-      take(chunk, reply, started);
+      take(chunk, reply, started, all.length - messages.length);
       redraw();
     }
   } catch (error) {
@@ -254,14 +331,14 @@ async function answer() {
     running = null;
     busy(false);
   }
-  save();
+  save(conversation);
   if (conversation === current) redrawLast();
 }
 
-function take(chunk, reply, started) {
+function take(chunk, reply, started, unsent) {
   const { delta, finish_reason: reason } = chunk.choices[0];
-  if (chunk.truncated_messages)
-    reply.note = `The oldest ${chunk.truncated_messages} messages no longer fit the model's context and were left out.`;
+  const left = chunk.truncated_messages + unsent; // a number in the first chunk, which alone has the field
+  if (left > 0) reply.note = `The oldest ${left} messages no longer fit the model's context and were left out.`;
   if (delta.content) {
     const last = reply.parts.at(-1);
     if (last?.type === "text") last.text += delta.content;
@@ -373,6 +450,8 @@ function connect() {
       show(newConversation());
     }
   });
+  window.addEventListener("storage", follow);
+  window.addEventListener("pagehide", () => running && save(current));
   $("token-cancel").addEventListener("click", () => $("token-dialog").close("cancel"));
   $("new-chat").addEventListener("click", () => show(newConversation()));
   const menu = (open) => {
@@ -412,5 +491,5 @@ function connectSettings() {
 setTheme(load("theme", "auto"));
 connect();
 connectSettings();
-drawHistory();
 drawMessages();
+loadConversations();

@@ -4,26 +4,58 @@
 const escapeHtml = (text) =>
   text.replace(/[&<>"']/g, (c) => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#39;" })[c]);
 
-function inline(text) {
-  // Code spans are cut out first: what is in them is shown as it is.
-  return text
-    .split(/(`+[^`]+?`+)/)
-    .map((piece, i) => {
-      if (i % 2) return `<code>${escapeHtml(piece.replace(/^`+|`+$/g, ""))}</code>`;
-      return escapeHtml(piece)
-        .replace(/\[([^\]]+)\]\((https?:\/\/[^\s)]+)\)/g, '<a href="$2" target="_blank" rel="noopener noreferrer">$1</a>')
-        .replace(/\*\*(\S(?:.*?\S)?)\*\*/g, "<strong>$1</strong>")
-        .replace(/(^|[\s(])\*(\S(?:.*?\S)?)\*(?=$|[\s).,;:!?])/g, "$1<em>$2</em>");
-    })
-    .join("");
+// HTML that is complete is set aside and a mark, "\0n\0", left in its place, so that no later rule looks into it.
+function shelf() {
+  const pieces = [];
+  const putBack = (html) => html.replace(/\0(\d+)\0/g, (_, n) => pieces[n]);
+  return { setAside: (html) => `\0${pieces.push(putBack(html)) - 1}\0`, putBack };
 }
 
-const FENCE = /^\s*```(.*)$/;
+const emphasis = (html) =>
+  html
+    .replace(/\*\*(\S(?:.*?\S)?)\*\*/g, "<strong>$1</strong>")
+    .replace(/(^|[\s(])\*(\S(?:.*?\S)?)\*(?=$|[\s).,;:!?])/g, "$1<em>$2</em>");
+
+const CODE = /`+([^`\0]+)`+/g;
+const LINK = /\[([^\]]+)\]\((https?:\/\/(?:[^\s()\0]|\([^\s()\0]*\))+)\)/g; // the address may have (brackets)
+
+function inline(text, setAside) {
+  const breaks = (html) => html.replace(/\n/g, "<br>");
+  const coded = text.replace(CODE, (_, code) => setAside(`<code>${breaks(escapeHtml(code))}</code>`));
+  const linked = escapeHtml(coded).replace(LINK, (_, label, url) =>
+    setAside(`<a href="${url}" target="_blank" rel="noopener noreferrer">${emphasis(label)}</a>`),
+  );
+  return breaks(emphasis(linked));
+}
+
+const FENCE = /^(\s*(?:(?:[-*+]|\d+[.)])\s+)?)(`{3,})([^`]*)$/; // a list item may begin with it
+const BLOCK = /^\s*\0\d+\0$/; // set aside
 const HEADING = /^(#{1,4})\s+(.*)$/;
 const ITEM = /^\s*(?:[-*+]|(\d+)[.)])\s+(.*)$/;
 const QUOTE = /^>\s?(.*)$/;
 
-function list(lines) {
+// The lines of a text, each fenced code block in them set aside as one line.
+function fencesAside(text, setAside) {
+  const source = text.replaceAll("\0", "").split("\n");
+  const lines = [];
+  for (let i = 0; i < source.length; i++) {
+    const fence = FENCE.exec(source[i]);
+    if (!fence) {
+      lines.push(source[i]);
+      continue;
+    }
+    const [, before, ticks, language] = fence;
+    const end = new RegExp(`^\\s*${ticks}\`*\\s*$`); // it is still missing while an answer streams in
+    const indent = new RegExp(`^\\s{0,${before.length}}`);
+    const code = [];
+    while (++i < source.length && !end.test(source[i])) code.push(source[i].replace(indent, ""));
+    const html = `<pre data-language="${escapeHtml(language.trim())}"><code>${escapeHtml(code.join("\n"))}</code></pre>`;
+    lines.push(before + setAside(html));
+  }
+  return lines;
+}
+
+function list(lines, setAside) {
   const ordered = ITEM.exec(lines[0])[1];
   const items = [];
   for (const line of lines) {
@@ -31,12 +63,13 @@ function list(lines) {
     if (match) items.push(match[2]);
     else items[items.length - 1] += "\n" + line.trim();
   }
-  const body = items.map((item) => `<li>${inline(item).replace(/\n/g, "<br>")}</li>`).join("");
+  const body = items.map((item) => `<li>${inline(item, setAside)}</li>`).join("");
   return ordered ? `<ol start="${Number(ordered)}">${body}</ol>` : `<ul>${body}</ul>`;
 }
 
 export function renderMarkdown(text) {
-  const lines = text.split("\n");
+  const { setAside, putBack } = shelf();
+  const lines = fencesAside(text, setAside);
   const html = [];
   let i = 0;
   const take = (wanted) => {
@@ -45,28 +78,26 @@ export function renderMarkdown(text) {
     return lines.slice(from, i);
   };
   while (i < lines.length) {
-    const fence = FENCE.exec(lines[i]);
     const heading = HEADING.exec(lines[i]);
-    if (fence) {
-      i++;
-      const code = take((line) => !FENCE.test(line)).join("\n");
-      i++; // the closing fence, which is still missing while an answer streams in
-      html.push(`<pre data-language="${escapeHtml(fence[1].trim())}"><code>${escapeHtml(code)}</code></pre>`);
+    if (BLOCK.test(lines[i])) {
+      html.push(lines[i++].trim());
     } else if (heading) {
       i++;
-      html.push(`<h${heading[1].length + 2}>${inline(heading[2])}</h${heading[1].length + 2}>`);
+      html.push(`<h${heading[1].length + 2}>${inline(heading[2], setAside)}</h${heading[1].length + 2}>`);
     } else if (ITEM.test(lines[i])) {
       const kind = Boolean(ITEM.exec(lines[i])[1]);
-      html.push(list(take((line) => (ITEM.test(line) ? Boolean(ITEM.exec(line)[1]) === kind : /^\s{2,}\S/.test(line)))));
+      const belongs = (line) => (ITEM.test(line) ? Boolean(ITEM.exec(line)[1]) === kind : /^\s{2,}\S/.test(line));
+      html.push(list(take(belongs), setAside));
     } else if (QUOTE.test(lines[i])) {
       const quoted = take((line) => QUOTE.test(line)).map((line) => QUOTE.exec(line)[1]);
-      html.push(`<blockquote>${inline(quoted.join("\n")).replace(/\n/g, "<br>")}</blockquote>`);
+      html.push(`<blockquote>${inline(quoted.join("\n"), setAside)}</blockquote>`);
     } else if (!lines[i].trim()) {
       i++;
     } else {
-      const plain = (line) => line.trim() && ![FENCE, HEADING, ITEM, QUOTE].some((rule) => rule.test(line));
-      html.push(`<p>${inline(take(plain).join("\n")).replace(/\n/g, "<br>")}</p>`);
+      const plain = (line) => line.trim() && ![BLOCK, HEADING, ITEM, QUOTE].some((rule) => rule.test(line));
+      html.push(`<p>${inline(take(plain).join("\n"), setAside)}</p>`);
     }
   }
-  return html.join("");
+  // A code block in a list item begins and ends its own line.
+  return putBack(html.join("")).replace(/(<\/pre>)<br>|<br>(<pre)/g, "$1$2");
 }
