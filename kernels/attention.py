@@ -31,22 +31,27 @@ def compute_capability() -> str:
 def resolve(impl: str, platform: str, dtype: str, capability: str | None = None, width: int = 128) -> str:
     """The implementation `impl` means on `platform` ("cpu", "gpu", "tpu") in `dtype`; ValueError if it cannot run.
 
-    What matters to `mosaic` only: `capability`, that of the device here where none is given, and the `width` of a head.
+    `capability`: that of the device here where none is given; `width`: of a head. `auto` is cuDNN where it can run.
     """
+    capability = compute_capability() if capability is None else capability
+    generation = float(capability) if capability.replace(".", "", 1).isdigit() else 0.0  # 0: no GPU of NVIDIA's
+    widest = 256 if generation >= 9 else 128
+    by_cudnn = platform == "gpu" and dtype != "float32" and generation >= 8 and width % 8 == 0 and width <= widest
     if impl == "auto":
-        return "cudnn" if platform == "gpu" and dtype in ("bfloat16", "float16") else "xla_blocked"
+        return "cudnn" if by_cudnn else "xla_blocked"
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"attention {impl!r} is unknown; known: auto, {', '.join(IMPLEMENTATIONS)}")
-    if impl == "cudnn" and (platform != "gpu" or dtype == "float32"):
+    if impl == "cudnn" and not by_cudnn:
         raise ValueError(
-            f"attention cudnn needs an NVIDIA GPU and 16-bit precision, here: {platform}, {dtype}; use --attention auto"
+            "attention cudnn needs an NVIDIA GPU of compute capability 8.0 (Ampere) or more, 16-bit precision and heads "
+            f"whose width is a multiple of 8, at most {widest}, here: {platform} {capability or '-'}, {dtype}, "
+            f"{width}; use --attention auto"
         )
     if impl == "pallas" and platform == "cpu":
         return "pallas_interpreted"
     if impl == "pallas" and platform != "gpu":
         raise ValueError(f"attention pallas needs an NVIDIA GPU, here: {platform}; use --attention auto")
     if impl == "mosaic":
-        capability = compute_capability() if capability is None else capability
         hopper = platform == "gpu" and capability.startswith("9.")
         if not hopper or dtype == "float32" or width not in (64, 128):
             raise ValueError(

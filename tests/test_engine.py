@@ -287,10 +287,88 @@ def test_a_failing_expression_forces_nothing(model, tokenizer):
     assert not row.forced and row.completion.tool_calls == [{"expression": "1/0", "result": None}]
 
 
+def ids_of(tokenizer, pieces):
+    """Special tokens by name, else text."""
+    return [i for p in pieces for i in ([tokenizer.special_id(p)] if p.startswith("<|") else tokenizer.encode(p))]
+
+
+def test_a_long_result_is_forced_whole(model, tokenizer):
+    params, cfg = model
+    engine = Engine(params, cfg, tokenizer, max_rows=1)
+    row = Row((1,), SamplingParams(max_tokens=50))
+    for token in ids_of(tokenizer, ["<|python_start|>", "1/3", "<|python_end|>"]):
+        engine._advance(row, token, True, 0.0)
+    assert tokenizer.decode(row.forced) == "<|output_start|>0.3333333333333333<|output_end|>"
+
+
+@pytest.mark.parametrize(
+    ("pieces", "said", "whole", "reason"),
+    [
+        (["So ", "<|python_start|>", "1+1 END x", "<|assistant_end|>"], "So 1+1 ", "So <|python_start|>1+1 ", "stop"),
+        (["So ", "<|python_start|>", "1+1 END x"], "So 1+1 ", "So <|python_start|>1+1 ", "stop"),
+        (["So ", "<|python_start|>", "1+1 EN"], "So 1+1 EN", "So <|python_start|>1+1 EN", "length"),
+        (["<|python_start|>", "1 END", "<|user_start|>", "2", "<|bos|>"], "1 ", "<|python_start|>1 ", "stop"),
+        (["<|python_start|>", "1", "<|user_start|>", "2"], "12", "<|python_start|>1<|user_start|>2", "length"),
+        (["a EN", "<|python_start|>", "D", "<|assistant_end|>"], "a ", "a ", "stop"),
+        (["<|python_start|>", "1 EN", "<|python_start|>", "D"], "1 ", "<|python_start|>1 ", "stop"),
+        (["EN", "<|output_start|>", "D b"], "", "", "stop"),
+        (["EN", "<|output_start|>", "E b"], "ENE b", "EN<|output_start|>E b", "length"),
+        (["EN", "<|python_start|>", "1+", "<|python_end|>", "D"], "EN D", None, "length"),
+    ],
+)
+def test_stop_strings_count_in_a_block_that_is_never_closed_and_past_special_tokens(
+    model, tokenizer, pieces, said, whole, reason
+):
+    """Only a tool's event, here as a blank, cuts one in two; special tokens are in the whole text only."""
+    params, cfg = model
+    engine = Engine(params, cfg, tokenizer, max_rows=1)
+    ids = ids_of(tokenizer, pieces)
+    row = Row((1,), SamplingParams(max_tokens=len(ids), stop=("END",)), TextStream(("END",)))
+    for token in ids:
+        if not row.done:
+            engine._advance(row, token, True, 0.0)
+    assert "".join(event.get("text", " ") for event in row.events) == said
+    assert row.completion.finish_reason == reason
+    assert engine._whole_text(row) == ("".join(pieces) if whole is None else whole)
+
+
+def test_a_row_is_done_once_all_its_text_is_there(model, tokenizer, monkeypatch):
+    """Who streams it looks at that without the lock."""
+    params, cfg = model
+    engine = Engine(params, cfg, tokenizer, max_rows=1)
+    row = Row((1,), SamplingParams(), TextStream(), expression=tokenizer.encode("12"))
+    seen = []
+    monkeypatch.setattr(engine, "_say", lambda row, text: seen.append(row.done))
+    engine._finish(row, "length")
+    assert seen and not any(seen) and row.done
+
+
+def test_a_block_that_is_never_closed_is_streamed_as_text(tokenizer):
+    params, cfg = rigged(tokenizer, [0, *ids_of(tokenizer, ["<|python_start|>", "1/3", "<|python_end|>"])])
+    events = list(Engine(params, cfg, tokenizer, max_rows=1).stream([0], SamplingParams(0.0, max_tokens=2)))
+    assert events[:-1] == [{"type": "text", "text": "1"}] and events[-1]["finish_reason"] == "length"
+
+
+def test_a_bos_ends_an_answer(tokenizer):
+    params, cfg = rigged(tokenizer, [0, 5, tokenizer.bos_id])
+    (answer,) = Engine(params, cfg, tokenizer, max_rows=1).generate([[0]], SamplingParams(0.0, max_tokens=9))
+    assert answer.ids == [5] and answer.finish_reason == "stop"
+
+
+def test_an_answer_that_never_ends_fills_the_context(tokenizer):
+    """The last token is written but never fed, so that it takes no place in the cache."""
+    params, cfg = rigged(tokenizer, [5, 5])
+    engine = Engine(params, cfg, tokenizer, max_rows=1)
+    for length in (90, 95):
+        (answer,) = engine.generate([[5] * length], SamplingParams(0.0, max_tokens=50))
+        assert answer.ids == [5] * (96 - length + 1) and answer.finish_reason == "length"
+
+
 @pytest.mark.parametrize(
     ("pieces", "stop", "expected", "stopped"),
     [
         (["one ST", "OP two"], ["STOP"], "one ", True),
+        (["one STO", "P two"], ["STOP"], "one ", True),
         (["one ST", "ART two"], ["STOP"], "one START two", False),
         (["abcab", "cd rest"], ["abcd"], "abc", True),
         (["x second first"], ["first", "second"], "x ", True),
@@ -463,8 +541,6 @@ def test_what_does_not_fit_is_an_error(model, tokenizer):
             SamplingParams(stop=stop)
     with pytest.raises(UserError, match="int4"):
         Engine(params, cfg, tokenizer, max_rows=1, quantize="int4")
-    answer = engine.generate([[1] * 90], SamplingParams(0.0, max_tokens=50))[0]
-    assert answer.finish_reason in ("length", "stop") and len(answer.ids) <= 7
 
 
 jitted_sample = jax.jit(sample, static_argnums=4)
@@ -503,6 +579,10 @@ def test_sampling_follows_the_probabilities():
 def test_sampling_keeps_to_what_is_allowed(knobs, allowed):
     logits = jnp.log(jnp.asarray([0.5, 0.25, 0.14, 0.11]))
     assert set(draw(logits, 500, **knobs).tolist()) == allowed
+
+
+def test_top_p_takes_no_more_than_it_needs():
+    assert set(draw(jnp.asarray([0.0, 0.0, -99.0]), 200, top_p=0.5).tolist()) == {0}
 
 
 def test_a_draw_is_the_same_whatever_its_neighbours_need():

@@ -191,7 +191,7 @@ def test_the_model_learns_the_same_with_it():
 def test_what_it_means_on_each_platform():
     assert resolve("pallas", "cpu", "float32") == "pallas_interpreted"
     assert resolve("pallas", "gpu", "float32") == "pallas"
-    assert [resolve("auto", platform, "bfloat16") for platform in ("cpu", "gpu", "tpu")] == [
+    assert [resolve("auto", platform, "bfloat16", "8.0") for platform in ("cpu", "gpu", "tpu")] == [
         "xla_blocked",
         "cudnn",
         "xla_blocked",

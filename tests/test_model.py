@@ -103,9 +103,28 @@ def test_implementations_of_attention_agree():
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), grad_a, grad_b)
 
 
+@pytest.mark.parametrize("length", [32, 64, 100])
+def test_blocked_attention_in_16_bits_on_rows_of_any_length(length):
+    """Rows of one block too, of which XLA once could not make the gradients on a CPU."""
+    keys = jax.random.split(jax.random.key(3), 3)
+    qkv = tuple(jax.random.normal(key, (1, length, 2, 16), jnp.bfloat16) for key in keys)
+
+    def gradients(qkv, impl):
+        return jax.grad(lambda qkv: jnp.sum(jnp.sin(attention(*qkv, window=128, impl=impl).astype(jnp.float32))))(qkv)
+
+    exact = gradients(tuple(x.astype(jnp.float32) for x in qkv), "reference")
+    for a, b in zip(exact, jax.jit(gradients, static_argnums=1)(qkv, "xla_blocked"), strict=True):
+        assert b.dtype == jnp.bfloat16
+        np.testing.assert_allclose(a, b.astype(jnp.float32), atol=0.03)
+
+
 def test_attention_that_cannot_run_is_an_error():
     assert resolve("auto", "cpu", "float32") == "xla_blocked"
-    assert resolve("auto", "gpu", "bfloat16") == "cudnn"
+    assert resolve("auto", "gpu", "bfloat16", "9.0", 256) == resolve("auto", "gpu", "float16", "8.0") == "cudnn"
+    for capability, width in (("7.5", 128), ("8.9", 256), ("9.0", 12), ("gfx90a", 128)):
+        assert resolve("auto", "gpu", "bfloat16", capability, width) == "xla_blocked"
+        with pytest.raises(ValueError, match=f"multiple of 8, at most .* {capability}, bfloat16, {width};"):
+            resolve("cudnn", "gpu", "bfloat16", capability, width)
     with pytest.raises(ValueError, match="NVIDIA GPU"):
         resolve("cudnn", "cpu", "float32")
     with pytest.raises(ValueError, match="unknown"):
@@ -130,6 +149,11 @@ def test_causal_by_gradient(params):
 def test_padding_rows_are_never_predicted(params):
     assert CFG.padded_vocab_size == 128
     assert forward(params, CFG, jnp.zeros((1, 4), jnp.int32)).shape == (1, 4, 100)
+
+
+def test_a_token_beyond_the_table_is_no_number():
+    rows = np.asarray(gpt.rows_of(jnp.ones((4, 3)), jnp.asarray([[3, 4]])))
+    assert (rows[0, 0] == 1).all() and np.isnan(rows[0, 1]).all()
 
 
 def test_too_long_is_an_error(params):

@@ -270,8 +270,8 @@ def turn(role, content="hi"):
         ({"top_p": 1.5}, "top_p"),
         ({"min_p": -0.1}, "min_p"),
         ({"top_k": 2.5}, "top_k must be an integer"),
-        ({"max_tokens": 0}, "max_tokens must be an integer from 1 to 64"),
-        ({"max_completion_tokens": 65}, "max_completion_tokens must be an integer from 1 to 64"),
+        ({"max_tokens": 0}, "max_tokens must be an integer from 1 to 2147483647"),
+        ({"max_completion_tokens": 2**31}, "max_completion_tokens must be an integer from 1 to 2147483647"),
         ({"seed": 2**63}, "seed"),
         ({"response_format": {"type": "json_object"}}, "response_format is not supported"),
         ({"stop": ["a"] * 5}, "stop must be"),
@@ -299,19 +299,54 @@ def test_what_openai_allows_is_taken():
     assert (sampling.top_p, sampling.seed) == (1e-6, 2**31 - 1)
 
 
+@pytest.mark.parametrize("limit", ["max_tokens", "max_completion_tokens"])
+def test_more_tokens_than_fit_may_be_asked_for(limit):
+    engine = ScriptedEngine(*SCRIPT)
+    assert ask(client_of(engine), **{limit: 4096}).status_code == 200
+    ((ids, sampling),) = engine.calls
+    assert sampling.max_tokens == 64 - len(ids)
+
+
+def test_a_developer_speaks_as_the_system():
+    engine = ScriptedEngine(*SCRIPT)
+    client = client_of(engine)
+    assert ask(client, messages=[turn("developer", "be brief"), turn("user")]).status_code == 200
+    assert engine.calls[0][0] == ["<bos>", "system", "be", "brief", "user", "hi"]
+    later = ask(client, messages=[turn("system"), turn("developer"), turn("user")])
+    assert later.status_code == 400 and "message 2: role 'developer'" in later.get_json()["error"]["message"]
+
+
+def test_without_a_seed_answers_differ():
+    engine = ScriptedEngine(*SCRIPT)
+    for _ in range(3):
+        ask(client_of(engine))
+    assert len({sampling.seed for _, sampling in engine.calls}) == 3
+
+
 def test_other_errors_are_json_too():
     client = client_of(ScriptedEngine(*SCRIPT))
-    assert ask(client, model="gpt-9").status_code == 404
-    for response in (
-        client.post("/v1/chat/completions", data=json.dumps(user()), content_type="text/plain"),
-        client.post("/v1/chat/completions", data="{", content_type="application/json"),
-        client.post("/v1/chat/completions", json=[1]),
-        client.post("/v1/chat/completions", data="[" * 100_000, content_type="application/json"),
-        client.get("/v1/chat/completions"),
-        client.get("/nowhere"),
-        client.post("/v1/chat/completions", json={"junk": "x" * 2**18}),
+    path, as_json = "/v1/chat/completions", {"content_type": "application/json"}
+    for response, status in (
+        (ask(client, model="gpt-9"), 404),
+        (client.post(path, data=json.dumps(user()), content_type="text/plain"), 400),
+        (client.post(path, data="{", **as_json), 400),
+        (client.post(path, json=[1]), 400),
+        (client.post(path, data="[" * 100_000, **as_json), 400),
+        (client.get(path), 405),
+        (client.get("/nowhere"), 404),
     ):
-        assert response.status_code in (400, 404, 405, 413) and response.get_json()["error"]["message"]
+        error = response.get_json()["error"]
+        assert response.status_code == error["code"] == status and error["message"]
+
+
+def test_a_body_that_is_too_long_says_so():
+    client = client_of(ScriptedEngine(*SCRIPT))
+    assert ask(client, junk="x" * 2**17).status_code == 200
+    response = ask(client, junk="x" * 2**18)
+    error = response.get_json()["error"]
+    assert response.status_code == error["code"] == 413 and error["type"] == "invalid_request_error"
+    size = response.request.content_length
+    assert f"a body of {size} bytes, where at most 262144 are read: shorten it" in error["message"] and size > 2**18
 
 
 def test_an_engine_that_fails_is_reported_in_the_stream():
@@ -343,6 +378,11 @@ def test_fit_leaves_as_much_as_there_is():
     only = [turn("user", "word " * 50)]
     prompt = fit(only, WordTokenizer(), 64, SamplingParams(max_tokens=60))
     assert len(prompt.ids) == 52 and prompt.sampling.max_tokens == 12 and prompt.dropped == 0
+
+
+def test_a_long_answer_does_not_drive_out_what_leaves_half_of_the_context():
+    messages = [turn("user", "a b c"), turn("assistant", "d"), turn("user", "e")]
+    assert fit(messages, WordTokenizer(), 64, SamplingParams(max_tokens=64)).dropped == 0
 
 
 def test_serve_refuses_what_is_unsafe_or_impossible(monkeypatch):

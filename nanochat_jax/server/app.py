@@ -113,8 +113,8 @@ def create_app(
         if isinstance(error, UserError):
             error = ApiError(str(error))
         elif isinstance(error, RequestEntityTooLarge):
-            size = f"{request.content_length:,}" if request.content_length else "more"
-            error = ApiError(f"the body has {size} bytes, {MAX_BYTES:,} at most are read: leave out old messages", status=413)
+            sizes = f"a body of {request.content_length} bytes, where at most {MAX_BYTES} are read"
+            error = ApiError(f"{sizes}: shorten it or leave out old messages", status=413)
         elif not isinstance(error, HTTPException):
             logging.getLogger(__name__).exception("request failed")
             error = ApiError("the request failed; the server log says why", status=500)

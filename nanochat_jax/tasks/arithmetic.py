@@ -1,6 +1,7 @@
 """Two-operand sums, differences and products of numbers below 100, answered through the calculator tool.
 
-Pairs of operands are in one split only, in either order and with any sign, so that a test pair was never seen.
+Pairs of operands are in one split only, in either order and with any sign. In other tasks' stories a running total may
+meet an operand with which it makes a test pair.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ has something to do on.
 changes. A result has to be carried from one call into the next, so one slip anywhere makes the answer wrong. The
 demonstrations have a habit that people have, too: most of the shortest stories are done in the head, without the tool.
 A small model that imitates this gets them wrong, and only a reward can tell it so. Every pair of neighbouring operands
-belongs to one split only, the one it has in `arithmetic`: a test story holds no pair that any training set showed.
+belongs to one split only, the one it has in `arithmetic`; pairs of a running total and an operand are in any.
 """
 
 from __future__ import annotations
