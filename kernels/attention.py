@@ -43,8 +43,8 @@ def resolve(impl: str, platform: str, dtype: str, capability: str | None = None,
         raise ValueError(f"attention {impl!r} is unknown; known: auto, {', '.join(IMPLEMENTATIONS)}")
     if impl == "cudnn" and not by_cudnn:
         raise ValueError(
-            "attention cudnn needs an NVIDIA GPU of compute capability 8.0 (Ampere) or more, 16-bit precision and heads "
-            f"whose width is a multiple of 8, at most {widest}, here: {platform} {capability or '-'}, {dtype}, "
+            "attention cudnn needs an NVIDIA GPU of compute capability 8.0 (Ampere) or more, 16-bit precision and "
+            f"heads whose width is a multiple of 8, at most {widest}, here: {platform} {capability or '-'}, {dtype}, "
             f"{width}; use --attention auto"
         )
     if impl == "pallas" and platform == "cpu":

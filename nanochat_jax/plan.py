@@ -239,7 +239,8 @@ def _disk(config: Config, cfg: GPTConfig, counts: dict[str, int]) -> dict[str, f
     downloads = config.data.dir is None and config.data.source != "embedded"
     embedding = (counts["wte"] + counts["value_embeds"]) * jnp.dtype(cfg.compute_dtype).itemsize
     checkpoint = 3 * embedding + 2 * 4 * counts["blocks"] + 3 * 4 * counts["lm_head"]
-    kept = sum(stage.keep + 1 for stage in (config.base, config.mid, config.sft, config.rl))
+    continued = [config.sft] if config.rl.control else []
+    kept = sum(stage.keep + 1 for stage in (config.base, config.mid, config.sft, config.rl, *continued))
     disk = {"shards": (config.data.num_shards + 1) * SHARD_BYTES * downloads, "checkpoints": float(kept * checkpoint)}
     return disk | {"total": sum(disk.values())}
 

@@ -16,6 +16,7 @@ import pytest
 from nanochat_jax import chat, cli, run
 from nanochat_jax.checkpoint import Checkpointer
 from nanochat_jax.config import Config, GPTConfig
+from nanochat_jax.inference.engine import Engine
 from nanochat_jax.model import param_shapes
 from nanochat_jax.server.context import fit
 from nanochat_jax.tokenizer import Tokenizer
@@ -126,6 +127,9 @@ def test_mistakes_in_an_experiment_file(capsys, tmp_path):
         (["--mid.mixture", "bpb"], "--mid.mixture: unknown task 'bpb'"),
         (["--eval.chat", "arithmetic", "foo"], "--eval.chat: unknown task 'foo'"),
         (["--rl.task", "bar"], "--rl.task: unknown task 'bar'"),
+        (["--rl.task", "choice"], "--rl.task: 'choice' cannot be used here"),
+        (["--sft.mixture", "mmlu:100"], "--sft.mixture: 'mmlu' cannot be used here"),
+        (["--eval.chat", "smoltalk"], "--eval.chat: 'smoltalk' cannot be used here"),
         (["--seed", "-1"], "--seed -1"),
     ],
 )
@@ -250,7 +254,8 @@ def test_fields_that_may_not_change(tmp_path):
         eval=replace(other.eval, batch_size=1),
     )
     run.open_run(free, tmp_path)
-    assert run.read_config(tmp_path) == free
+    # Where to end is asked of one start: the next one, of the folder alone, goes on.
+    assert run.read_config(tmp_path) == replace(free, base=replace(free.base, stop_after=None))
     said = []
     run.open_run(config, tmp_path, force=True, log=said.append)
     assert run.read_config(tmp_path) == config and len(said) == 2
@@ -319,19 +324,25 @@ def test_chat_answers_once(capsys, trained):
 def test_chat_of_several_turns(capsys, trained, monkeypatch):
     lines = iter(["the cat", "", "dog " * 200, "and then", "/reset", "the dog", "/quit", "never read"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
-    lengths = []
+    lengths, seeds, stream = [], [], Engine.stream
+
+    def stream_and_note(engine, ids, sampling):
+        seeds.append(sampling.seed)
+        return stream(engine, ids, sampling)
 
     def fit_and_count(messages, *rest):
         lengths.append(len(messages))
         return fit(messages, *rest)
 
     monkeypatch.setattr(chat, "fit", fit_and_count)
+    monkeypatch.setattr(Engine, "stream", stream_and_note)
     assert cli.main(["chat", "--workdir", str(trained), "--max-tokens", "4"]) == 0
     captured = capsys.readouterr()
     assert next(lines) == "never read"
     assert "the context holds 64" in captured.err and "new conversation" in captured.err
     assert captured.out.count("\n") >= 3
     assert lengths == [1, 3, 3, 1]
+    assert len(seeds) == 3 and seeds[0] != seeds[1], "one question asked twice is not one sample"
 
 
 def test_interrupt_is_quiet(capsys):

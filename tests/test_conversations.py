@@ -99,6 +99,22 @@ def test_each_conversation_once_an_epoch_with_its_targets(tokenizer, sequence_le
     batches.close()
 
 
+def test_later_epochs_have_orders_of_their_own_by_the_seed(tokenizer):
+    conversations = made_up(1, 40, 20)
+
+    def epochs(seed):
+        batches = conversation_batches(
+            conversations, tokenizer, rows=1, sequence_len=256, packing="pad", loss_on="all", seed=seed
+        )
+        rows = [next(batches)["inputs"].tobytes() for _ in range(3 * 40)]
+        batches.close()
+        return rows[:40], rows[40:80], rows[80:]
+
+    first, second, third = epochs(1)
+    assert sorted(first) == sorted(second) == sorted(third) and second != third
+    assert epochs(2)[0] == first and epochs(2)[1] != second
+
+
 def test_packing_is_best_fit_from_the_buffer(tokenizer):
     """The rule word for word, with a scan of the buffer."""
     conversations = made_up(11, 250, 60)
@@ -185,8 +201,10 @@ SYSTEM = {"role": "system", "content": "be kind"}
         [USER, {"role": "assistant", "content": [{"type": "python", "text": "1"}, {"type": "text", "text": "x"}]}],
     ],
 )
-def test_good_conversations_pass(messages):
-    validate({"messages": messages, "source": "elsewhere"}, "here")
+def test_good_conversations_pass(messages, tmp_path):
+    good = {"messages": messages, "source": "elsewhere"}
+    (tmp_path / "own.jsonl").write_text(json.dumps(good))
+    assert read_jsonl(tmp_path / "own.jsonl") == [good]
 
 
 @pytest.mark.parametrize(
@@ -219,7 +237,11 @@ def test_jsonl_names_the_line(tmp_path):
     good = json.dumps({"messages": [USER, ANSWER]})
     path.write_text(good + "\n\n" + json.dumps([USER, ANSWER]) + "\n")
     assert read_jsonl(path) == [{"messages": [USER, ANSWER]}] * 2
-    for bad, message in (("{", "line 3: not JSON"), (json.dumps({"messages": [USER]}), "line 3: 1 messages")):
+    for bad, message in (
+        ("{", "line 3: not JSON"),
+        ("[" * 100_000, "line 3: not JSON"),
+        (json.dumps({"messages": [USER]}), "line 3: 1 messages"),
+    ):
         path.write_text(f"{good}\n\n{bad}\n{good}\n")
         with pytest.raises(UserError, match=message):
             read_jsonl(path)

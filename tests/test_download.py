@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import io
+import json
 import threading
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,6 +17,7 @@ from nanochat_jax import run
 from nanochat_jax.config import Config, DataConfig
 from nanochat_jax.data import download as module
 from nanochat_jax.data.download import ensure_shards, fetch, fetch_eval_bundle, prepare_shards
+from nanochat_jax.data.files import write_json
 from nanochat_jax.data.shards import Shard, shard_files
 from nanochat_jax.errors import UserError
 
@@ -31,6 +33,7 @@ class Server(ThreadingHTTPServer):
         self.faults: dict[str, list] = {}
         self.etags: dict[str, str] = {}
         self.asked: list[tuple[str, str | None]] = []
+        self.codings: set[str | None] = set()
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
 
@@ -41,6 +44,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         server: Server = self.server
         server.asked.append((self.path, self.headers.get("Range")))
+        server.codings.add(self.headers.get("Accept-Encoding"))
         faults = server.faults.get(self.path, [])
         fault = faults.pop(0) if faults else None
         body = server.files.get(self.path)
@@ -61,7 +65,10 @@ class Handler(BaseHTTPRequestHandler):
             self.end_headers()
             return
         self.send_response(206 if start else 200)
-        if start:
+        if start and fault == "elsewhere":
+            start = 0
+            self.send_header("Content-Range", f"bytes 0-{len(body) - 1}/*")
+        elif start:
             self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
         self.send_header("Content-Length", str(len(body) - start))
         if self.path in server.etags:
@@ -119,6 +126,7 @@ def test_fetch_resumes_where_the_connection_broke(server, tmp_path, lines):
     assert len(starts) == 2 and 0 < starts[0] < starts[1] < len(DATA)
     assert len(lines) == 2 and "trying again" in lines[0]
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["f"]
+    assert server.codings == {"identity"}  # places in a compressed answer are not those of the file
 
 
 def test_fetch_goes_on_with_the_part_of_an_earlier_process(server, tmp_path):
@@ -153,6 +161,15 @@ def test_fetch_starts_over_where_the_server_cannot_resume(server, tmp_path):
     fetch(f"{server.url}/f", tmp_path / "f", print)
     assert (tmp_path / "f").read_bytes() == DATA
     assert len(server.asked) == 1
+
+
+def test_fetch_starts_over_where_the_server_resumes_elsewhere(server, tmp_path, lines):
+    server.files["/f"] = DATA
+    server.faults["/f"] = ["elsewhere"]
+    (tmp_path / "f.part").write_bytes(DATA[:1000])
+    fetch(f"{server.url}/f", tmp_path / "f", lines.append, backoff=0.01)
+    assert (tmp_path / "f").read_bytes() == DATA
+    assert server.asked == [("/f", "bytes=1000-"), ("/f", None)] and "another place" in lines[0]
 
 
 def test_fetch_waits_out_a_busy_server(server, tmp_path, lines):
@@ -302,6 +319,14 @@ def test_the_embedded_corpus_needs_no_network(server):
     train, validation = prepare_shards(DataConfig(source="embedded"), print)
     assert len(train) == 3 and validation.name == "shard_00003.parquet"
     assert not server.asked
+
+
+def test_json_files_are_whole_or_what_they_were(tmp_path):
+    path = tmp_path / "deep" / "a.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": 2, "b": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
 
 
 def write(folder, name, data):

@@ -218,6 +218,20 @@ def choices(n, gold):
     return [{"query": f"row {i}", "choices": ["abcdefgh", "az", "qqqq"], "gold": gold} for i in range(n)]
 
 
+def test_core_rows_may_hold_any_character_that_json_may(tmp_path):
+    rows = [{"context": f"{i} a\u2028\x85b ", "continuation": "cd"} for i in range(3)]
+    folder = bundle(tmp_path, [("lm", "language_modeling", 0, "", 0, rows)])
+    file = folder / "eval_data" / "lm.jsonl"
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    assert [len(task.rows) for task in core.read_bundle(folder)] == [3]
+
+
+def test_core_wants_more_rows_than_examples(tmp_path):
+    folder = bundle(tmp_path, [("mc", "multiple_choice", 4, None, 25, choices(4, 0))])
+    with pytest.raises(UserError, match="mc has 4 rows, too few for 4 examples"):
+        core.read_bundle(folder)
+
+
 def test_core_centres_and_averages(tmp_path):
     rows = choices(4, 0)[:3] + choices(4, 1)[3:]
     schema = [{"context_options": ["x a", "x b"], "continuation": "cde", "gold": 1} for _ in range(2)]
@@ -235,8 +249,9 @@ def test_core_centres_and_averages(tmp_path):
     assert result["centered_results"] == pytest.approx({"mc": (0.75 - 0.25) / 0.75, "schema": 1.0, "lm": 0.5})
     assert result["core_metric"] == pytest.approx((2 / 3 + 1 + 0.5) / 3)
     assert result["n"] == {"mc": 4, "schema": 2, "lm": 2} and result["intervals"]["mc"] == list(wilson(3, 4))
-    low, high = result["interval"]
-    assert low < result["core_metric"] < high
+    variance = 0.75 * 0.25 / 4 / (1 - 0.25) ** 2 + 0.5 * 0.5 / 2
+    half = 1.959964 * math.sqrt(variance) / 3
+    assert result["interval"] == pytest.approx([result["core_metric"] - half, result["core_metric"] + half])
 
 
 def test_multiple_choice_compares_means_after_the_common_prefix(tmp_path):

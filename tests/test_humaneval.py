@@ -156,6 +156,12 @@ def test_a_wrong_program_does_not_pass(name):
     assert not passes(ADD, FAKES[name], False)
 
 
+def test_an_answer_of_another_kind_is_not_taken_by_its_text():
+    row = problem("name()", "", "return 'seven'", "assert candidate() == 'seven'")
+    looks = "class A:\n    def __str__(self): return 'seven'\n    __repr__ = __str__\ndef name(): return A()"
+    assert not passes(conversation(row), looks, False)
+
+
 def test_helpers_of_the_tests_are_the_prompts_own():
     zero = next(conversation(row) for row in PROBLEMS if row["entry_point"] == "find_zero")
     assert not passes(zero, "def poly(xs, x): return 0\ndef find_zero(xs): return 12345.0", False)

@@ -10,7 +10,7 @@ import pytest
 
 from nanochat_jax import plan as plan_module
 from nanochat_jax.cli import EXPERIMENTS, load_experiment
-from nanochat_jax.config import Config, FinetuneConfig, GPTConfig, ModelConfig
+from nanochat_jax.config import BaseConfig, Config, FinetuneConfig, GPTConfig, ModelConfig
 from nanochat_jax.errors import UserError
 from nanochat_jax.memory import train_bytes
 from nanochat_jax.model import count_params, flops_per_token, param_shapes
@@ -167,6 +167,10 @@ def test_hours_and_dollars(monkeypatch):
     assert hardware.startswith("2 x ")
     assert base["hours"][hardware] == pytest.approx(base["flops"] / (2 * 0.4e12) / 3600)
     assert base["dollars"][hardware] == pytest.approx(base["hours"][hardware] * 6)
+    rl = stage(figures, "rl")
+    assert rl["rollout_flops"] > 0
+    work = rl["flops"] - rl["rollout_flops"] + rl["rollout_flops"] / plan_module.ROLLOUT_EFFICIENCY
+    assert rl["hours"][hardware] == pytest.approx(work / (2 * 0.4e12) / 3600)
     assert "dollars on 2 x" in format_plan(figures)
 
 
@@ -186,10 +190,22 @@ def test_nothing_is_downloaded_or_compiled(monkeypatch):
 
     monkeypatch.setattr("socket.socket.connect", forbidden)
     monkeypatch.setattr(jax, "jit", forbidden)
-    plan(Config())
+    figures = plan(Config())
+    monkeypatch.undo()
+    assert figures == plan(Config())
 
 
-@pytest.mark.parametrize("change, words", [({"mesh": "none"}, "--mesh"), ({"model": ModelConfig(depth=0)}, "depth")])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"mesh": "none"}, "--mesh"),
+        ({"mesh": "tensor=5"}, "tensor=5 does not divide the key/value heads"),
+        ({"mesh": "7"}, "--base.total-batch-size .* a multiple of 7 rows"),
+        ({"model": ModelConfig(depth=0)}, "depth"),
+        ({"base": BaseConfig(total_batch_size=1000)}, "--base.total-batch-size 1000"),
+        ({"base": BaseConfig(device_batch_size=3)}, "--base.device-batch-size 3 "),
+    ],
+)
 def test_impossible_configurations_are_errors(change, words):
     with pytest.raises(UserError, match=words):
         plan(dataclasses.replace(Config(), **change))

@@ -278,6 +278,18 @@ def test_validation_stops_at_its_tokens(tmp_path, tokenizer):
         assert all((a["targets"] == b["targets"]).all() for a, b in zip(batches, again, strict=True))
 
 
+def test_validation_loses_no_row_to_an_exact_limit(tmp_path, tokenizer):
+    (path,) = write_shards(tmp_path, 4, [[200]], longest=100)
+
+    def targets(packing, limit):
+        options = dict(rows=1, sequence_len=32, packing=packing, eval_tokens=limit, buffer_docs=20)
+        return sum(int((batch["targets"] >= 0).sum()) for batch in validation_batches(path, tokenizer, **options))
+
+    assert targets("bestfit", 64) == 64 and targets("bestfit", 63) == 32
+    exact = targets("stream", 500)
+    assert targets("stream", exact) == exact > targets("stream", exact - 1)
+
+
 def test_bestfit_validation_packs_as_training_and_ends_with_a_small_file(tmp_path, tokenizer):
     (path,) = write_shards(tmp_path, 6, [[15] * 8], longest=30)
     options = dict(sequence_len=32, packing="bestfit", streams=2, buffer_docs=10)

@@ -1,5 +1,6 @@
 """Masks, advantages, weights and clipped ratios of reinforcement learning against what was worked out by hand."""
 
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -17,13 +18,16 @@ from nanochat_jax.inference import engine as engine_module
 from nanochat_jax.inference.requests import Completion, SamplingParams
 from nanochat_jax.inference.shared import make_engine
 from nanochat_jax.loss import token_losses, weighted_loss
-from nanochat_jax.model import forward, init_params
+from nanochat_jax.model import flops_per_token, forward, init_params
 from nanochat_jax.optim import Schedule
+from nanochat_jax.run import gpt_config
 from nanochat_jax.sharding import make_mesh
 from nanochat_jax.stages import rl
 from nanochat_jax.stages.policy import clipped, policy_batch
-from nanochat_jax.stages.rl import sampling, update
-from nanochat_jax.tasks import gsm8k
+from nanochat_jax.stages.rl import pass_at_k, sampling, update
+from nanochat_jax.tasks import gsm8k, load
+from nanochat_jax.tasks.task import Task, dialogue
+from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train import born_params, with_optimizer
 
 CFG = GPTConfig.from_depth(ModelConfig(1, 32, 16, None, 64), 64)
@@ -77,6 +81,22 @@ def test_every_sample_of_a_run_has_its_own_seed():
     settings = RLConfig(questions_per_step=3, samples_per_question=4)
     seeds = [how.seed + j for step in range(5) for how in sampling(settings, 42, step) for j in range(4)]
     assert len(set(seeds)) == 5 * 3 * 4
+
+
+def test_pass_at_k_is_the_share_with_a_right_answer_among_the_first_k(tokenizer):
+    task = Task("t", "generative", range(2), lambda row: dialogue(str(row), "y"), lambda _, text: text == "y")
+    asked = []
+
+    def generate(prompts, how, samples):
+        assert prompts == [tokenizer.render_for_completion(task[i]) for i in range(2)] and samples == 4
+        asked.extend(how)
+        return [Completion(text=text) for text in "nnynynnn"]
+
+    settings = RLConfig(pass_k=4, temperature=0.7, top_k=9, max_new_tokens=5)
+    rates = pass_at_k(task, SimpleNamespace(generate=generate), tokenizer, settings, 3)
+    assert rates == {"1": 0.5, "2": 0.5, "4": 1.0}
+    assert {(how.temperature, how.top_k, how.max_tokens) for how in asked} == {(0.7, 9, 5)}
+    assert len({how.seed + j for how in asked for j in range(4)}) == 2 * 4
 
 
 def test_the_clipped_objective_and_its_gradient_are_those_of_the_formula():
@@ -237,8 +257,21 @@ def test_gsm8k_goes_the_way_of_the_offline_task(run, tmp_path, monkeypatch):
         data=replace(tiny.config.data, mirror=str(tmp_path / "hub"), cache=str(tmp_path / "cache")),
         rl=replace(tiny.config.rl, task="gsm8k", num_iterations=2, control=False),
     )
+    asked, written = [], []
+
+    def noted(prompts, answers, *rest):
+        asked.extend(prompts)
+        written.extend(token for answer in answers for token in answer.ids)
+        return policy_batch(prompts, answers, *rest)
+
+    monkeypatch.setattr(rl, "policy_batch", noted)
     folder = start_after(run, tmp_path / "run", "rl", config)
     rl.run(config, folder, quiet)
+    tokenizer, task = Tokenizer.load(folder / "tokenizer"), load("gsm8k", "train", config.data, config.seed)
+    assert asked == [tokenizer.render_for_completion(task[i]) for i in range(2 * config.rl.questions_per_step)]
+    done = json.loads((folder / "rl" / "done.json").read_text())
+    passes = done["tokens"] + (len(written) + sum(map(len, asked))) / 3
+    assert done["flops"] == pytest.approx(flops_per_token(gpt_config(config, tokenizer.vocab_size)) * passes)
     logged = records(folder, "rl")
     assert [row["kind"] for row in logged] == ["rl", "rl", "pass_at_k"]
     assert {"reward", "response_tokens", "tool_valid", "rollout_seconds", "update_seconds"} <= logged[0].keys()

@@ -254,6 +254,34 @@ def test_mmlu_auxiliary_in_both_layouts(tmp_path, nested):
     assert len(task) == 8 and {answer(c) for c in task} == set("ABCD")
 
 
+@pytest.mark.parametrize(
+    ("name", "place", "row", "words"),
+    [
+        ("mmlu", "cais/mmlu/all/test", {"question": None}, "1 of 5 rows have no question"),
+        ("mmlu", "cais/mmlu/all/test", {"answer": -1}, "mmlu: 4 choices and answer -1"),
+        ("mmlu", "cais/mmlu/all/test", {"choices": ["x", "y", "z"]}, "mmlu: 3 choices"),
+        ("gsm8k", "openai/gsm8k/main/test", {"answer": None}, "1 of 5 rows have no answer"),
+        ("gsm8k", "openai/gsm8k/main/test", {"answer": "It is five."}, "an answer without '#### NUMBER', to 'q2'"),
+    ],
+)
+def test_rows_that_cannot_be_are_one_clear_line(tmp_path, name, place, row, words):
+    rows = mmlu_rows(5) if name == "mmlu" else gsm8k_rows(5)
+    rows[2] |= row
+    with pytest.raises(UserError, match=words):
+        list(load(name, "test", mirrored(tmp_path, place, rows)))
+
+
+def test_own_conversations_repeated_are_held_out_once(tmp_path):
+    lines = [
+        json.dumps([{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": "a"}]) for i in range(50)
+    ]
+    file = tmp_path / "own.jsonl"
+    file.write_text("\n".join(lines))
+    train, held_out = Mixture((f"{file}*10",), "train", DataConfig()).split(256)
+    assert len(held_out) == 5 and len(train) == 450
+    assert not {question(c) for c in train} & {question(c) for c in held_out}
+
+
 def test_gsm8k_holds_out_the_end_of_the_training_rows(tmp_path):
     data = mirrored(tmp_path, "openai/gsm8k/main/train", gsm8k_rows(4500))
     mirrored(tmp_path, "openai/gsm8k/main/test", gsm8k_rows(3))
@@ -278,7 +306,8 @@ def test_gsm8k_answers_become_tool_calls_and_are_graded(tmp_path):
     ]
     assert task.grade(conversation, answer(conversation)) and task.grade(conversation, "#### 35000 #### 1")
     assert not any(
-        task.grade(conversation, text) for text in ("35000", "#### 35000.0", "#### 1 #### 35000", "####35000")
+        task.grade(conversation, text)
+        for text in ("35000", "#### 35000.0", "#### 1 #### 35000", "####35000", "#### 3500", "#### 350001")
     )
 
 
@@ -348,10 +377,15 @@ PROBLEM = {
 }
 
 
-def test_humaneval_takes_imports_and_the_last_block():
+def test_humaneval_takes_imports_and_the_last_block_of_python():
     assert imports(PROMPT + "import_this = 1\n") == "from math import sqrt"
-    assert code("So:\n```python\na\n```\nor\n```\nb\n```\ndone") == "b\n"
-    assert code("def f(): pass") == "def f(): pass"
+    for completion, block in (
+        ("So:\n```python\na\n```\nor\n```\nb\n```\ndone", "b"),
+        ("```bash\nls\n```\nNow the function:\n```Python\r\ndef f(x):\r\n  pass\r\n```", "def f(x):\r\n  pass"),
+        ("```py\ndef f(x): 1\n```\nIt prints\n```text\n1\n```\nRun it: ```sh\n./f\n```", "def f(x): 1"),
+        (" def f(x): 1", "def f(x): 1"),
+    ):
+        assert code(completion) == block
 
 
 def test_humaneval_runs_the_tests_to_the_end(tmp_path):

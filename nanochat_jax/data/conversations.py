@@ -62,7 +62,7 @@ def read_jsonl(path: Path) -> list[dict]:
         where = f"{path}, line {number}"
         try:
             conversation = json.loads(line.decode())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{where}: not JSON in UTF-8 ({error})") from error
         if isinstance(conversation, list):
             conversation = {"messages": conversation}

@@ -109,8 +109,11 @@ def run_tests(
 
 
 def require_isolation() -> None:
-    """Raises UserError, saying how to allow it, where programs cannot be isolated here."""
-    run_program("")
+    """Raises UserError, saying how to allow it, where programs cannot be isolated here, or do not run so."""
+    result = run_program("")
+    if not result.ok:
+        detail = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise UserError(f"a program of no lines does not run in the sandbox: {result.reason}, {detail}")
 
 
 def denial(stderr: str) -> str:

@@ -28,7 +28,8 @@ def main(memory: int, cpu_seconds: int, file_bytes: int, processes: int) -> None
     if processes:
         limits[resource.RLIMIT_NPROC] = (processes, processes)
     for kind, limit in limits.items():
-        resource.setrlimit(kind, limit)
+        hard = resource.getrlimit(kind)[1]  # nobody may go above the host's own
+        resource.setrlimit(kind, limit if hard == resource.RLIM_INFINITY else tuple(min(n, hard) for n in limit))
     sys.argv = ["program.py"]
     program = types.ModuleType("__main__")
     sys.modules["__main__"] = program
