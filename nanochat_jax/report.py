@@ -81,8 +81,11 @@ def write_report(workdir: Path) -> Path:
             problems.append(f"{name}: not finished, last logged step {max(steps)}" if steps else f"{name}: not started")
         # sft continued is measured in rl's eval.json, beside what it is compared with.
         measured = bool(done) and name in MODEL_STAGES
+        evaluation = read(f"{name}/eval.json", {}, needed=measured)
+        if measured and evaluation.get("step", done.get("steps")) != done.get("steps"):
+            problems.append(f"{name}/eval.json: of step {evaluation['step']}, the stage ended at {done.get('steps')}")
         samples = read(f"{name}/samples.md", "", lambda path: path.read_text(encoding="utf-8"), needed=bool(done))
-        return Stage(name, done, read(f"{name}/eval.json", {}, needed=measured), metrics, samples)
+        return Stage(name, done, evaluation, metrics, samples)
 
     record = read("config.json", {})
     tokenizer = read("tokenizer/eval.json", {})

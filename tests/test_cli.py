@@ -277,11 +277,15 @@ def test_data_files_of_a_run(tmp_path):
     run.record_data(tmp_path / "run", [a, b])
 
 
-def test_config_json_is_checked(tmp_path):
+def test_config_json_is_checked(tmp_path, capsys):
     run.open_run(Config(), tmp_path)
     path = tmp_path / "config.json"
     record = json.loads(path.read_text())
     assert record["versions"]["jax"] == jax.__version__
+    record["config"]["model"]["depth"] = "2"
+    path.write_text(json.dumps(record))
+    expect_error(capsys, ["eval", "--workdir", tmp_path], 1, "config.json: model.depth '2' is not of type int")
+    record["config"]["model"]["depth"] = 2
     record["config"]["base"]["future"] = 1
     path.write_text(json.dumps(record))
     with pytest.raises(run.UserError, match=r"unknown field base\.future"):

@@ -198,6 +198,11 @@ def test_damaged_files_are_named_and_the_rest_is_shown(run):
     assert row(text.split("For scale")[0], "ARC-Easy")[2].startswith("0.3561")
 
 
+def test_an_evaluation_on_the_way_is_said(run):
+    write_json(run / "sft" / "eval.json", json.loads((run / "sft" / "eval.json").read_text()) | {"step": 5})
+    assert "sft/eval.json: of step 5, the stage ended at 100" in write_report(run).read_text()
+
+
 def test_a_folder_without_a_run_is_an_error(tmp_path):
     with pytest.raises(UserError, match="not the folder of a run"):
         write_report(tmp_path)

@@ -52,7 +52,7 @@ def run(
     """Measure the model of stage `source` on `tasks` ("bpb", "core", task names; None: the configured ones).
 
     Returns {"bpb": {"val"}, "core": {...}, "tasks": {name: {"accuracy", "n", "interval"}}, "chatcore"}. A whole
-    evaluation as configured, of the newest checkpoint, is also written to the stage's eval.json.
+    evaluation as the run has it configured, of the newest checkpoint, is also written to the stage's eval.json.
     """
     names = tasks if tasks is not None else config.eval.base if source == "base" else config.eval.chat
     mesh = make_mesh(config.mesh)
@@ -79,7 +79,7 @@ def run(
     if source == "rl" and in_pairs and leaders(finished(workdir, "sft_continued")):
         task = loaded[config.rl.task]
         figures["comparison"] = compare(config, workdir, mesh, task, correct[task.name], limit, log)
-    as_configured = config.eval == read_config(workdir).eval
+    as_configured = replace(config.eval, batch_size=1) == replace(read_config(workdir).eval, batch_size=1)
     if tasks is None and max_examples is None and step is None and as_configured and is_leader():
         write_json(workdir / source / "eval.json", figures)
         # Row by row, so that stages can be compared in pairs without running them again.
