@@ -1,5 +1,6 @@
 """One environment for all tests: eight CPU devices, no implicit rank promotion, one small tokenizer."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -17,6 +18,14 @@ from nanochat_jax import process
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 process.prune(Path(__file__).parent.parent / ".pytest_cache" / "xla", 2**30)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs():
+    """Compiled programs go with the file that used them: each takes maps of memory, of which Linux allows 65,530."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
