@@ -179,7 +179,10 @@ def test_samples_that_share_a_prompt_say_what_rows_of_their_own_say(model, token
     assert text == "".join(event.get("text", "") for event in alone.stream(prompts[0], how))
 
 
-@pytest.mark.parametrize("spec", ["4", "tensor=2", "data=2,tensor=2", "fsdp=2,tensor=2"])
+@pytest.mark.parametrize(
+    "spec",
+    [*(pytest.param(spec, marks=pytest.mark.slow) for spec in ("4", "tensor=2")), "data=2,tensor=2", "fsdp=2,tensor=2"],
+)
 def test_rows_over_a_mesh_say_the_same(model, tokenizer, prompts, spec):
     params, cfg = model
     how = [SamplingParams(0.0, max_tokens=20), *[SamplingParams(1.0, max_tokens=20, seed=i) for i in range(3)]]
