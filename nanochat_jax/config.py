@@ -167,7 +167,7 @@ class FinetuneConfig(StageConfig):
     packing: Literal["bestfit", "pad"] = "bestfit"
     """Whole conversations packed into rows, or one conversation a row."""
     val_rows: int = 256
-    """Conversations held out of the mixture for validation, at most a tenth of it."""
+    """Conversations held out of the mixture for validation, at most a tenth of its different ones."""
     warmup_steps: int = 0
 
 
@@ -387,11 +387,11 @@ EVERY_STAGE = ("num_iterations", "device_batch_size", "keep", "stop_after", "sam
 
 def check_ranges(config: Config) -> None:
     """UserError naming the first value that is no number, or a count below 1 where 0 or less means nothing."""
-    for section in (config, *vars(config).values()):
-        if is_dataclass(section):
-            for name, value in vars(section).items():
-                if isinstance(value, float) and not math.isfinite(value):
-                    raise UserError(f"{name.replace('_', '-')} {value} is no number that can be computed with")
+    sections = {f"{name}.": value for name, value in vars(config).items() if is_dataclass(value)}
+    for prefix, section in ({"": config} | sections).items():
+        for name, value in vars(section).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"--{prefix}{name.replace('_', '-')} {value} is no number that can be computed with")
     for section, names in AT_LEAST_ONE.items():
         for name in (*names, *(EVERY_STAGE if section in MODEL_STAGES else ())):
             value = getattr(getattr(config, section), name)

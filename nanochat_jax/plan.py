@@ -73,12 +73,7 @@ def plan(config: Config) -> dict[str, Any]:
     base = horizon(config, cfg)
     stages = [_stage("base", base.steps, config.base.stop_after, base.batch_tokens, per_token)]
     stages += [_finetune(name, getattr(config, name), config, cfg, per_token) for name in ("mid", "sft")]
-    for stage in stages:
-        name, shards = stage["stage"], data_shards(mesh)
-        step_rows = rows_of_step(name, stage["batch_tokens"], cfg.sequence_len, shards)
-        if (wanted := getattr(config, name).device_batch_size) != "auto":
-            rows_of_microbatch(name, step_rows, wanted, shards)
-    rows = {stage["stage"]: _rows(config, stage) for stage in stages}
+    rows = {stage["stage"]: _rows(config, stage, data_shards(mesh)) for stage in stages}
     memory = step_memory(config, cfg, max(rows.values()), platform, attention)
     stages.append(_rl(config, cfg, per_token))
     if config.rl.control:
@@ -160,16 +155,17 @@ def _finetune(name: str, stage: FinetuneConfig, config: Config, cfg: GPTConfig, 
     steps = stage.num_iterations
     if steps is None:
         sizes = [_mixture_entry(spec, config) for spec in stage.mixture]
-        conversations = sum(count for count, _ in sizes)
-        tokens = sum(count * min(length, cfg.sequence_len) for count, length in sizes)
-        rows = conversations if stage.packing == "pad" else tokens / cfg.sequence_len
-        held_out = min(stage.val_rows, conversations // 10) / max(conversations, 1)
-        steps = max(1, int(rows * (1 - held_out) * cfg.sequence_len // batch_tokens)) if conversations else 0
+        different = sum(count for count, _, _ in sizes)
+        tokens = sum(count * epochs * min(length, cfg.sequence_len) for count, epochs, length in sizes)
+        padded = sum(count * epochs for count, epochs, _ in sizes)
+        rows = padded if stage.packing == "pad" else tokens / cfg.sequence_len
+        held_out = min(stage.val_rows, different // 10) / max(different, 1)
+        steps = math.ceil(rows * (1 - held_out) * cfg.sequence_len / batch_tokens)
     return _stage(name, steps, stage.stop_after, batch_tokens, per_token)
 
 
-def _mixture_entry(spec: str, config: Config) -> tuple[int, int]:
-    """(conversations, tokens of one) of an entry of a mixture, without loading a public set."""
+def _mixture_entry(spec: str, config: Config) -> tuple[int, int, int]:
+    """(different conversations, epochs, tokens of one) of an entry of a mixture, without loading a public set."""
     name, rows, epochs = parse(spec)
     if name in PUBLIC_SETS:
         there, length = PUBLIC_SETS[name]
@@ -178,13 +174,13 @@ def _mixture_entry(spec: str, config: Config) -> tuple[int, int]:
         length = Path(name).stat().st_size // 4 // there
     else:
         there, length = len(load(name, "train", config.data, config.seed)), MADE_TOKENS
-    return (there if rows is None else min(rows, there)) * epochs, length
+    return there if rows is None else min(rows, there), epochs, length
 
 
 def _rl(config: Config, cfg: GPTConfig, per_token: int) -> dict[str, Any]:
     """Every answer as long as allowed, so an upper bound: answers are sampled, then trained on with their questions."""
     rl = config.rl
-    questions, length = _mixture_entry(rl.task, config)
+    questions, _, length = _mixture_entry(rl.task, config)
     steps = questions // rl.questions_per_step if rl.num_iterations is None else rl.num_iterations
     samples = rl.questions_per_step * rl.samples_per_question
     stage = _stage("rl", steps, rl.stop_after, samples * (length + rl.max_new_tokens), per_token)
@@ -194,12 +190,13 @@ def _rl(config: Config, cfg: GPTConfig, per_token: int) -> dict[str, Any]:
     return stage | {"flops": updates + rollouts, "rollout_flops": rollouts}
 
 
-def _rows(config: Config, stage: dict[str, Any]) -> int:
-    """Rows of a microbatch of a supervised stage on a device; 1 for `auto`."""
-    axes = parse_mesh(config.mesh)
-    wanted = getattr(config, stage["stage"]).device_batch_size
-    here = stage["batch_tokens"] // config.model.sequence_len // (axes["data"] * axes["fsdp"])
-    return 1 if wanted == "auto" else max(1, min(wanted, here))
+def _rows(config: Config, stage: dict[str, Any], shards: int) -> int:
+    """Rows of a microbatch of a supervised stage on a device; 1 for `auto`. UserError where they do not divide."""
+    name = stage["stage"]
+    rows, wanted = rows_of_step(name, stage["batch_tokens"], config.model.sequence_len, shards), 1
+    if getattr(config, name).device_batch_size != "auto":
+        wanted = rows_of_microbatch(name, rows, getattr(config, name).device_batch_size, shards) // shards
+    return wanted
 
 
 def step_memory(config: Config, cfg: GPTConfig, rows: int, platform: str, attention: str) -> dict[str, float]:

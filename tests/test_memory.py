@@ -260,7 +260,7 @@ def test_options_reach_the_configuration_and_come_back():
         ({"device_memory_gb": 0.0}, "--device-memory-gb 0"),
         ({"base": BaseConfig(device_batch_size=0)}, "--base.device-batch-size 0"),
         ({"base": BaseConfig(target_param_data_ratio=0)}, "--base.target-param-data-ratio 0: more than 0"),
-        ({"base": BaseConfig(warmdown_ratio=float("nan"))}, "warmdown-ratio nan is no number"),
+        ({"base": BaseConfig(warmdown_ratio=float("nan"))}, "--base.warmdown-ratio nan is no number"),
         ({"mid": FinetuneConfig(val_rows=-1)}, "--mid.val-rows -1"),
     ],
 )

@@ -54,11 +54,11 @@ def test_base_follows_the_horizon_and_stop_after():
 
 def test_finetuning_steps_come_from_the_mixture():
     # 2 x 1000 identity rows and 100 of choice, 60 tokens each, packed into 8 rows of 128 tokens a step.
-    assert stage(plan(tiny()), "mid")["steps"] == 2100 * 60 // 1024
+    assert stage(plan(tiny()), "mid")["steps"] == math.ceil(2100 * 60 / 1024)
     padded = FinetuneConfig(mixture=("gsm8k:320", "arc_easy"), packing="pad", val_rows=0)
-    assert stage(plan(tiny(sft=padded)), "sft")["steps"] == (320 + 2251) // 32
+    assert stage(plan(tiny(sft=padded)), "sft")["steps"] == math.ceil((320 + 2251) / 32)
     held_out = replace(padded, val_rows=10**9)
-    assert stage(plan(tiny(sft=held_out)), "sft")["steps"] == int((320 + 2251) * 0.9 // 32)
+    assert stage(plan(tiny(sft=held_out)), "sft")["steps"] == math.ceil((320 + 2251) * 0.9 / 32)
     assert stage(plan(tiny(sft=replace(padded, num_iterations=5))), "sft")["tokens"] == 5 * 32 * 128
 
 
@@ -67,7 +67,7 @@ def test_own_conversations_are_counted(tmp_path):
     line = '[{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]'
     path.write_text((line.ljust(399) + "\n") * 64)
     mine = FinetuneConfig(mixture=(f"{path}*2",), val_rows=0)
-    assert stage(plan(tiny(sft=mine)), "sft")["steps"] == 128 * 100 // (32 * 128)
+    assert stage(plan(tiny(sft=mine)), "sft")["steps"] == math.ceil(128 * 100 / (32 * 128))
     with pytest.raises(UserError, match=r"nowhere\.jsonl"):
         plan(tiny(sft=FinetuneConfig(mixture=("nowhere.jsonl",))))
 

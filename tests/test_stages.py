@@ -1,5 +1,6 @@
 """The stages as functions: equal on any mesh, exact when interrupted, and each leaving what the next one needs."""
 
+import contextlib
 import json
 from dataclasses import replace
 from types import SimpleNamespace
@@ -101,20 +102,27 @@ def test_another_evaluation_than_the_runs_own_leaves_its_figures(run):
         ),
     ],
 )
-def test_what_ends_a_later_stage_is_known_before_the_first(change, words):
-    check_ahead(tiny.config, MODEL_STAGES)
+def test_what_ends_a_later_stage_is_known_before_the_first(change, words, tmp_path):
+    check_ahead(tiny.config, MODEL_STAGES, tmp_path)
     config = replace(tiny.config, **change)
     with pytest.raises(UserError, match=words):
-        check_ahead(config, MODEL_STAGES)
+        check_ahead(config, MODEL_STAGES, tmp_path)
     if "mesh" not in change:
-        check_ahead(config, ["base"])  # which does not need it
+        check_ahead(config, ["base"], tmp_path)  # which does not need it
 
 
-def test_a_default_batch_is_checked_ahead_too():
+def test_a_start_may_be_what_the_same_run_makes(tmp_path):
+    for folder, there in ((tmp_path, True), (tmp_path / "other", False)):
+        config = replace(tiny.config, sft=replace(tiny.config.sft, init_from=str(folder / "base")))
+        with contextlib.nullcontext() if there else pytest.raises(UserError, match=r"--sft.init-from .* has no check"):
+            check_ahead(config, MODEL_STAGES, tmp_path)
+
+
+def test_a_default_batch_is_checked_ahead_too(tmp_path):
     config = replace(tiny.config, mesh="3", sft=replace(tiny.config.sft, total_batch_size=None))
     for stages in (["sft"], ["rl"]):  # rl trains sft on, for comparison
         with pytest.raises(UserError, match=f"--sft.total-batch-size .* is {DEFAULT_ROWS} rows"):
-            check_ahead(config, stages)
+            check_ahead(config, stages, tmp_path)
 
 
 def test_the_report_shows_all_stages(run):

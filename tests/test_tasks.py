@@ -15,8 +15,9 @@ from nanochat_jax.data.conversations import validate
 from nanochat_jax.errors import UserError
 from nanochat_jax.inference.sandbox import require_isolation
 from nanochat_jax.inference.tools import evaluate_tool
-from nanochat_jax.tasks import LOADERS, Mixture, load
+from nanochat_jax.tasks import LOADERS, NOT_TO_GRADE, NOT_TO_LEARN, TO_REINFORCE, Mixture, load
 from nanochat_jax.tasks.humaneval import code, imports
+from nanochat_jax.tasks.task import SPLITS
 
 OFFLINE = ("arithmetic", "simple_spelling", "spelling_bee", "choice")
 DATA = DataConfig()
@@ -375,6 +376,23 @@ PROBLEM = {
     "test": TEST,
     "entry_point": "root",
 }
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_what_a_task_can_be_used_for_is_what_its_splits_allow(name, tmp_path):
+    """The tables by which options are checked before any set is loaded."""
+
+    def lacks(split):
+        try:
+            load(name, split, DataConfig(mirror=str(tmp_path), cache=str(tmp_path)), unsafe_sandbox=True)
+        except UserError as error:
+            return "has no split" in str(error)
+        return False
+
+    assert lacks("train") == (name in NOT_TO_LEARN)
+    assert lacks("test") == (name in NOT_TO_GRADE and name != "smoltalk")  # which has a test set, but no answers
+    if name in TO_REINFORCE:
+        assert not any(map(lacks, SPLITS))
 
 
 def test_humaneval_takes_imports_and_the_last_block_of_python():

@@ -442,9 +442,11 @@ class Engine:
 
     def _whole_text(self, row: Row) -> str:
         """Of an answer that has ended: special tokens by name, up to a stop string, which may have some within it."""
+        if not (row.text and row.text.stopped):
+            return self.tokenizer.decode(row.completion.ids)
         runs = groupby(row.completion.ids, key=self.tokenizer.special_ids.__contains__)
         texts = [(special, self.tokenizer.decode(list(run))) for special, run in runs]
-        dropped = row.text.dropped if row.text and row.text.stopped else 0
+        dropped = row.text.dropped
         while dropped and texts:
             special, text = texts.pop()
             if not special:

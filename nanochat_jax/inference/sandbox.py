@@ -112,17 +112,21 @@ def require_isolation() -> None:
     """Raises UserError, saying how to allow it, where programs cannot be isolated here, or do not run so."""
     result = run_program("")
     if not result.ok:
-        detail = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise UserError(f"a program of no lines does not run in the sandbox: {result.reason}, {detail}")
+        why = f"{result.reason}, {last_line(result.stderr)}"
+        raise UserError(f"a program of no lines does not run in the sandbox: {why}")
+
+
+def last_line(stderr: str) -> str:
+    """What a program said last."""
+    return (stderr.strip().splitlines() or ["no reason given"])[-1]
 
 
 def denial(stderr: str) -> str:
     """One line about what is missing and the way out."""
-    detail = (stderr.strip().splitlines() or ["no reason given"])[-1]
     return (
-        f"the kernel denies the isolation that a model's programs need ({detail}); allow unprivileged user namespaces "
-        "(sysctl kernel.unprivileged_userns_clone=1 kernel.apparmor_restrict_unprivileged_userns=0; in a container: "
-        "--privileged), or accept the risk with --unsafe-sandbox"
+        f"the kernel denies the isolation that a model's programs need ({last_line(stderr)}); allow unprivileged user "
+        "namespaces (sysctl kernel.unprivileged_userns_clone=1 kernel.apparmor_restrict_unprivileged_userns=0; in a "
+        "container: --privileged), or accept the risk with --unsafe-sandbox"
     )
 
 

@@ -17,8 +17,10 @@ from nanochat_jax.stages.rl import check_updates
 from nanochat_jax.tasks import parse
 
 
-def check_ahead(config: Config, stages: Collection[str]) -> None:
-    """UserError for what would end one of these stages: mesh, batch, conversations, start, updates of rl."""
+def check_ahead(config: Config, stages: Collection[str], workdir: Path) -> None:
+    """UserError for what would end one of these stages, to be run in `workdir`: mesh, batch, conversations, start,
+    updates of rl.
+    """
     cfg, mesh = gpt_config(config, config.tokenizer.vocab_size), make_mesh(config.mesh)
     shards = data_shards(mesh)
     check_mesh(mesh, cfg)
@@ -38,6 +40,9 @@ def check_ahead(config: Config, stages: Collection[str]) -> None:
     if "rl" in stages:
         check_updates(config.rl)
     for name in [name for name in MODEL_STAGES if name in stages]:
-        source = getattr(config, name).init_from
-        if source and Path(source).name not in stages and not (Path(source) / "checkpoints").is_dir():
-            raise UserError(f"--{name}.init-from {source} has no checkpoint: train {Path(source).name} first")
+        if getattr(config, name).init_from is None:
+            continue
+        source = Path(getattr(config, name).init_from)
+        made_here = source.name in stages and source.parent.resolve() == workdir.resolve()
+        if not made_here and not (source / "checkpoints").is_dir():
+            raise UserError(f"--{name}.init-from {source} has no checkpoint: train {source.name} first")

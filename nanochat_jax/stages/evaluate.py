@@ -178,19 +178,20 @@ def answered_with(config: Config, limit: int | None) -> dict:
 
 def compare(config: Config, workdir: Path, mesh: Mesh, task: Task, rl: list[int], limit: int | None, log: Log) -> dict:
     """rl beside sft, and beside sft continued for rl's compute, on the same questions, with paired 95% intervals."""
+    done = {source: leaders(finished(workdir, source)) or {} for source in ("rl", "sft", "sft_continued")}
     right = {"rl": rl}
     for source in ("sft", "sft_continued"):
         saved = workdir / source / "correct.json"
         before = leaders(json.loads(saved.read_text(encoding="utf-8")) if saved.exists() else {})
-        last = (leaders(finished(workdir, source)) or {}).get("steps")
-        same = before.get("step") == last and before.get("settings") == answered_with(config, limit)
+        same = before.get("step") == done[source].get("steps") and before.get("settings") == answered_with(
+            config, limit
+        )
         if same and task.name in before["correct"]:
             right[source] = before["correct"][task.name]
             continue
         log(f"{source}: {task.name}, for the comparison with rl")
         model = load_model(workdir, source, config, mesh)[:3]
         right[source] = measure(model, [task], config, mesh, limit, log)[task.name]["correct"]
-    done = {source: finished(workdir, source) or {} for source in right}
     return {
         "task": task.name,
         "n": len(rl),
