@@ -7,13 +7,14 @@
 | cudnn              | NVIDIA, bf16/fp16 | cuDNN flash attention with a left window                             |
 | pallas             | NVIDIA            | our flash attention through Triton, visible tiles only in forward    |
 |                    |                   | and backward; float32 products are TF32                              |
-| mosaic             | Hopper, bf16/fp16 | the same for compute capability 9.x through Mosaic GPU, H 64 or 128; |
-|                    |                   | not yet run on a GPU, which is why `auto` never picks it             |
+| mosaic             | Hopper, bf16/fp16 | the same for compute capability 9.x through Mosaic GPU, H 64 or 128  |
 | pallas_interpreted | everywhere        | the same kernels run by XLA, slowly, for tests; `pallas` on a CPU    |
 
 `auto` is resolved once, at start, by `resolve`; an implementation that cannot run here is an error, never a fallback.
 Documents inside a row (`doc_start`) are known to `reference` and to `pallas`.
 """
+
+import re
 
 import jax
 
@@ -21,6 +22,12 @@ from kernels.blocked import blocked_attention
 from kernels.reference import reference_attention
 
 IMPLEMENTATIONS = ("reference", "xla_blocked", "cudnn", "pallas", "pallas_interpreted", "mosaic")
+GPU_IMPLEMENTATIONS = ("cudnn", "pallas", "pallas_interpreted", "mosaic")
+"""Those that run on NVIDIA's GPUs alone, `pallas_interpreted` being one of them tried elsewhere."""
+
+
+MISCOMPILING = range(12080, 12091)
+"""Versions of CUDA (12.8.0 to 12.9.1) whose ptxas JAX's developers found to miscompile causal masks on Hopper."""
 
 
 def compute_capability() -> str:
@@ -28,17 +35,29 @@ def compute_capability() -> str:
     return getattr(jax.local_devices()[0], "compute_capability", "")
 
 
-def resolve(impl: str, platform: str, dtype: str, capability: str | None = None, width: int = 128) -> str:
+def cuda_version() -> int:
+    """Of the runtime here, such as 13000 for 13.0; 0 where there is none."""
+    found = re.search(r"cuda (\d+)", jax.local_devices()[0].client.platform_version)
+    return int(found[1]) if found else 0
+
+
+def resolve(
+    impl: str, platform: str, dtype: str, capability: str | None = None, width: int = 128, cuda: int | None = None
+) -> str:
     """The implementation `impl` means on `platform` ("cpu", "gpu", "tpu") in `dtype`; ValueError if it cannot run.
 
-    `capability`: that of the device here where none is given; `width`: of a head. `auto` is cuDNN where it can run.
+    `capability`, `cuda`: those here where none is given; `width`: of a head. `auto` is the fastest that can run in
+    training: mosaic on Hopper, else cudnn on NVIDIA's GPUs.
     """
     capability = compute_capability() if capability is None else capability
+    cuda = cuda_version() if cuda is None else cuda
     generation = float(capability) if capability.replace(".", "", 1).isdigit() else 0.0  # 0: no GPU of NVIDIA's
     widest = 256 if generation >= 9 else 128
     by_cudnn = platform == "gpu" and dtype != "float32" and generation >= 8 and width % 8 == 0 and width <= widest
+    by_mosaic = by_cudnn and 9 <= generation < 10 and width in (64, 128)
     if impl == "auto":
-        return "cudnn" if by_cudnn else "xla_blocked"
+        fastest = "mosaic" if by_mosaic and cuda > MISCOMPILING[-1] else "cudnn"
+        return fastest if by_cudnn else "xla_blocked"
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"attention {impl!r} is unknown; known: auto, {', '.join(IMPLEMENTATIONS)}")
     if impl == "cudnn" and not by_cudnn:
@@ -51,14 +70,17 @@ def resolve(impl: str, platform: str, dtype: str, capability: str | None = None,
         return "pallas_interpreted"
     if impl == "pallas" and platform != "gpu":
         raise ValueError(f"attention pallas needs an NVIDIA GPU, here: {platform}; use --attention auto")
-    if impl == "mosaic":
-        hopper = platform == "gpu" and capability.startswith("9.")
-        if not hopper or dtype == "float32" or width not in (64, 128):
-            raise ValueError(
-                "attention mosaic needs an NVIDIA GPU of compute capability 9.x (H100, H200), 16-bit precision "
-                f"and heads of width 64 or 128, here: {platform} {capability or '-'}, {dtype}, "
-                f"{width}; use --attention auto"
-            )
+    if impl == "mosaic" and not by_mosaic:
+        raise ValueError(
+            "attention mosaic needs an NVIDIA GPU of compute capability 9.x (H100, H200), 16-bit precision "
+            f"and heads of width 64 or 128, here: {platform} {capability or '-'}, {dtype}, "
+            f"{width}; use --attention auto"
+        )
+    if impl == "mosaic" and cuda in MISCOMPILING:
+        raise ValueError(
+            f"attention mosaic: CUDA {cuda // 1000}.{cuda % 1000 // 10} is known to miscompile causal masks, 13.0 is "
+            "not: install jax[cuda13] (requirements-cuda13.txt), or use --attention auto"
+        )
     return impl
 
 

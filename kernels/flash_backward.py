@@ -88,6 +88,7 @@ def _dkv_kernel(
     dv_ref[...] = dv.astype(dv_ref.dtype)
 
 
+@functools.partial(jax.jit, static_argnames="setup")  # layers alike are compiled once
 def backward(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,

@@ -75,6 +75,7 @@ def _kernel(
     logsumexp_ref[...] = highest + jnp.log2(total)
 
 
+@functools.partial(jax.jit, static_argnames="setup")  # layers alike are compiled once
 def forward(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,

@@ -2,8 +2,7 @@
 
 Warp-specialised: two warpgroups compute, one moves tiles through TMA; tiles outside the window are visited by none of
 the three kernels. What it leaves out: documents inside a row, other head widths than 64 and 128, float32.
-JAX's own Hopper attention refuses causal masks with CUDA 12.8.0 to 12.9.0, whose ptxas it found to miscompile them:
-compare with the reference before training with those.
+With CUDA 12.8.0 to 12.9.1, whose ptxas JAX's own Hopper attention found to miscompile causal masks, it is refused.
 """
 
 import functools

@@ -4,6 +4,7 @@ Both visit the tiles that some query sees and no others, 64 x 64 at a time. Noth
 of grouped queries are one block's sum over the heads of a group.
 """
 
+import functools
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from kernels import hopper_common as hopper
 from kernels.flash_tiles import Carry, Setup, Span, last_rows, row_span, walk
 from kernels.hopper_common import BLOCK, HEIGHT, Refs
 
-STAGES = 3
+STAGES = 2
 Step = Callable[[jax.Array, jax.Array, bool], None]
 
 
@@ -190,6 +191,7 @@ def _shared(
     }
 
 
+@functools.partial(jax.jit, static_argnames="setup")  # layers alike are compiled once
 def backward(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,

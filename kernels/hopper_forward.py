@@ -4,6 +4,7 @@ The two compute warpgroups take turns: while one multiplies, the other does its 
 and are the left operand of their product with V. Left out: the overlap of both inside a warpgroup.
 """
 
+import functools
 from types import SimpleNamespace
 
 import jax
@@ -106,6 +107,7 @@ def _add_product(out: jax.Array, weights: jax.Array, v: jax.Ref, spill: jax.Ref 
     return out + pl.run_scoped(lambda out_ref: (product(out_ref), out_ref[...])[1], plgpu.ACC(out.shape))
 
 
+@functools.partial(jax.jit, static_argnames="setup")  # layers alike are compiled once
 def forward(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, setup: Setup) -> tuple[jax.Array, jax.Array]:
     """Output [B, T, N, H] in q's dtype, and the base-2 logsumexp of the scaled scores [B, N, T] in float32.
 

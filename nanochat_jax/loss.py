@@ -11,9 +11,10 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from kernels.attention import GPU_IMPLEMENTATIONS
 from nanochat_jax.config import GPTConfig
-from nanochat_jax.model import SOFTCAP, Params, check_length, hidden, softcapped
-from nanochat_jax.sharding import gathered, shard
+from nanochat_jax.model import BATCH_AXES, SOFTCAP, Params, check_length, hidden, scaled, softcapped
+from nanochat_jax.sharding import cut_axes, gathered, only, shard
 
 
 def token_losses(params: Params, cfg: GPTConfig, inputs_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
@@ -88,20 +89,21 @@ def _weighted_forward(
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """The loss, and its gradients with respect to hidden states, head and weights."""
 
+    # Devices that have only some of the vocabulary do not know what its softmax is divided by.
+    by_kernel = cfg.attention in GPU_IMPLEMENTATIONS and "tensor" not in cut_axes()
+
     def step(dkernel_DV: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         x_BCD, targets_BC, weights_BC = chunk
-        logits_BCV = x_BCD @ kernel_DV
-        losses_BC, capped_BCV, exp_BCV, sum_BC = _losses(cfg, logits_BCV, targets_BC)
-        if not cfg.loss_chunk:  # On a GPU capping twice is cheaper than keeping capped logits of all positions.
-            capped_BCV = softcapped(jax.lax.optimization_barrier(logits_BCV), cfg)
-            exp_BCV = jnp.exp(capped_BCV)
         weights_BC = jnp.where(targets_BC >= 0, weights_BC, 0.0)
-        softmax_BCV = exp_BCV * (weights_BC / sum_BC)[..., None]
-        dcapped_BCV = softmax_BCV - jnp.where(_is_target(cfg, targets_BC), weights_BC[..., None], 0.0)
-        dlogits_BCV = dcapped_BCV * (1.0 - jnp.square(capped_BCV / SOFTCAP))  # the derivative of the cap
-        padding = [(0, 0), (0, 0), (0, cfg.padded_vocab_size - cfg.vocab_size)]
-        dlogits_BCV = jnp.pad(dlogits_BCV.astype(x_BCD.dtype), padding)
-        dx_BCD = jnp.einsum("BCV,DV->BCD", dlogits_BCV, kernel_DV)
+        logits_BCV = x_BCD @ kernel_DV
+        if by_kernel:
+            losses_BC, sums_BC, dlogits_BCV = _by_kernel(cfg, logits_BCV, targets_BC)
+            factor_BC1 = (weights_BC / sums_BC)[..., None]
+        else:
+            losses_BC, dlogits_BCV = _by_xla(cfg, logits_BCV, targets_BC, weights_BC)
+            factor_BC1 = None
+        dx_BCD = _times(factor_BC1, jnp.einsum("BCV,DV->BCD", dlogits_BCV, kernel_DV))
+        x_BCD = _times(factor_BC1, x_BCD)
         here_DV = jnp.einsum("BCD,BCV->DV", x_BCD, dlogits_BCV, preferred_element_type=jnp.float32)
         return dkernel_DV + here_DV, (dx_BCD, losses_BC)
 
@@ -114,6 +116,38 @@ def _weighted_forward(
         dkernel_DV, outs = jax.lax.scan(step, zeros_DV, chunks)
         dx_BTD, losses_BT = (_whole(x, targets_BT.shape[1]) for x in outs)
     return jnp.sum(losses_BT * weights_BT), (dx_BTD, dkernel_DV.astype(kernel_DV.dtype), losses_BT)
+
+
+def _times(factor: jax.Array | None, x: jax.Array) -> jax.Array:
+    return x if factor is None else scaled(factor, x)
+
+
+def _by_xla(
+    cfg: GPTConfig, logits_BCV: jax.Array, targets_BC: jax.Array, weights_BC: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Losses [B, C], and the gradients of their weighted sum [B, C, V] with respect to the head's products."""
+    losses_BC, capped_BCV, exp_BCV, sum_BC = _losses(cfg, logits_BCV, targets_BC)
+    if not cfg.loss_chunk:  # On a GPU capping twice is cheaper than keeping capped logits of all positions.
+        capped_BCV = softcapped(jax.lax.optimization_barrier(logits_BCV), cfg)
+        exp_BCV = jnp.exp(capped_BCV)
+    softmax_BCV = exp_BCV * (weights_BC / sum_BC)[..., None]
+    dcapped_BCV = softmax_BCV - jnp.where(_is_target(cfg, targets_BC), weights_BC[..., None], 0.0)
+    dlogits_BCV = dcapped_BCV * (1.0 - jnp.square(capped_BCV / SOFTCAP))  # the derivative of the cap
+    padding = [(0, 0), (0, 0), (0, cfg.padded_vocab_size - cfg.vocab_size)]
+    return losses_BC, jnp.pad(dlogits_BCV.astype(logits_BCV.dtype), padding)
+
+
+def _by_kernel(cfg: GPTConfig, logits_BCV: jax.Array, targets_BC: jax.Array) -> tuple[jax.Array, ...]:
+    """What `softcapped_cross_entropy` gives, on each device of its own rows."""
+    from kernels.cross_entropy import softcapped_cross_entropy  # Pallas takes up to half a second to import
+
+    interpret = "interpreted" in cfg.attention
+    local = functools.partial(softcapped_cross_entropy, cap=SOFTCAP, vocab_size=cfg.vocab_size, interpret=interpret)
+    axes = cut_axes()
+    if not axes:
+        return local(logits_BCV, targets_BC)
+    rows = only(axes, BATCH_AXES)
+    return jax.shard_map(local, in_specs=rows, out_specs=rows, axis_names=axes, check_vma=False)(logits_BCV, targets_BC)
 
 
 def _weighted_backward(cfg: GPTConfig, grads: tuple[jax.Array, ...], dloss: jax.Array) -> tuple[jax.Array | None, ...]:

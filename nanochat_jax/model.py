@@ -11,13 +11,14 @@ Each of these can be off, as in nanochat's first release; its parameters then do
 """
 
 import functools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 
-from kernels.attention import attention
+from kernels.attention import GPU_IMPLEMENTATIONS, attention
 from nanochat_jax import fp8
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.sharding import PARAM_SPECS, automatic_axes, cut_axes, gathered, match, only, shard
@@ -92,7 +93,8 @@ def matmul(x: jax.Array, kernel_IO: jax.Array) -> jax.Array:
 
 
 def _matmul_forward(x: jax.Array, kernel_IO: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return x @ kernel_IO, (x, kernel_IO)
+    # On a GPU the residual stream is else added in place by the product, and copied before, as it is kept.
+    return jax.lax.optimization_barrier(x @ kernel_IO), (x, kernel_IO)
 
 
 def _matmul_backward(saved: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -204,26 +206,39 @@ class Attention(nn.Module):
                 Linear(cfg.n_kv_head, uniform(0.02, 0.0), name="ve_gate")(h_BTD[..., :GATE_CHANNELS])
             )
             v_BTKH = v_BTKH + gate_BTK[..., None] * ve_BTE.reshape(v_BTKH.shape)
-        q_BTNH = cfg.qk_scale * rms(rotate(q_BTNH, *angles))
-        k_BTKH = cfg.qk_scale * rms(rotate(k_BTKH, *angles))
+        q_BTNH, k_BTKH = (turned(x, angles, cfg) for x in (q_BTNH, k_BTKH))
         window = cfg.windows[self.layer]
         y_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, window, cfg.attention)
         return Linear(width, nn.initializers.zeros, cfg.fp8, name="proj")(y_BTNH.reshape(batch, length, -1))
 
 
+def turned(x_BTNH: jax.Array, angles: Angles, cfg: GPTConfig) -> jax.Array:
+    """Queries or keys as attention takes them: rotated, normed and scaled."""
+    half = cfg.head_dim // 2
+    if cfg.attention not in GPU_IMPLEMENTATIONS or half & (half - 1):
+        return cfg.qk_scale * rms(rotate(x_BTNH, *angles))
+    # Pallas takes up to half a second to import.
+    from kernels.rotary_norm import rotary_norm
+
+    def local(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+        return rotary_norm(x, cos, sin, cfg.qk_scale, EPS, "interpreted" in cfg.attention)
+
+    return per_device(local, (x_BTNH,), *(table[0, :, 0, :half] for table in angles))
+
+
 def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, window: int, impl: str) -> jax.Array:
-    """`kernels.attention` on each device's own rows and heads; plain jit would gather them all first."""
+    """`kernels.attention` on each device's own rows and heads."""
+    return per_device(functools.partial(attention, window=window, impl=impl), (q_BTNH, k_BTKH, v_BTKH))
 
-    def local(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return attention(q, k, v, window=window, impl=impl)
 
+def per_device(local: Callable[..., jax.Array], cut: Sequence[jax.Array], *whole: jax.Array) -> jax.Array:
+    """`local` of each device's own rows and heads of the arrays `cut` [B, T, N, H]; plain jit would gather them all."""
     axes = automatic_axes()
     if not axes or jax.sharding.get_abstract_mesh().size == 1:
-        return local(q_BTNH, k_BTKH, v_BTKH)
+        return local(*cut, *whole)
     spec = only(axes, BATCH_AXES, None, "tensor", None)
-    return jax.shard_map(local, in_specs=(spec, spec, spec), out_specs=spec, axis_names=set(axes), check_vma=False)(
-        q_BTNH, k_BTKH, v_BTKH
-    )
+    specs = *[spec] * len(cut), *[P()] * len(whole)
+    return jax.shard_map(local, in_specs=specs, out_specs=spec, axis_names=set(axes), check_vma=False)(*cut, *whole)
 
 
 class MLP(nn.Module):

@@ -166,15 +166,15 @@ def gpt_config(config: Config, vocab_size: int, platform: str | None = None) -> 
     """
     import jax
 
-    from kernels.attention import compute_capability, resolve
+    from kernels.attention import resolve
 
     here = jax.default_backend()
     platform = platform or here
     automatic = "float32" if platform == "cpu" else "bfloat16"
     dtype = automatic if config.compute_dtype == "auto" else config.compute_dtype
     try:
-        capability = compute_capability() if platform == here else "9.0"
-        impl = resolve(config.attention, platform, dtype, capability, config.model.head_dim)
+        capability, cuda = (None, None) if platform == here else ("9.0", 0)
+        impl = resolve(config.attention, platform, dtype, capability, config.model.head_dim, cuda)
     except ValueError as error:
         raise UserError(str(error)) from None
     resolved = {"compute_dtype": dtype, "attention": impl, "fp8": config.fp8, "remat": config.remat}

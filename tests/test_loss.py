@@ -10,6 +10,7 @@ import pytest
 from nanochat_jax import model as gpt
 from nanochat_jax.config import GPTConfig, ModelConfig
 from nanochat_jax.loss import token_losses, weighted_loss
+from nanochat_jax.sharding import make_mesh
 
 CFG = GPTConfig.from_depth(ModelConfig(depth=1, aspect_ratio=32, head_dim=16, sequence_len=48), 300)
 LENGTH = 40
@@ -44,9 +45,13 @@ def expected(params, batch):
     return gradients(plain)(params, CFG, *batch)
 
 
-@pytest.mark.parametrize("chunk", [0, 8, 17, 64])
-def test_loss_and_gradients_are_those_of_the_formula(params, batch, expected, chunk):
-    got = gradients(weighted_loss)(params, dataclasses.replace(CFG, loss_chunk=chunk), *batch)
+@pytest.mark.parametrize(
+    ("chunk", "attention"),
+    [*((chunk, "reference") for chunk in (0, 8, 17, 64)), (0, "pallas_interpreted"), (17, "pallas_interpreted")],
+)
+def test_loss_and_gradients_are_those_of_the_formula(params, batch, expected, chunk, attention):
+    cfg = dataclasses.replace(CFG, loss_chunk=chunk, attention=attention)
+    got = gradients(weighted_loss)(params, cfg, *batch)
     np.testing.assert_allclose(got[0], expected[0], rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), got[1], expected[1])
     assert not np.asarray(got[1][0]["lm_head"]["kernel"])[:, 300:].any()  # columns that stand for no token
@@ -70,3 +75,15 @@ def test_no_array_of_all_logits_is_kept_or_made_in_chunks(params, batch):
     text = step.lower(params, cfg, *batch).as_text()
     assert f"3x8x{CFG.padded_vocab_size}x" in text
     assert f"3x{LENGTH}x{CFG.padded_vocab_size}x" not in text and f"3x{LENGTH}x{CFG.vocab_size}x" not in text
+
+
+@pytest.mark.parametrize(("mesh", "kernels"), [("fsdp=2", True), ("tensor=2", False)])
+def test_by_the_kernel_where_a_device_has_the_whole_vocabulary(params, batch, mesh, kernels):
+    cfg, batch = dataclasses.replace(CFG, attention="pallas_interpreted"), [x[:2] for x in batch]
+    expected = gradients(plain)(params, CFG, *batch)
+    with jax.set_mesh(make_mesh(mesh)):
+        got = gradients(weighted_loss)(params, cfg, *batch)
+        made = str(jax.make_jaxpr(weighted_loss, static_argnums=1)(params, cfg, *batch))
+    assert ("softcapped_cross_entropy" in made) == kernels
+    np.testing.assert_allclose(got[0], expected[0], rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), got[1], expected[1])

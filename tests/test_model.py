@@ -121,6 +121,12 @@ def test_blocked_attention_in_16_bits_on_rows_of_any_length(length):
 def test_attention_that_cannot_run_is_an_error():
     assert resolve("auto", "cpu", "float32") == "xla_blocked"
     assert resolve("auto", "gpu", "bfloat16", "9.0", 256) == resolve("auto", "gpu", "float16", "8.0") == "cudnn"
+    assert resolve("auto", "gpu", "bfloat16", "9.0", cuda=13000) == "mosaic"
+    assert resolve("auto", "gpu", "float32", "9.0", cuda=13000) == "xla_blocked"
+    for cuda in (0, 12080, 12090):  # none known; two whose compiler may get causal masks wrong
+        assert resolve("auto", "gpu", "bfloat16", "9.0", cuda=cuda) == "cudnn"
+    with pytest.raises(ValueError, match=r"CUDA 12\.9 is known to miscompile"):
+        resolve("mosaic", "gpu", "bfloat16", "9.0", cuda=12090)
     for capability, width in (("7.5", 128), ("8.9", 256), ("9.0", 12), ("gfx90a", 128)):
         assert resolve("auto", "gpu", "bfloat16", capability, width) == "xla_blocked"
         with pytest.raises(ValueError, match=f"multiple of 8, at most .* {capability}, bfloat16, {width};"):

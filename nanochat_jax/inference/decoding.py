@@ -247,6 +247,8 @@ class Prompts(NamedTuple):
 def read(weights: Weights, cfg: GPTConfig, tokens_PT: jax.Array) -> Prompts:
     """Runs whole prompts from position 0. ValueError where they reach past the rotary positions."""
     check_length(cfg, tokens_PT.shape[1])
+    # Runs wherever mosaic does, whose kernels take seconds to compile, for each of the many lengths of prompts.
+    impl = "cudnn" if cfg.attention == "mosaic" else cfg.attention
     keys, values = [], []
 
     def attention(i: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -254,7 +256,7 @@ def read(weights: Weights, cfg: GPTConfig, tokens_PT: jax.Array) -> Prompts:
         k_PTKH, v_PTKH = k.transpose(2, 3, 0, 1), v.transpose(2, 3, 0, 1)
         keys.append(k_PTKH)
         values.append(v_PTKH)
-        y_PTNH = attend(q_PTNH, k_PTKH, v_PTKH, cfg.windows[i], cfg.attention)
+        y_PTNH = attend(q_PTNH, k_PTKH, v_PTKH, cfg.windows[i], impl)
         return y_PTNH.transpose(2, 3, 0, 1).reshape(q.shape)
 
     positions_PT = jnp.broadcast_to(jnp.arange(tokens_PT.shape[1]), tokens_PT.shape)
