@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that a GPU is to be asked, in under nine minutes: every attention kernel against the reference, small and
 # real shapes; attention in TFLOP/s; the training step at depth 12 and 20, in fp8, with other kernels, with other XLA
-# flags; decoding; and, given its checkout, the reference's own training.
+# flags; decoding; a whole pipeline; and, given its checkout, the reference's own training.
 #
 #     bench/gpu_session.sh [FOLDER]        # $OUT, or gpu_session/: gpu_session.json, .md, .log
 #
@@ -12,7 +12,8 @@
 #     PYTHON      python with this project's requirements (python3)
 #     LIMIT       seconds for all parts together (520)
 #     PARTS       names of parts, where not all are wanted ("attention-real decode")
-#     IMPLS       attention that the step is also measured with ("pallas mosaic")
+#     CHECKED     attention that is checked and timed ("cudnn pallas mosaic")
+#     IMPLS       attention that the step is also measured with ("cudnn pallas")
 #     NANOCHAT, NANOCHAT_PYTHON  checkout of karpathy/nanochat, python of its environment
 #     REHEARSE=1  the same commands on a CPU with tiny shapes
 set -u
@@ -25,11 +26,13 @@ LOG=$FOLDER/gpu_session.log
 trap 'rm -rf "$PIECES"' EXIT
 : >"$LOG"
 
+CHECKED=${CHECKED:-cudnn pallas mosaic}
 SMALL=() COMPARE=(--device cuda --depth 12 --seq-len 2048 --batch 32 --vocab-size 32768 --rounds 4 --steps 3)
 if [ -n "${REHEARSE:-}" ]; then
     export JAX_PLATFORMS=cpu
     SMALL=(--model.depth 2 --model.aspect-ratio 64 --model.head-dim 64 --model.sequence-len 256 --model.n-kv-head 1
         --tokenizer.vocab-size 512 --base.total-batch-size 1024 --base.device-batch-size 2 --repeat 1 --rows 1)
+    CHECKED="reference pallas_interpreted"
     COMPARE=(--depth 2 --seq-len 128 --batch 2 --vocab-size 512 --rounds 1 --steps 1)
 fi
 
@@ -71,26 +74,35 @@ step() {
 }
 
 GPU=(--experiment experiments/d12.py --compute-dtype bfloat16)
-ours attention-real 100 attention "${GPU[@]}" --model.depth 24 --rows 16
-ours attention-grouped 60 attention "${GPU[@]}" --model.depth 8 --model.n-kv-head 2 --model.sequence-len 640 --rows 3 --repeat 2
-ours attention-narrow 60 attention "${GPU[@]}" --model.depth 4 --model.head-dim 64 --model.sequence-len 1000 --rows 2 --repeat 2
-step train-12 110 12 "64 32 16"
-step train-20 110 20 "32 16 8" --step-only
-step train-20-fp8 90 20 "32 16 8" --step-only --fp8
-for impl in ${IMPLS:-pallas mosaic}; do
+# shellcheck disable=SC2206  # words
+IMPLEMENTATIONS=(--impls $CHECKED)
+ours attention-real 100 attention "${GPU[@]}" --model.depth 24 --rows 16 "${IMPLEMENTATIONS[@]}"
+step train-12 80 12 "64 32 16" --step-only
+step train-20 110 20 "${ROWS_20:-32 16 8}" --step-only
+part pipeline 170 bash -c '"$0" run_speedrun.py --experiment experiments/smoke.py --workdir "$1" --model.head-dim 64 \
+    --compute-dtype bfloat16 >&2 && printf "{\"pipeline\": \"%s\"}\n" "$(ls "$1" | tr "\n" " ")"' "$PYTHON" "$PIECES/run"
+step train-20-fp8 120 20 "16 8" --step-only --fp8
+ours decode 60 decode "${GPU[@]}" --repeat 3 --step-only
+ours attention-grouped 40 attention "${GPU[@]}" --model.depth 8 --model.n-kv-head 2 --model.sequence-len 640 --rows 3 \
+    --repeat 2 "${IMPLEMENTATIONS[@]}"
+ours attention-narrow 40 attention "${GPU[@]}" --model.depth 4 --model.head-dim 64 --model.sequence-len 1000 --rows 2 \
+    --repeat 2 "${IMPLEMENTATIONS[@]}"
+ours attention-float32 40 attention --experiment experiments/d12.py --compute-dtype float32 --rows 4 --repeat 2 \
+    --impls "${FLOAT32:-pallas}"
+for impl in ${IMPLS:-cudnn pallas}; do
     step "train-12-$impl" 70 12 "64 32 16" --step-only --attention "$impl"
 done
-ours decode 60 decode "${GPU[@]}" --repeat 3 --step-only
 if [ -n "${NANOCHAT:-}" ]; then
     part compare 150 "$PYTHON" bench/compare_nanochat.py --nanochat "$NANOCHAT" \
         --python "${NANOCHAT_PYTHON:-$PYTHON}" --json "${COMPARE[@]}"
 fi
+step profile-12 130 12 "64 32 16"
 number=0
 while read -r flags; do
     number=$((number + 1))
     XLA_FLAGS="${XLA_FLAGS:-} $flags" step "train-12-flags-$number" 70 12 "64 32 16" --step-only
 done <<'FLAGS'
---xla_gpu_enable_latency_hiding_scheduler=false
+--xla_gpu_dot_merger_threshold_mb=32
 --xla_gpu_enable_triton_gemm=true
 --xla_gpu_enable_command_buffer=
 FLAGS

@@ -26,7 +26,7 @@ from nanochat_jax.errors import UserError
 from nanochat_jax.metrics import gib
 from nanochat_jax.optim import Schedule
 from nanochat_jax.sharding import BATCH, data_shards
-from nanochat_jax.train import state_shapes, train_step
+from nanochat_jax.train import compiler_options, state_shapes, train_step
 
 HEAD_TOKENS = 512
 """Positions a device puts through the output head at once on a CPU, where large temporaries are slow."""
@@ -106,13 +106,14 @@ def train_bytes(cfg: GPTConfig, mesh: Mesh, microbatches: int, rows: int, length
         batch["weights"] = batch["inputs"].update(dtype=jnp.float32)
     hyper = Schedule(StageConfig(), 1, cfg.n_embd).hyper(0)
     with jax.set_mesh(mesh):
-        return program_bytes(train_step.lower(state_shapes(cfg, mesh), batch, hyper, cfg=cfg))
+        lowered = train_step.lower(state_shapes(cfg, mesh), batch, hyper, cfg=cfg)
+        return program_bytes(lowered, compiler_options(cfg, mesh))
 
 
-def program_bytes(lowered: jax.stages.Lowered) -> float:
+def program_bytes(lowered: jax.stages.Lowered, options: dict[str, bool]) -> float:
     """Bytes a device needs for a program; infinite where the compiler itself says that it cannot fit."""
     try:
-        return account(lowered.compile())["bytes"]
+        return account(lowered.compile(options))["bytes"]
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

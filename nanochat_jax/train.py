@@ -199,6 +199,16 @@ def train_step(
     return state, {"loss": jnp.sum(total), "targets": counted, "grad_norm": norm}
 
 
+def compiler_options(cfg: GPTConfig, mesh: Mesh) -> dict[str, bool]:
+    """What `train_step` is compiled with on a mesh, beside the flags of process.py.
+
+    On a GPU XLA's scheduler that hides communication puts weight gradients off, and keeps for them whatever
+    rematerialisation made: at depth 12, 16 rows of 2,048 tokens, 12.4 GB instead of 6.3.
+    """
+    scheduler = {"xla_gpu_enable_latency_hiding_scheduler": False}
+    return scheduler if cfg.remat and mesh.devices.flat[0].platform == "gpu" else {}
+
+
 @functools.partial(jax.jit, static_argnames="cfg")
 def eval_losses(params: Params, inputs: jax.Array, targets: jax.Array, *, cfg: GPTConfig) -> jax.Array:
     """Cross-entropy at each position, nats, float32 [rows, T]; 0 where the target is -1."""

@@ -373,7 +373,7 @@ def test_a_session_on_a_gpu_can_be_rehearsed(tmp_path):
     assert figures["shape"] == {"T": 256, "N": 2, "K": 1, "H": 64, "dtype": "bfloat16"}
     assert {record["window"] for record in figures["attention"]} == {128, 256}
     page = (tmp_path / "out" / "gpu_session.md").read_text()
-    assert page.startswith("Every check passed.") and "| xla_blocked |" in page
+    assert page.startswith("Every check passed.") and "| pallas_interpreted |" in page
 
 
 def test_a_session_fails_where_a_part_does(tmp_path):

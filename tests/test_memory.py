@@ -22,7 +22,7 @@ from nanochat_jax.optim import Schedule
 from nanochat_jax.sharding import make_mesh, path_of, put_batch
 from nanochat_jax.stages.rl import fit_update
 from nanochat_jax.stages.session import Session
-from nanochat_jax.train import state_shapes, train_step
+from nanochat_jax.train import compiler_options, state_shapes, train_step
 
 CFG = GPTConfig.from_depth(ModelConfig(depth=2, aspect_ratio=24, head_dim=16, sequence_len=64), 512)
 ONE_LAYER = GPTConfig.from_depth(ModelConfig(depth=1, aspect_ratio=48, head_dim=16, sequence_len=64), 512)
@@ -94,6 +94,15 @@ def test_the_loss_is_the_same_in_chunks_of_any_size(chunk):
     np.testing.assert_allclose(whole, chunked, rtol=1e-5)
 
 
+def test_a_gpu_compiles_rematerialisation_without_the_scheduler_that_undoes_it():
+    gpu = SimpleNamespace(devices=np.array([SimpleNamespace(platform="gpu")]))
+    remat = compiler_options(replace(CFG, remat=True), gpu)
+    assert remat and not compiler_options(CFG, gpu) and not compiler_options(replace(CFG, remat=True), make_mesh("1"))
+    jax.jit(jnp.sin).lower(1.0).compile(remat)  # this version of XLA knows the option
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        jax.jit(jnp.sin).lower(1.0).compile(remat | {"xla_gpu_no_such_option": False})
+
+
 def test_chunks_of_the_loss_need_less_memory_when_compiled():
     whole, chunked = (temporaries(compiled_gradient(replace(ONE_LAYER, loss_chunk=chunk), 16)) for chunk in (0, 9))
     logits = 16 * 64 * 512 * 4
@@ -106,20 +115,20 @@ def test_bytes_are_those_of_one_device_and_count_donated_buffers_once():
     def double(x):
         return x * 2
 
-    assert program_bytes(jax.jit(double).lower(x)) == 2 * 4096
-    assert program_bytes(jax.jit(double, donate_argnums=0).lower(x)) == 4096
+    assert program_bytes(jax.jit(double).lower(x), {}) == 2 * 4096
+    assert program_bytes(jax.jit(double, donate_argnums=0).lower(x), {}) == 4096
 
 
 def test_a_program_the_compiler_refuses_for_its_size_does_not_fit():
     def refusing(message):
-        def compile():
+        def compile(options):
             raise jax.errors.JaxRuntimeError(message)
 
         return SimpleNamespace(compile=compile)
 
-    assert program_bytes(refusing("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm")) == float("inf")
+    assert program_bytes(refusing("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm"), {}) == float("inf")
     with pytest.raises(jax.errors.JaxRuntimeError):
-        program_bytes(refusing("INTERNAL: broken"))
+        program_bytes(refusing("INTERNAL: broken"), {})
 
 
 def auto(**changes):
@@ -153,7 +162,7 @@ def test_the_choice_is_the_largest_step_that_fits_and_is_compiled_once():
 
 
 def test_a_step_of_rl_is_measured_with_its_weights(monkeypatch):
-    monkeypatch.setattr(memory, "program_bytes", lambda lowered: lowered.in_avals)
+    monkeypatch.setattr(memory, "program_bytes", lambda lowered, options: lowered.in_avals)
     (_, batch, _), _ = train_bytes(ONE_LAYER, make_mesh("2"), 3, 4, 32, weights=True)
     assert {name: (x.shape, x.dtype) for name, x in batch.items()} == {
         "inputs": ((3, 8, 32), jnp.int32), "targets": ((3, 8, 32), jnp.int32), "weights": ((3, 8, 32), jnp.float32)

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import datasets
@@ -25,6 +26,7 @@ from nanochat_jax.sharding import make_mesh
 from nanochat_jax.stages import rl
 from nanochat_jax.stages.policy import clipped, policy_batch
 from nanochat_jax.stages.rl import pass_at_k, sampling, update
+from nanochat_jax.stages.session import Session
 from nanochat_jax.tasks import gsm8k, load
 from nanochat_jax.tasks.task import Task, dialogue
 from nanochat_jax.tokenizer import Tokenizer
@@ -148,7 +150,9 @@ def opened(spec, settings, params=None):
     """As much of a session as an update needs."""
     mesh = make_mesh(spec)
     state = with_optimizer(CFG, mesh, born_params(CFG, mesh, 0) if params is None else params)
-    return SimpleNamespace(stage=settings, mesh=mesh, cfg=CFG, state=state)
+    session = SimpleNamespace(stage=settings, mesh=mesh, cfg=CFG, state=state, programs={}, log=quiet, name="rl")
+    session.compiled = partial(Session.compiled, session)
+    return session
 
 
 @pytest.mark.parametrize("spec", ["1", "4"])

@@ -34,6 +34,7 @@ from nanochat_jax.train import (
     apply_gradients,
     batch_loss,
     born_params,
+    compiler_options,
     train_step,
     unreduced_gradients,
     with_optimizer,
@@ -86,7 +87,7 @@ def figures(config: Config, settings: Settings, log: Log) -> dict[str, Any]:
             start = time.perf_counter()
             lowered = train_step.lower(state, batch, schedule.hyper(0), cfg=cfg)
             traced = time.perf_counter()
-            program = lowered.compile()
+            program = lowered.compile(compiler_options(cfg, mesh))
             compiled = time.perf_counter()
         text = program.as_text()
         check_compiled(cfg, mesh.devices.flat[0], text)

@@ -95,7 +95,7 @@ def train(
     batches = conversation_batches(train_set, session.tokenizer, rows=microbatches * rows, **packed)
     start = functools.partial(params_from, session, workdir, PREVIOUS[name])
     pace = session.begin(schedule, start, batches, tokens_a_step=batch_tokens)
-    train_step = pending = None
+    pending = None
 
     def record(step: int, metrics: dict, waited: float, place: str) -> None:
         values = session.checked(step, metrics, place)
@@ -121,8 +121,7 @@ def train(
             step = session.step
             batch, waited = step_batch(batches, microbatches, mesh)
             hyper = schedule.hyper(step)
-            train_step = train_step or session.compiled(batch, hyper)
-            session.state, metrics = train_step(session.state, batch, hyper)
+            session.state, metrics = session.compiled(batch, hyper)(session.state, batch, hyper)
             if pending:
                 record(*pending)
             position = batches.get_state()

@@ -54,7 +54,7 @@ def run(config: Config, workdir: Path, log: Log, force: bool = False) -> None:
     start = functools.partial(initial_params, session, config.seed)
     pace = session.begin(schedule, start, batches, tokens_a_step=horizon.batch_tokens)
     step_flops = horizon.batch_tokens * flops_per_token(cfg)
-    train_step = pending = None
+    pending = None
 
     def record(step: int, metrics: dict, waited: float, place: str) -> None:
         """Read a step's loss only after the next one was dispatched, so that the devices never wait for the host."""
@@ -82,8 +82,7 @@ def run(config: Config, workdir: Path, log: Log, force: bool = False) -> None:
             step = session.step
             batch, waited = step_batch(batches, microbatches, mesh, local=True)
             hyper = schedule.hyper(step)
-            train_step = train_step or session.compiled(batch, hyper)
-            session.state, metrics = train_step(session.state, batch, hyper)
+            session.state, metrics = session.compiled(batch, hyper)(session.state, batch, hyper)
             if pending:
                 record(*pending)
             pending = (step, metrics, waited, reading_at(batches.get_state(), train_files))

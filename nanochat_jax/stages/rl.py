@@ -41,7 +41,6 @@ from nanochat_jax.stages.samples import write_samples
 from nanochat_jax.stages.session import Log, Session, is_done, open_session, params_from
 from nanochat_jax.tasks import Task, load
 from nanochat_jax.tokenizer import Tokenizer
-from nanochat_jax.train import train_step
 
 
 def run(config: Config, workdir: Path, log: Log, force: bool = False) -> None:
@@ -232,7 +231,8 @@ def update(session: Session, batch: dict[str, np.ndarray], schedule: Schedule, s
             if settings.clip:
                 targets["weights"], last = clipped(session.state.params, policy, settings.clip, cfg=session.cfg)
                 first = first or last
-            session.state, metrics = train_step(session.state, targets, schedule.hyper(step), cfg=session.cfg)
+            hyper = schedule.hyper(step)
+            session.state, metrics = session.compiled(targets, hyper)(session.state, targets, hyper)
     compared = {}
     if settings.clip:
         # A checkpoint is judged by the loss of the parameters it holds; what a later update spoils shows in the norm.

@@ -38,6 +38,7 @@ from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train import (
     TrainState,
     born_params,
+    compiler_options,
     restored_state,
     saved_shapes,
     saved_tree,
@@ -74,6 +75,8 @@ class Session:
     console: Console | None = None
     last: int = 0
     """The step after which this start ends."""
+    programs: dict[tuple[int, ...], jax.stages.Compiled] = field(default_factory=dict)
+    """The compiled training steps, by the shape of their batches."""
 
     def rows(self, batch_tokens: int) -> tuple[int, int]:
         """(microbatches, rows in each) of a step of `batch_tokens`; UserError where it does not divide."""
@@ -131,10 +134,14 @@ class Session:
         return Pace(schedule.steps, tokens_a_step or 0, flops_per_token(self.cfg), self.mesh.size)
 
     def compiled(self, batch: dict[str, jax.Array], hyper: Hyper) -> jax.stages.Compiled:
-        """The training step for batches like this one; says what it needs, by the compiler's account."""
+        """The training step for batches like this one; when it is new says what it needs, by the compiler's account."""
+        shape = batch["inputs"].shape
+        if shape in self.programs:
+            return self.programs[shape]
         device, start = self.mesh.devices.flat[0], time.perf_counter()
         with jax.set_mesh(self.mesh):
-            program = train_step.lower(self.state, batch, hyper, cfg=self.cfg).compile()
+            lowered = train_step.lower(self.state, batch, hyper, cfg=self.cfg)
+            program = self.programs[shape] = lowered.compile(compiler_options(self.cfg, self.mesh))
         check_compiled(self.cfg, device, program.as_text())
         needs = account(program)
         flops = f", {needs['flops']:.3g} FLOPs a device" if needs["flops"] else ""
