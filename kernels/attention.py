@@ -46,8 +46,8 @@ def resolve(
 ) -> str:
     """The implementation `impl` means on `platform` ("cpu", "gpu", "tpu") in `dtype`; ValueError if it cannot run.
 
-    `capability`, `cuda`: those here where none is given; `width`: of a head. `auto` is the fastest that can run in
-    training: mosaic on Hopper, else cudnn on NVIDIA's GPUs.
+    `capability`, `cuda`: those here where none is given; `width`: of a head. `auto` on NVIDIA's GPUs is the fastest
+    that was measured: mosaic on Hopper, else cudnn; and pallas for float32, as XLA takes minutes to compile its blocks.
     """
     capability = compute_capability() if capability is None else capability
     cuda = cuda_version() if cuda is None else cuda
@@ -55,9 +55,10 @@ def resolve(
     widest = 256 if generation >= 9 else 128
     by_cudnn = platform == "gpu" and dtype != "float32" and generation >= 8 and width % 8 == 0 and width <= widest
     by_mosaic = by_cudnn and 9 <= generation < 10 and width in (64, 128)
+    if impl == "auto" and by_cudnn:
+        return "mosaic" if by_mosaic and cuda > MISCOMPILING[-1] else "cudnn"
     if impl == "auto":
-        fastest = "mosaic" if by_mosaic and cuda > MISCOMPILING[-1] else "cudnn"
-        return fastest if by_cudnn else "xla_blocked"
+        return "pallas" if dtype == "float32" and generation >= 8 else "xla_blocked"
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"attention {impl!r} is unknown; known: auto, {', '.join(IMPLEMENTATIONS)}")
     if impl == "cudnn" and not by_cudnn:

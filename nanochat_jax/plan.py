@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
+from kernels.attention import GPU_IMPLEMENTATIONS
 from nanochat_jax.config import DEFAULT_ROWS, Config, FinetuneConfig, GPTConfig
 from nanochat_jax.data.conversations import read_jsonl
 from nanochat_jax.memory import loss_chunk
@@ -31,13 +32,13 @@ CPU_CORE_FLOPS = 35e9
 """Float32 FLOP/s that training gets out of one CPU core."""
 ROLLOUT_EFFICIENCY = 0.1
 """Speed of token-by-token decoding in FLOP/s, relative to training."""
-ACTIVATION_BYTES = {"float32": 106, "bfloat16": 71}
-"""Bytes for the backward pass per token, layer and unit of width, by XLA's memory analysis on a CPU; without the
-scores of attention."""
+ACTIVATION_BYTES = {"cpu": {"float32": 106, "bfloat16": 71}, "gpu": {"float32": 72, "bfloat16": 36}}
+"""Bytes for the backward pass per token, layer and unit of width, by XLA's memory analysis on a CPU and, in bfloat16,
+for an H100; without the scores of attention."""
 SCORE_BYTES = {"float32": 11, "bfloat16": 9}
 """The same per head and visible key, where attention keeps its scores."""
-LOGIT_BYTES = {"float32": 15, "bfloat16": 11}
-"""The same per logit that is there at once."""
+LOGIT_BYTES = {"cpu": {"float32": 15, "bfloat16": 11}, "gpu": {"float32": 4, "bfloat16": 2}}
+"""The same per logit that is there at once; on a GPU their gradients take their place."""
 KEEPS_SCORES = ("reference", "xla_blocked")
 REMAT_VALUES = 3.5
 """Values per token, layer and unit of width that rematerialisation leaves kept."""
@@ -210,11 +211,12 @@ def step_memory(config: Config, cfg: GPTConfig, rows: int, platform: str, attent
     tokens = rows * cfg.sequence_len / axes["tensor"]
     chunk = loss_chunk(config, rows, platform)
     head_tokens = rows * min(chunk or cfg.sequence_len, cfg.sequence_len) / axes["tensor"]
-    logits = LOGIT_BYTES[dtype] * head_tokens * cfg.padded_vocab_size
+    kind = _kind(attention)
+    logits = LOGIT_BYTES[kind][dtype] * head_tokens * cfg.padded_vocab_size
     # A window's mean number of visible keys, and half a block of queries.
     keys = [window - window**2 / 2 / cfg.sequence_len + 64 for window in cfg.windows]
     scores = SCORE_BYTES[dtype] * cfg.n_head * (attention in KEEPS_SCORES)
-    layers = [tokens * (ACTIVATION_BYTES[dtype] * cfg.n_embd + scores * seen) for seen in keys]
+    layers = [tokens * (ACTIVATION_BYTES[kind][dtype] * cfg.n_embd + scores * seen) for seen in keys]
     activations = sum(layers)
     if cfg.remat:
         # One layer's activations are there again when the logits are not any more.
@@ -229,6 +231,11 @@ def step_memory(config: Config, cfg: GPTConfig, rows: int, platform: str, attent
         "logits": logits,
     }
     return memory | {"total": sum(memory.values())}
+
+
+def _kind(attention: str) -> str:
+    """Whose arithmetic a program is like; XLA's own attention on a GPU keeps as much as on a CPU."""
+    return "gpu" if attention in GPU_IMPLEMENTATIONS else "cpu"
 
 
 def _disk(config: Config, cfg: GPTConfig, counts: dict[str, int]) -> dict[str, float]:
@@ -250,8 +257,8 @@ def _assumptions(rates: dict[str, float], cfg: GPTConfig, attention: str) -> lis
         f"from {ASSUMED_MFU:.0%} MFU on accelerators and {CPU_CORE_FLOPS / 1e9:.0f} GFLOP/s a CPU core",
         f"tokens a conversation: {lengths}, others {MADE_TOKENS}; a file's bytes / 4",
         f"rl: answers as long as allowed; sampling runs at {ROLLOUT_EFFICIENCY:.0%} of the speed of training",
-        f"activations, as XLA keeps them on a CPU: {ACTIVATION_BYTES[cfg.compute_dtype]} bytes a token, layer and unit "
-        f"of width, with remat {REMAT_VALUES * jnp.dtype(cfg.compute_dtype).itemsize:.0f} and a third more work",
+        f"activations, as XLA keeps them: {ACTIVATION_BYTES[_kind(attention)][cfg.compute_dtype]} bytes a token, layer "
+        f"and unit of width; with remat {REMAT_VALUES * jnp.dtype(cfg.compute_dtype).itemsize:.0f}, a third more work",
         f"attention {attention} {'keeps' if attention in KEEPS_SCORES else 'does not keep'} its scores",
         f"device-batch-size auto: counted as 1 row; a shard has {SHARD_BYTES / 1e6:.0f} MB",
         "not counted: evaluation, downloads, tokenizer training, compilation",

@@ -122,7 +122,8 @@ def test_attention_that_cannot_run_is_an_error():
     assert resolve("auto", "cpu", "float32") == "xla_blocked"
     assert resolve("auto", "gpu", "bfloat16", "9.0", 256) == resolve("auto", "gpu", "float16", "8.0") == "cudnn"
     assert resolve("auto", "gpu", "bfloat16", "9.0", cuda=13000) == "mosaic"
-    assert resolve("auto", "gpu", "float32", "9.0", cuda=13000) == "xla_blocked"
+    assert resolve("auto", "gpu", "float32", "9.0", cuda=13000) == resolve("auto", "gpu", "float32", "8.6") == "pallas"
+    assert resolve("auto", "gpu", "float32", "7.5") == resolve("auto", "gpu", "float32", "gfx90a") == "xla_blocked"
     for cuda in (0, 12080, 12090):  # none known; two whose compiler may get causal masks wrong
         assert resolve("auto", "gpu", "bfloat16", "9.0", cuda=cuda) == "cudnn"
     with pytest.raises(ValueError, match=r"CUDA 12\.9 is known to miscompile"):
