@@ -12,6 +12,7 @@
 #     PYTHON      python with this project's requirements (python3)
 #     LIMIT       seconds for all parts together (520)
 #     PARTS       names of parts, where not all are wanted ("attention-real decode")
+#     ROWS_20     rows that depth 20 is tried with, the first that fit ("32 16 8"; 32 need more than 80 GB to be fast)
 #     CHECKED     attention that is checked and timed ("cudnn pallas mosaic")
 #     IMPLS       attention that the step is also measured with ("cudnn pallas")
 #     NANOCHAT, NANOCHAT_PYTHON  checkout of karpathy/nanochat, python of its environment
