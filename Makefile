@@ -1,5 +1,6 @@
 # make speedrun | test | test-slow | serve | lint | bench: each creates .venv and installs what it needs, once.
-# PYTHON=python3.12 chooses the interpreter, VENV=folder the environment, ARGS="..." adds options.
+# PYTHON=python3.12 chooses the interpreter, VENV=folder the environment, ARGS="..." adds options. For CUDA 13, once, for
+# a new environment: REQUIREMENTS=requirements-cuda13.txt.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -7,7 +8,8 @@ ARGS ?=
 
 PY := $(VENV)/bin/python
 GPU := $(shell if nvidia-smi -L >/dev/null 2>&1 || [ -e /proc/driver/nvidia/version ]; then echo yes; fi)
-REQUIREMENTS := $(if $(GPU),requirements.txt,requirements-cpu.txt)
+CUDA13 := $(if $(wildcard $(VENV)/installed-requirements-cuda13.txt),requirements-cuda13.txt)
+REQUIREMENTS := $(or $(CUDA13),$(if $(GPU),requirements.txt,requirements-cpu.txt))
 RUNTIME := $(VENV)/installed-$(REQUIREMENTS)
 DEV := $(VENV)/installed-requirements-dev.txt
 
