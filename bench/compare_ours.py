@@ -17,7 +17,7 @@ from nanochat_jax.bench.train import prepared
 from nanochat_jax.config import Config
 from nanochat_jax.metrics import peak_memory_bytes
 from nanochat_jax.sharding import put_batch
-from nanochat_jax.train import born_params, train_step, with_optimizer
+from nanochat_jax.train import born_params, compiler_options, train_step, with_optimizer
 
 
 def main() -> None:
@@ -36,12 +36,15 @@ def main() -> None:
         del weights
     tokens = np.load(spec["batches"], mmap_mode="r")
     turns.facts = {"architecture": asdict(cfg)} | environment()
-    step = 0
+    step, program = 0, None
     with jax.set_mesh(mesh):
         while True:
             batch = tokens[step % len(tokens)].reshape(microbatches, rows, -1)
             batch = put_batch({"inputs": batch[..., :-1], "targets": batch[..., 1:]}, mesh, leading=1)
-            state, metrics = train_step(state, batch, schedule.hyper(step), cfg=cfg)
+            hyper = schedule.hyper(step)
+            if program is None:
+                program = train_step.lower(state, batch, hyper, cfg=cfg).compile(compiler_options(cfg, mesh))
+            state, metrics = program(state, batch, hyper)
             turns.step_done(float(metrics["loss"]))
             step += 1
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Everything that a GPU is to be asked, in under nine minutes: every attention kernel against the reference, small and
-# real shapes; attention in TFLOP/s; the training step at depth 12 and 20, in fp8, with other kernels, with other XLA
-# flags; decoding; a whole pipeline; and, given its checkout, the reference's own training.
+# Everything that a GPU is to be asked, in under nine minutes (all but EXTRA took 450 s on an H200): every attention
+# kernel against the reference, small and real shapes; attention in TFLOP/s; the training step at depth 12 and 20, in fp8,
+# with cuDNN; decoding; a whole pipeline; and, given its checkout, the reference's own training.
 #
 #     bench/gpu_session.sh [FOLDER]        # $OUT, or gpu_session/: gpu_session.json, .md, .log
 #
@@ -11,17 +11,19 @@
 #
 #     PYTHON      python with this project's requirements (python3)
 #     LIMIT       seconds for all parts together (520)
+#     EXTRA=1     also the step with other attention, with other XLA flags, and by parts: 300 s more
 #     PARTS       names of parts, where not all are wanted ("attention-real decode")
 #     ROWS_20     rows that depth 20 is tried with, the first that fit ("32 16 8"; 32 need more than 80 GB to be fast)
 #     CHECKED     attention that is checked and timed ("cudnn pallas mosaic")
-#     IMPLS       attention that the step is also measured with ("cudnn pallas")
+#     FLOAT32     attention that is checked in float32 ("pallas")
+#     IMPLS       attention that the step is also measured with, with EXTRA ("pallas")
 #     NANOCHAT, NANOCHAT_PYTHON  checkout of karpathy/nanochat, python of its environment
 #     REHEARSE=1  the same commands on a CPU with tiny shapes
 set -u
 cd "$(dirname "$0")/.."
 FOLDER=$(mkdir -p "${1:-${OUT:-gpu_session}}" && cd "${1:-${OUT:-gpu_session}}" && pwd)
 PYTHON=${PYTHON:-python3}
-DEADLINE=$((SECONDS + ${LIMIT:-520}))
+DEADLINE=$((SECONDS + ${LIMIT:-$((520 + 300 * ${EXTRA:-0}))}))
 PIECES=$(mktemp -d)
 LOG=$FOLDER/gpu_session.log
 trap 'rm -rf "$PIECES"' EXIT
@@ -33,7 +35,7 @@ if [ -n "${REHEARSE:-}" ]; then
     export JAX_PLATFORMS=cpu
     SMALL=(--model.depth 2 --model.aspect-ratio 64 --model.head-dim 64 --model.sequence-len 256 --model.n-kv-head 1
         --tokenizer.vocab-size 512 --base.total-batch-size 1024 --base.device-batch-size 2 --repeat 1 --rows 1)
-    CHECKED="reference pallas_interpreted"
+    CHECKED="reference pallas_interpreted" CUDNN=reference
     COMPARE=(--depth 2 --seq-len 128 --batch 2 --vocab-size 512 --rounds 1 --steps 1)
 fi
 
@@ -90,21 +92,20 @@ ours attention-narrow 40 attention "${GPU[@]}" --model.depth 4 --model.head-dim 
     --repeat 2 "${IMPLEMENTATIONS[@]}"
 ours attention-float32 40 attention --experiment experiments/d12.py --compute-dtype float32 --rows 4 --repeat 2 \
     --impls "${FLOAT32:-pallas}"
-for impl in ${IMPLS:-cudnn pallas}; do
-    step "train-12-$impl" 70 12 "64 32 16" --step-only --attention "$impl"
-done
+step train-12-cudnn 70 12 "64 32 16" --step-only --attention "${CUDNN:-cudnn}"
 if [ -n "${NANOCHAT:-}" ]; then
     part compare 150 "$PYTHON" bench/compare_nanochat.py --nanochat "$NANOCHAT" \
         --python "${NANOCHAT_PYTHON:-$PYTHON}" --json "${COMPARE[@]}"
 fi
-step profile-12 130 12 "64 32 16"
-number=0
-while read -r flags; do
-    number=$((number + 1))
-    XLA_FLAGS="${XLA_FLAGS:-} $flags" step "train-12-flags-$number" 70 12 "64 32 16" --step-only
-done <<'FLAGS'
---xla_gpu_dot_merger_threshold_mb=32
---xla_gpu_enable_triton_gemm=true
---xla_gpu_enable_command_buffer=
-FLAGS
+if [ -n "${EXTRA:-}" ]; then
+    for impl in ${IMPLS:-pallas}; do
+        step "train-12-$impl" 70 12 "64 32 16" --step-only --attention "$impl"
+    done
+    step profile-12 130 12 "64 32 16"
+    number=0
+    for flags in xla_gpu_dot_merger_threshold_mb=32 xla_gpu_enable_triton_gemm=true xla_gpu_enable_command_buffer=; do
+        number=$((number + 1))
+        XLA_FLAGS="${XLA_FLAGS:-} --$flags" step "train-12-flags-$number" 70 12 "64 32 16" --step-only
+    done
+fi
 "$PYTHON" -m bench.gpu_session_report "$PIECES" "$FOLDER"

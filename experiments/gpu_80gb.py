@@ -4,8 +4,8 @@ Command:  XLA_PYTHON_CLIENT_MEM_FRACTION=0.92 python run_speedrun.py --experimen
 Cost:     estimated, not measured on such a card: about 12 hours on an H100 (plan's assumptions: 40% of the peak)
 Result:   not measured yet
 
-Memory, estimated, not measured on such a card: 40.1 GiB for a step of base, compiled for an H100 (JAX 0.11.2); about
-as much on others from Ampere on. Where it is too much: --base.device-batch-size auto, --remat.
+Memory, estimated, not measured on such a card: 40.1 GiB for a step of base, compiled for an H100 (JAX 0.11.2);
+assumed to be much the same from Ampere on. Where it is too much: --base.device-batch-size auto, --remat.
 """
 
 from dataclasses import replace

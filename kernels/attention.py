@@ -24,10 +24,8 @@ from kernels.reference import reference_attention
 IMPLEMENTATIONS = ("reference", "xla_blocked", "cudnn", "pallas", "pallas_interpreted", "mosaic")
 GPU_IMPLEMENTATIONS = ("cudnn", "pallas", "pallas_interpreted", "mosaic")
 """Those that run on NVIDIA's GPUs alone, `pallas_interpreted` being one of them tried elsewhere."""
-
-
-MISCOMPILING = range(12080, 12091)
-"""Versions of CUDA (12.8.0 to 12.9.1) whose ptxas JAX's developers found to miscompile causal masks on Hopper."""
+MOSAIC_CUDA = 13000
+"""The CUDA that mosaic needs: the assembler of 12.8 and 12.9 gets causal masks wrong, as JAX's developers found."""
 
 
 def compute_capability() -> str:
@@ -35,9 +33,10 @@ def compute_capability() -> str:
     return getattr(jax.local_devices()[0], "compute_capability", "")
 
 
-def cuda_version() -> int:
-    """Of the runtime here, such as 13000 for 13.0; 0 where there is none."""
-    found = re.search(r"cuda (\d+)", jax.local_devices()[0].client.platform_version)
+def cuda_version(platform_version: str | None = None) -> int:
+    """The CUDA that JAX was built for, such as 13000 for 13.0, by its `platform_version`; 0 where it was for none."""
+    text = jax.local_devices()[0].client.platform_version if platform_version is None else platform_version
+    found = re.search(r"cuda (\d+)", text)
     return int(found[1]) if found else 0
 
 
@@ -54,9 +53,9 @@ def resolve(
     generation = float(capability) if capability.replace(".", "", 1).isdigit() else 0.0  # 0: no GPU of NVIDIA's
     widest = 256 if generation >= 9 else 128
     by_cudnn = platform == "gpu" and dtype != "float32" and generation >= 8 and width % 8 == 0 and width <= widest
-    by_mosaic = by_cudnn and 9 <= generation < 10 and width in (64, 128)
+    by_mosaic = by_cudnn and 9 <= generation < 10 and width in (64, 128) and cuda >= MOSAIC_CUDA
     if impl == "auto" and by_cudnn:
-        return "mosaic" if by_mosaic and cuda > MISCOMPILING[-1] else "cudnn"
+        return "mosaic" if by_mosaic else "cudnn"
     if impl == "auto":
         return "pallas" if dtype == "float32" and generation >= 8 else "xla_blocked"
     if impl not in IMPLEMENTATIONS:
@@ -73,14 +72,9 @@ def resolve(
         raise ValueError(f"attention pallas needs an NVIDIA GPU, here: {platform}; use --attention auto")
     if impl == "mosaic" and not by_mosaic:
         raise ValueError(
-            "attention mosaic needs an NVIDIA GPU of compute capability 9.x (H100, H200), 16-bit precision "
-            f"and heads of width 64 or 128, here: {platform} {capability or '-'}, {dtype}, "
-            f"{width}; use --attention auto"
-        )
-    if impl == "mosaic" and cuda in MISCOMPILING:
-        raise ValueError(
-            f"attention mosaic: CUDA {cuda // 1000}.{cuda % 1000 // 10} is known to miscompile causal masks, 13.0 is "
-            "not: install jax[cuda13] (requirements-cuda13.txt), or use --attention auto"
+            "attention mosaic needs an NVIDIA GPU of compute capability 9.x (H100, H200), CUDA 13, 16-bit precision "
+            f"and heads of width 64 or 128, here: {platform} {capability or '-'}, CUDA {cuda / 1000:.2f}, {dtype}, "
+            f"{width}; use --attention auto, or for CUDA 13 requirements-cuda13.txt"
         )
     return impl
 

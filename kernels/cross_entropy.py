@@ -12,8 +12,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-LOGITS = 4096
-"""Logits that a program has in registers, at most; a power of two."""
+LOGITS, WARPS = 4096, 8
+"""Logits that a program has in registers, at most, a power of two; and the warps that share them."""
+MULTIPLE = 32 * WARPS
+"""V is a multiple: each logit is one thread's. Of fewer logits than threads Triton has several threads read each, one
+of which may find what another has written in its place."""
 
 
 def softcapped_cross_entropy(
@@ -21,11 +24,14 @@ def softcapped_cross_entropy(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Losses in nats [B, T], 0 where the target is -1; the sums of the exponentials [B, T]; and gradients [B, T, V].
 
-    Of the logits cap * tanh(logits / cap) the first `vocab_size` of V count. The gradients are those of the losses with
-    respect to `logits`, times the sums; of positions without a target they mean nothing. Losses and sums are float32,
-    gradients in the dtype of the logits and, if nobody else needs those, in their memory.
+    V is a multiple of MULTIPLE, else ValueError. Of the logits cap * tanh(logits / cap) the first `vocab_size` count; a
+    target beyond gives NaN. The gradients are those of the losses with respect to `logits`, times the sums; of
+    positions without a target they mean nothing. Losses and sums are float32, gradients in the dtype of the logits and,
+    if nobody else needs those, in their memory.
     """
     rows, width = targets_BT.size, logits_BTV.shape[-1]
+    if width % MULTIPLE:
+        raise ValueError(f"softcapped_cross_entropy takes multiples of {MULTIPLE} logits, here: {width}")
     row, one = pl.BlockSpec((None, width), lambda i: (i, 0)), pl.BlockSpec((1,), lambda i: (i,))
     per_row = jax.ShapeDtypeStruct((rows,), jnp.float32)
     losses, sums, grads = pl.pallas_call(
@@ -35,7 +41,7 @@ def softcapped_cross_entropy(
         out_specs=[one, one, row],
         out_shape=[per_row, per_row, jax.ShapeDtypeStruct((rows, width), logits_BTV.dtype)],
         input_output_aliases={0: 2},
-        compiler_params=triton.CompilerParams(num_warps=8, num_stages=1),
+        compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=1),
         interpret=interpret,
         name="softcapped_cross_entropy",
     )(logits_BTV.reshape(rows, width), targets_BT.reshape(rows))
@@ -54,7 +60,7 @@ def _kernel(
 ) -> None:
     (width,) = logits_ref.shape
     block = min(LOGITS, width & -width)
-    counted, target = target_ref[0] >= 0, jnp.maximum(target_ref[0], 0)
+    target = jnp.clip(target_ref[0], 0, vocab_size - 1)  # where there is none, no other row's memory
 
     def capped(logits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Capped logits, their exponentials, and these times the derivative of the cap."""
@@ -82,5 +88,6 @@ def _kernel(
     total = jnp.sum(jax.lax.fori_loop(0, width // block, step, jnp.zeros(block, jnp.float32)))
     everybody_is_here()  # before it is written to once more
     grads_ref[target] = (target_grad - total * target_grad / target_exp).astype(grads_ref.dtype)
-    loss_ref[0] = jnp.where(counted, jnp.log(total) - target_logit, 0.0)
+    known = jnp.where(target_ref[0] < vocab_size, total, -1.0)  # whose logarithm is NaN
+    loss_ref[0] = jnp.where(target_ref[0] >= 0, jnp.log(known) - target_logit, 0.0)
     sum_ref[0] = total

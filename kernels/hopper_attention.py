@@ -2,7 +2,7 @@
 
 Warp-specialised: two warpgroups compute, one moves tiles through TMA; tiles outside the window are visited by none of
 the three kernels. What it leaves out: documents inside a row, other head widths than 64 and 128, float32.
-With CUDA 12.8.0 to 12.9.1, whose ptxas JAX's own Hopper attention found to miscompile causal masks, it is refused.
+`attention.resolve` asks for CUDA 13: the assembler of 12.8 and 12.9 gets causal masks wrong, as JAX's developers found.
 """
 
 import functools

@@ -275,8 +275,9 @@ class Config:
     fp8: bool = False
     """Train the layers' products in 8-bit floats: NVIDIA from Ada and Hopper on; a CPU only emulates it."""
     attention: Literal["auto", "reference", "xla_blocked", "cudnn", "pallas", "mosaic"] = "auto"
-    """Attention implementation; auto: cudnn on NVIDIA, xla_blocked elsewhere; pallas on a CPU is a slow test mode;
-    mosaic: H100 and H200."""
+    """Attention implementation, and with one for GPUs the kernels of rotary positions and of the loss; auto on NVIDIA:
+    mosaic (H100 and H200 with CUDA 13) or cudnn, in float32 pallas; elsewhere xla_blocked; pallas on a CPU is a slow
+    test mode."""
     remat: bool = False
     """Keep only each layer's input for the backward pass and compute the rest again: less memory, a third more work."""
     loss_chunk: int | Literal["auto"] = "auto"

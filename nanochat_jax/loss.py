@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from kernels.attention import GPU_IMPLEMENTATIONS
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.model import BATCH_AXES, SOFTCAP, Params, check_length, hidden, scaled, softcapped
-from nanochat_jax.sharding import cut_axes, gathered, only, shard
+from nanochat_jax.sharding import automatic_axes, cut_axes, gathered, only, shard
 
 
 def token_losses(params: Params, cfg: GPTConfig, inputs_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
@@ -89,8 +89,7 @@ def _weighted_forward(
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """The loss, and its gradients with respect to hidden states, head and weights."""
 
-    # Devices that have only some of the vocabulary do not know what its softmax is divided by.
-    by_kernel = cfg.attention in GPU_IMPLEMENTATIONS and "tensor" not in cut_axes()
+    by_kernel = _fits_kernel(cfg)
 
     def step(dkernel_DV: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         x_BCD, targets_BC, weights_BC = chunk
@@ -98,12 +97,12 @@ def _weighted_forward(
         logits_BCV = x_BCD @ kernel_DV
         if by_kernel:
             losses_BC, sums_BC, dlogits_BCV = _by_kernel(cfg, logits_BCV, targets_BC)
-            factor_BC1 = (weights_BC / sums_BC)[..., None]
         else:
             losses_BC, dlogits_BCV = _by_xla(cfg, logits_BCV, targets_BC, weights_BC)
-            factor_BC1 = None
-        dx_BCD = _times(factor_BC1, jnp.einsum("BCV,DV->BCD", dlogits_BCV, kernel_DV))
-        x_BCD = _times(factor_BC1, x_BCD)
+        dx_BCD = jnp.einsum("BCV,DV->BCD", dlogits_BCV, kernel_DV)
+        if by_kernel:
+            factor_BC1 = (weights_BC / sums_BC)[..., None]
+            dx_BCD, x_BCD = scaled(factor_BC1, dx_BCD), scaled(factor_BC1, x_BCD)
         here_DV = jnp.einsum("BCD,BCV->DV", x_BCD, dlogits_BCV, preferred_element_type=jnp.float32)
         return dkernel_DV + here_DV, (dx_BCD, losses_BC)
 
@@ -116,10 +115,6 @@ def _weighted_forward(
         dkernel_DV, outs = jax.lax.scan(step, zeros_DV, chunks)
         dx_BTD, losses_BT = (_whole(x, targets_BT.shape[1]) for x in outs)
     return jnp.sum(losses_BT * weights_BT), (dx_BTD, dkernel_DV.astype(kernel_DV.dtype), losses_BT)
-
-
-def _times(factor: jax.Array | None, x: jax.Array) -> jax.Array:
-    return x if factor is None else scaled(factor, x)
 
 
 def _by_xla(
@@ -137,17 +132,27 @@ def _by_xla(
     return losses_BC, jnp.pad(dlogits_BCV.astype(logits_BCV.dtype), padding)
 
 
+def _fits_kernel(cfg: GPTConfig) -> bool:
+    # Devices that have only some of the vocabulary do not know what its softmax is divided by.
+    if cfg.attention not in GPU_IMPLEMENTATIONS or "tensor" in cut_axes():
+        return False
+    from kernels.cross_entropy import MULTIPLE  # Pallas takes up to half a second to import
+
+    return cfg.padded_vocab_size % MULTIPLE == 0
+
+
 def _by_kernel(cfg: GPTConfig, logits_BCV: jax.Array, targets_BC: jax.Array) -> tuple[jax.Array, ...]:
     """What `softcapped_cross_entropy` gives, on each device of its own rows."""
-    from kernels.cross_entropy import softcapped_cross_entropy  # Pallas takes up to half a second to import
+    from kernels.cross_entropy import softcapped_cross_entropy
 
     interpret = "interpreted" in cfg.attention
     local = functools.partial(softcapped_cross_entropy, cap=SOFTCAP, vocab_size=cfg.vocab_size, interpret=interpret)
-    axes = cut_axes()
-    if not axes:
+    axes = automatic_axes()
+    if not axes or jax.sharding.get_abstract_mesh().size == 1:
         return local(logits_BCV, targets_BC)
     rows = only(axes, BATCH_AXES)
-    return jax.shard_map(local, in_specs=rows, out_specs=rows, axis_names=axes, check_vma=False)(logits_BCV, targets_BC)
+    call = jax.shard_map(local, in_specs=rows, out_specs=rows, axis_names=set(axes), check_vma=False)
+    return call(logits_BCV, targets_BC)
 
 
 def _weighted_backward(cfg: GPTConfig, grads: tuple[jax.Array, ...], dloss: jax.Array) -> tuple[jax.Array | None, ...]:

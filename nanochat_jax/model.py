@@ -93,8 +93,9 @@ def matmul(x: jax.Array, kernel_IO: jax.Array) -> jax.Array:
 
 
 def _matmul_forward(x: jax.Array, kernel_IO: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    # On a GPU the residual stream is else added in place by the product, and copied before, as it is kept.
-    return jax.lax.optimization_barrier(x @ kernel_IO), (x, kernel_IO)
+    # Without a barrier cuBLAS adds the product to the residual stream, in place, and XLA copies that before it does.
+    out = jax.lax.platform_dependent(x @ kernel_IO, cuda=jax.lax.optimization_barrier, default=lambda out: out)
+    return out, (x, kernel_IO)
 
 
 def _matmul_backward(saved: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -212,7 +212,7 @@ def step_memory(config: Config, cfg: GPTConfig, rows: int, platform: str, attent
     chunk = loss_chunk(config, rows, platform)
     head_tokens = rows * min(chunk or cfg.sequence_len, cfg.sequence_len) / axes["tensor"]
     kind = _kind(attention)
-    logits = LOGIT_BYTES[kind][dtype] * head_tokens * cfg.padded_vocab_size
+    logits = LOGIT_BYTES[kind if axes["tensor"] == 1 else "cpu"][dtype] * head_tokens * cfg.padded_vocab_size
     # A window's mean number of visible keys, and half a block of queries.
     keys = [window - window**2 / 2 / cfg.sequence_len + 64 for window in cfg.windows]
     scores = SCORE_BYTES[dtype] * cfg.n_head * (attention in KEEPS_SCORES)

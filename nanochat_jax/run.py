@@ -166,14 +166,14 @@ def gpt_config(config: Config, vocab_size: int, platform: str | None = None) -> 
     """
     import jax
 
-    from kernels.attention import resolve
+    from kernels.attention import MOSAIC_CUDA, resolve
 
     here = jax.default_backend()
     platform = platform or here
     automatic = "float32" if platform == "cpu" else "bfloat16"
     dtype = automatic if config.compute_dtype == "auto" else config.compute_dtype
     try:
-        capability, cuda = (None, None) if platform == here else ("9.0", 0)
+        capability, cuda = (None, None) if platform == here else ("9.0", MOSAIC_CUDA)
         impl = resolve(config.attention, platform, dtype, capability, config.model.head_dim, cuda)
     except ValueError as error:
         raise UserError(str(error)) from None

@@ -1,6 +1,7 @@
 """Generation's own forward pass: the logits of the trained model, through rings, shared prompts and int8."""
 
 import functools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from nanochat_jax.config import GPTConfig, ModelConfig
+from nanochat_jax.inference import decoding
 from nanochat_jax.inference.decoding import Int8, empty_cache, logits_of, prepare, product, quantized, read, step
 from nanochat_jax.inference.sampling import prefill, token_nats
 from nanochat_jax.model import forward, init_params
@@ -56,6 +58,19 @@ def filled(params, cfg, tokens, counts, cache, slots, *, shared=False):
     return weights, prefill(
         weights, cache, prompts, np.asarray(counts), last, source, np.asarray(slots), place, cfg=cfg, shared=shared
     )
+
+
+def test_a_model_that_trains_with_mosaic_reads_prompts_with_cudnn(params, cfg, tokens, monkeypatch):
+    used = set()
+
+    def attend(q, k, v, window, impl):
+        used.add(impl)
+        return q
+
+    monkeypatch.setattr(decoding, "attend", attend)
+    for impl in ("mosaic", "pallas"):
+        jax.eval_shape(lambda impl=impl: read(prepare(params, cfg), replace(cfg, attention=impl), jnp.asarray(tokens)))
+    assert used == {"cudnn", "pallas"}
 
 
 def test_decoding_past_the_rings_end_equals_the_full_forward(params, cfg, tokens, expected):

@@ -1,6 +1,7 @@
 """The small Pallas kernels around attention, interpreted on the CPU: rotary positions with the norm; the loss."""
 
 import functools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,11 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 from kernels.cross_entropy import softcapped_cross_entropy
 from kernels.rotary_norm import rotary_norm
+from nanochat_jax.config import GPTConfig, ModelConfig, StageConfig
 from nanochat_jax.model import EPS, rms, rope, rotate
+from nanochat_jax.optim import Schedule
+from nanochat_jax.sharding import make_mesh, put_batch
+from nanochat_jax.train import born_params, train_step, with_optimizer
 
 H100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", platform="gpu", num_cores=132)
 
@@ -44,7 +49,7 @@ def test_rotary_norm_of_nothing_is_nothing():
     assert np.isfinite(grad).all()
 
 
-@pytest.mark.parametrize(("vocab_size", "width"), [(512, 512), (500, 512), (300, 320)])
+@pytest.mark.parametrize(("vocab_size", "width"), [(512, 512), (500, 512), (700, 768)])
 def test_cross_entropy_and_its_gradient_are_those_of_the_formula(vocab_size, width):
     logits = 20 * jax.random.normal(jax.random.key(0), (2, 5, width))
     targets = jax.random.randint(jax.random.key(1), (2, 5), 0, vocab_size).at[0, 1].set(-1)
@@ -62,10 +67,45 @@ def test_cross_entropy_and_its_gradient_are_those_of_the_formula(vocab_size, wid
 
 
 def test_cross_entropy_of_extreme_logits_is_finite():
-    logits = jnp.array([[[1e30, -1e30, 0.0, 3e3]]])
+    logits = jnp.pad(jnp.array([[[1e30, -1e30, 0.0, 3e3]]]), ((0, 0), (0, 0), (0, 252)))
     losses, sums, grads = softcapped_cross_entropy(logits, jnp.array([[1]]), cap=15.0, vocab_size=4, interpret=True)
     np.testing.assert_allclose(losses, np.log(2 + np.exp(-15) + np.exp(-30)) + 30, rtol=1e-5)
     assert np.isfinite(sums).all() and np.isfinite(grads).all()
+
+
+def test_a_target_that_is_no_token_is_no_number_and_touches_no_other_row():
+    logits, targets = jax.random.normal(jax.random.key(0), (1, 3, 256)), jnp.array([[5, 250, 2**30]])
+    losses, _, grads = softcapped_cross_entropy(logits, targets, cap=15.0, vocab_size=250, interpret=True)
+    np.testing.assert_array_equal(np.isnan(losses), [[False, True, True]])
+    assert not np.asarray(grads)[..., 250:].any()
+
+
+def test_each_logit_is_one_threads():
+    with pytest.raises(ValueError, match="takes multiples of 256 logits, here: 320"):
+        softcapped_cross_entropy(jnp.zeros((1, 1, 320)), jnp.zeros((1, 1), jnp.int32), cap=15.0, vocab_size=300)
+
+
+def test_a_training_step_with_them_is_the_same_on_any_mesh():
+    model = ModelConfig(depth=1, aspect_ratio=64, head_dim=16, sequence_len=48, n_kv_head=2)
+    random = np.random.default_rng(0)
+    tokens = {
+        name: random.integers(-(name == "targets"), 500, (2, 8, 37), dtype=np.int32) for name in ("inputs", "targets")
+    }
+
+    def losses(attention, spec):
+        cfg, mesh = replace(GPTConfig.from_depth(model, 500), attention=attention), make_mesh(spec)
+        state = with_optimizer(cfg, mesh, born_params(cfg, mesh, 0))
+        seen, schedule = [], Schedule(StageConfig(), 4, cfg.n_embd)
+        with jax.set_mesh(mesh):
+            for step in range(2):
+                batch = put_batch(tokens, mesh, leading=1)
+                state, metrics = train_step(state, batch, schedule.hyper(step), cfg=cfg)
+                seen += [float(metrics["loss"]), float(metrics["grad_norm"])]
+        return seen
+
+    expected = losses("reference", "1")
+    for spec in ("8", "data=2,fsdp=2,tensor=2"):
+        np.testing.assert_allclose(losses("pallas_interpreted", spec), expected, rtol=2e-5, err_msg=spec)
 
 
 def test_they_lower_for_cuda_without_a_device():

@@ -129,9 +129,11 @@ def test_sharded_each_device_has_its_own_rows_and_heads():
 
 
 def test_where_it_cannot_run_it_says_so():
-    assert resolve("mosaic", "gpu", "bfloat16", "9.0", 128) == "mosaic"
-    assert resolve("auto", "gpu", "bfloat16", "9.0", 128) == "cudnn"
-    with pytest.raises(ValueError, match="here: gpu -, bfloat16"):  # what is here is asked where nothing is said
+    assert resolve("mosaic", "gpu", "bfloat16", "9.0", 128, 13000) == "mosaic"
+    assert resolve("auto", "gpu", "bfloat16", "9.0", 128, 13000) == "mosaic"
+    with pytest.raises(
+        ValueError, match=r"here: gpu -, CUDA 0\.00, bfloat16"
+    ):  # what is here is asked where nothing is said
         resolve("mosaic", "gpu", "bfloat16")
     for where in (
         ("cpu", "bfloat16", "", 128),
@@ -141,11 +143,11 @@ def test_where_it_cannot_run_it_says_so():
         ("gpu", "bfloat16", "9.0", 96),
     ):
         with pytest.raises(
-            ValueError, match=f"here: {where[0]} {where[2] or '-'}, {where[1]}, {where[3]}; use --attention auto"
+            ValueError, match=f"here: {where[0]} {where[2] or '-'}, CUDA 13.00, {where[1]}, {where[3]}; use --attention"
         ):
-            resolve("mosaic", *where)
+            resolve("mosaic", *where, 13000)
     with pytest.raises(
-        UserError, match=r"mosaic needs an NVIDIA GPU of compute capability 9\.x .* here: cpu -, float32"
+        UserError, match=r"mosaic needs an NVIDIA GPU of compute capability 9\.x .* here: cpu -, CUDA 0.00, float32"
     ):
         gpt_config(dataclasses.replace(tiny.config, attention="mosaic"), 64)
     q, k, v, _ = operands(1, 1, 128, 32)

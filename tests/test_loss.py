@@ -9,10 +9,10 @@ import pytest
 
 from nanochat_jax import model as gpt
 from nanochat_jax.config import GPTConfig, ModelConfig
-from nanochat_jax.loss import token_losses, weighted_loss
+from nanochat_jax.loss import _fits_kernel, token_losses, weighted_loss
 from nanochat_jax.sharding import make_mesh
 
-CFG = GPTConfig.from_depth(ModelConfig(depth=1, aspect_ratio=32, head_dim=16, sequence_len=48), 300)
+CFG = GPTConfig.from_depth(ModelConfig(depth=1, aspect_ratio=32, head_dim=16, sequence_len=48), 500)
 LENGTH = 40
 
 
@@ -24,7 +24,7 @@ def params():
 
 @pytest.fixture(scope="module")
 def batch():
-    tokens = jax.random.randint(jax.random.key(7), (3, LENGTH + 1), 0, 300)
+    tokens = jax.random.randint(jax.random.key(7), (3, LENGTH + 1), 0, 500)
     weights = jax.random.normal(jax.random.key(8), (3, LENGTH))
     return tokens[:, :-1], tokens[:, 1:].at[0, 3:9].set(-1), weights
 
@@ -54,7 +54,7 @@ def test_loss_and_gradients_are_those_of_the_formula(params, batch, expected, ch
     got = gradients(weighted_loss)(params, cfg, *batch)
     np.testing.assert_allclose(got[0], expected[0], rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), got[1], expected[1])
-    assert not np.asarray(got[1][0]["lm_head"]["kernel"])[:, 300:].any()  # columns that stand for no token
+    assert not np.asarray(got[1][0]["lm_head"]["kernel"])[:, 500:].any()  # columns that stand for no token
 
 
 def test_gradients_scale_with_what_follows_the_loss(params, batch, expected):
@@ -75,6 +75,11 @@ def test_no_array_of_all_logits_is_kept_or_made_in_chunks(params, batch):
     text = step.lower(params, cfg, *batch).as_text()
     assert f"3x8x{CFG.padded_vocab_size}x" in text
     assert f"3x{LENGTH}x{CFG.padded_vocab_size}x" not in text and f"3x{LENGTH}x{CFG.vocab_size}x" not in text
+
+
+def test_not_by_the_kernel_where_its_threads_would_share_logits():
+    assert _fits_kernel(dataclasses.replace(CFG, attention="cudnn")) and not _fits_kernel(CFG)
+    assert not _fits_kernel(dataclasses.replace(CFG, attention="cudnn", vocab_size=50257))  # padded to 50,304
 
 
 @pytest.mark.parametrize(("mesh", "kernels"), [("fsdp=2", True), ("tensor=2", False)])

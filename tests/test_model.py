@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels.attention import attention, resolve
+from kernels.attention import attention, cuda_version, resolve
 from nanochat_jax import model as gpt
 from nanochat_jax.config import GPTConfig, ModelConfig, windows
 from nanochat_jax.errors import UserError
@@ -124,10 +124,12 @@ def test_attention_that_cannot_run_is_an_error():
     assert resolve("auto", "gpu", "bfloat16", "9.0", cuda=13000) == "mosaic"
     assert resolve("auto", "gpu", "float32", "9.0", cuda=13000) == resolve("auto", "gpu", "float32", "8.6") == "pallas"
     assert resolve("auto", "gpu", "float32", "7.5") == resolve("auto", "gpu", "float32", "gfx90a") == "xla_blocked"
-    for cuda in (0, 12080, 12090):  # none known; two whose compiler may get causal masks wrong
+    for cuda in (0, 12080, 12090):  # none known; two whose assembler gets causal masks wrong
         assert resolve("auto", "gpu", "bfloat16", "9.0", cuda=cuda) == "cudnn"
-    with pytest.raises(ValueError, match=r"CUDA 12\.9 is known to miscompile"):
-        resolve("mosaic", "gpu", "bfloat16", "9.0", cuda=12090)
+        with pytest.raises(ValueError, match=rf"needs .* CUDA 13, .* CUDA {cuda / 1000:.2f}, .*requirements-cuda13"):
+            resolve("mosaic", "gpu", "bfloat16", "9.0", cuda=cuda)
+    versions = ("PJRT C API\ncuda 13000\n", "cuda 12090", "rocm 60200", "cpu")
+    assert [cuda_version(text) for text in versions] == [13000, 12090, 0, 0]
     for capability, width in (("7.5", 128), ("8.9", 256), ("9.0", 12), ("gfx90a", 128)):
         assert resolve("auto", "gpu", "bfloat16", capability, width) == "xla_blocked"
         with pytest.raises(ValueError, match=f"multiple of 8, at most .* {capability}, bfloat16, {width};"):

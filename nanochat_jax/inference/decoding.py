@@ -247,7 +247,7 @@ class Prompts(NamedTuple):
 def read(weights: Weights, cfg: GPTConfig, tokens_PT: jax.Array) -> Prompts:
     """Runs whole prompts from position 0. ValueError where they reach past the rotary positions."""
     check_length(cfg, tokens_PT.shape[1])
-    # Runs wherever mosaic does, whose kernels take seconds to compile, for each of the many lengths of prompts.
+    # Each of the many lengths is a compilation, which takes mosaic seconds; cuDNN runs wherever mosaic does.
     impl = "cudnn" if cfg.attention == "mosaic" else cfg.attention
     keys, values = [], []
 

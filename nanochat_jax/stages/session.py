@@ -75,8 +75,8 @@ class Session:
     console: Console | None = None
     last: int = 0
     """The step after which this start ends."""
-    programs: dict[tuple[int, ...], jax.stages.Compiled] = field(default_factory=dict)
-    """The compiled training steps, by the shape of their batches."""
+    programs: dict[tuple, jax.stages.Compiled] = field(default_factory=dict)
+    """The compiled training steps, by architecture and the shapes of their batches."""
 
     def rows(self, batch_tokens: int) -> tuple[int, int]:
         """(microbatches, rows in each) of a step of `batch_tokens`; UserError where it does not divide."""
@@ -135,13 +135,13 @@ class Session:
 
     def compiled(self, batch: dict[str, jax.Array], hyper: Hyper) -> jax.stages.Compiled:
         """The training step for batches like this one; when it is new says what it needs, by the compiler's account."""
-        shape = batch["inputs"].shape
-        if shape in self.programs:
-            return self.programs[shape]
+        key = self.cfg, *((name, x.shape) for name, x in batch.items())
+        if key in self.programs:
+            return self.programs[key]
         device, start = self.mesh.devices.flat[0], time.perf_counter()
         with jax.set_mesh(self.mesh):
             lowered = train_step.lower(self.state, batch, hyper, cfg=self.cfg)
-            program = self.programs[shape] = lowered.compile(compiler_options(self.cfg, self.mesh))
+            program = self.programs[key] = lowered.compile(compiler_options(self.cfg, self.mesh))
         check_compiled(self.cfg, device, program.as_text())
         needs = account(program)
         flops = f", {needs['flops']:.3g} FLOPs a device" if needs["flops"] else ""
