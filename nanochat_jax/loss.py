@@ -88,7 +88,6 @@ def _weighted_forward(
     cfg: GPTConfig, x_BTD: jax.Array, kernel_DV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """The loss, and its gradients with respect to hidden states, head and weights."""
-
     by_kernel = _fits_kernel(cfg)
 
     def step(dkernel_DV: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
