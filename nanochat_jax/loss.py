@@ -13,8 +13,8 @@ import jax.numpy as jnp
 
 from kernels.attention import GPU_IMPLEMENTATIONS
 from nanochat_jax.config import GPTConfig
-from nanochat_jax.model import BATCH_AXES, SOFTCAP, Params, check_length, hidden, scaled, softcapped
-from nanochat_jax.sharding import automatic_axes, cut_axes, gathered, only, shard
+from nanochat_jax.model import BATCH_AXES, SOFTCAP, Params, check_length, hidden, per_device, scaled, softcapped
+from nanochat_jax.sharding import cut_axes, gathered, shard
 
 
 def token_losses(params: Params, cfg: GPTConfig, inputs_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
@@ -146,12 +146,7 @@ def _by_kernel(cfg: GPTConfig, logits_BCV: jax.Array, targets_BC: jax.Array) -> 
 
     interpret = "interpreted" in cfg.attention
     local = functools.partial(softcapped_cross_entropy, cap=SOFTCAP, vocab_size=cfg.vocab_size, interpret=interpret)
-    axes = automatic_axes()
-    if not axes or jax.sharding.get_abstract_mesh().size == 1:
-        return local(logits_BCV, targets_BC)
-    rows = only(axes, BATCH_AXES)
-    call = jax.shard_map(local, in_specs=rows, out_specs=rows, axis_names=set(axes), check_vma=False)
-    return call(logits_BCV, targets_BC)
+    return per_device(local, (BATCH_AXES,), (logits_BCV, targets_BC))
 
 
 def _weighted_backward(cfg: GPTConfig, grads: tuple[jax.Array, ...], dloss: jax.Array) -> tuple[jax.Array | None, ...]:

@@ -28,6 +28,8 @@ SOFTCAP = 15.0
 SMEAR_CHANNELS = 24
 GATE_CHANNELS = 12
 BATCH_AXES = ("data", "fsdp")
+ROWS_AND_HEADS = BATCH_AXES, None, "tensor", None
+"""How [B, T, N, H] is cut over the mesh."""
 
 Params = dict
 Angles = tuple[jax.Array, jax.Array]
@@ -224,20 +226,23 @@ def turned(x_BTNH: jax.Array, angles: Angles, cfg: GPTConfig) -> jax.Array:
     def local(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
         return rotary_norm(x, cos, sin, cfg.qk_scale, EPS, "interpreted" in cfg.attention)
 
-    return per_device(local, (x_BTNH,), *(table[0, :, 0, :half] for table in angles))
+    return per_device(local, ROWS_AND_HEADS, (x_BTNH,), *(table[0, :, 0, :half] for table in angles))
 
 
 def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, window: int, impl: str) -> jax.Array:
     """`kernels.attention` on each device's own rows and heads."""
-    return per_device(functools.partial(attention, window=window, impl=impl), (q_BTNH, k_BTKH, v_BTKH))
+    local = functools.partial(attention, window=window, impl=impl)
+    return per_device(local, ROWS_AND_HEADS, (q_BTNH, k_BTKH, v_BTKH))
 
 
-def per_device(local: Callable[..., jax.Array], cut: Sequence[jax.Array], *whole: jax.Array) -> jax.Array:
-    """`local` of each device's own rows and heads of the arrays `cut` [B, T, N, H]; plain jit would gather them all."""
+def per_device(local: Callable, axes_of: Sequence, cut: Sequence[jax.Array], *whole: jax.Array) -> jax.Array | tuple:
+    """`local` of each device's own part of the arrays `cut`, which like all results are cut as `axes_of` says, and of
+    the arrays `whole`; plain jit would gather them all for a kernel.
+    """
     axes = automatic_axes()
     if not axes or jax.sharding.get_abstract_mesh().size == 1:
         return local(*cut, *whole)
-    spec = only(axes, BATCH_AXES, None, "tensor", None)
+    spec = only(axes, *axes_of)
     specs = *[spec] * len(cut), *[P()] * len(whole)
     return jax.shard_map(local, in_specs=specs, out_specs=spec, axis_names=set(axes), check_vma=False)(*cut, *whole)
 
