@@ -178,20 +178,32 @@ class ServeOptions(EngineOptions):
 class ConvertOptions(Options):
     """Options of `convert`."""
 
-    what: tyro.conf.Positional[Literal["from-nanochat"]] = tyro.MISSING
-    """from-nanochat: a checkpoint of karpathy/nanochat becomes a run here."""
-    checkpoint: Path = tyro.MISSING
-    """Folder with model_NNNNNN.pt and meta_NNNNNN.json, such as base_checkpoints/d12."""
-    step: int | None = None
-    """Which checkpoint of the folder; unset: the newest."""
+    what: tyro.conf.Positional[Literal["from-nanochat", "to-hf"]] = tyro.MISSING
+    """from-nanochat: a checkpoint of karpathy/nanochat becomes a run here; to-hf: a run's model becomes a folder for
+    Hugging Face's transformers."""
+    checkpoint: Path | None = None
+    """from-nanochat: folder with model_NNNNNN.pt and meta_NNNNNN.json, such as base_checkpoints/d12."""
     tokenizer: Path | None = None
-    """Folder with tokenizer.pkl; unset: tokenizer/ beside base_checkpoints/."""
+    """from-nanochat: folder with tokenizer.pkl; unset: tokenizer/ beside base_checkpoints/."""
+    out: Path | None = None
+    """to-hf: the folder to make."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """to-hf: what the weights are rounded to."""
+    step: int | Literal["best"] | None = None
+    """Which checkpoint; unset: the newest."""
     stage: Source | None = None
-    """What the model is here; unset: as the folder's name says (chatsft_checkpoints: sft), else base."""
+    """from-nanochat: what the model is here; unset: as the folder's name says (chatsft_checkpoints: sft), else base.
+    to-hf: whose model; unset: the last stage that has a checkpoint."""
 
     def check(self) -> None:
         if self.workdir is None:
-            raise UsageError("convert needs --workdir DIR, the folder of the new run")
+            raise UsageError("convert needs --workdir DIR, the folder of the run")
+        if self.what == "to-hf":
+            if self.out is None or self.checkpoint or self.tokenizer:
+                raise UsageError("convert to-hf needs --out FOLDER, and takes no --checkpoint nor --tokenizer")
+            return
+        if self.checkpoint is None or self.out or self.step == "best":
+            raise UsageError("convert from-nanochat needs --checkpoint FOLDER, and takes no --out nor --step best")
         words = [f"--workdir={self.workdir}", *([f"--experiment={self.experiment}"] if self.experiment else [])]
         if self.config.model != _defaults(words, starts_run=True)[0].model:
             raise UsageError("--model options: the shape of the model is that of the checkpoint; leave them out")
@@ -419,6 +431,14 @@ def report(options: Options, workdir: Path) -> None:
 
 
 def convert(options: ConvertOptions, workdir: Path) -> None:
+    if options.what == "to-hf":
+        from nanochat_jax.export import to_hf
+
+        # Nothing is computed: what the run was trained with need not run here.
+        config = dataclasses.replace(run.read_config(workdir), attention="auto", compute_dtype="float32", fp8=False)
+        params, cfg, tokenizer, stage, step = run.load_model(workdir, options.stage, config, step=options.step)
+        to_hf(params, cfg, tokenizer, f"{workdir.resolve().name}/{stage}", step, options.out, options.dtype, log)
+        return
     from nanochat_jax.convert import from_nanochat
 
     from_nanochat(options.config, workdir, options.checkpoint, log, options.step, options.tokenizer, options.stage)
@@ -489,10 +509,13 @@ def _engine(options: ChatOptions | ServeOptions, workdir: Path, rows: int) -> tu
 
 
 def _one_line(box: str) -> str:
-    """tyro's boxed message without its frame and help text, as one line."""
+    """tyro's boxed message without its frame and help text, as one line. Where stdout has no letters for a frame, a rule
+    stands below the title instead.
+    """
     lines = [re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯]", "", line).strip() for line in box.splitlines()]
-    rules = [i for i, line in enumerate(lines) if line and not line.strip("─")]
-    message = " ".join(lines[1 : rules[0] if rules else None])
+    rules = [i for i, line in enumerate(lines) if line and not line.strip("─-")]
+    start = 2 if 1 in rules else 1
+    message = " ".join(lines[start : next((i for i in rules if i >= start), None)])
     guess = re.search(r"Perhaps you meant:\s*(--\S+)", "\n".join(lines))
     return message.rstrip(".") + (f"; perhaps you meant {guess[1]}" if guess else "")
 
@@ -513,6 +536,6 @@ COMMANDS: dict[str, tuple[type[Options], Command, str]] = {
     "chat": (ChatOptions, chat, "Talk to a model in the terminal, or answer one prompt."),
     "serve": (ServeOptions, serve, "Serve the chat page and the OpenAI-compatible API."),
     "report": (Options, report, "Write report.md and report.html of a run."),
-    "convert": (ConvertOptions, convert, "Take over a model that karpathy/nanochat has trained."),
+    "convert": (ConvertOptions, convert, "Take over a model of karpathy/nanochat, or hand one to Hugging Face."),
     "bench": (BenchOptions, bench, "Measure one part on this machine; tables on stderr."),
 }

@@ -55,19 +55,19 @@ class Tokenizer:
         self, ranks: Sequence[bytes], pattern: str = SPLIT_PATTERN, specials: Sequence[str] = SPECIALS
     ) -> None:
         """`ranks` are the byte strings of the ordinary tokens in order of their ids."""
-        self._ranks = tuple(ranks)
-        self._pattern = pattern
-        self._specials = {name: len(self._ranks) + i for i, name in enumerate(specials)}
+        self.ranks = tuple(ranks)
+        self.pattern = pattern
+        self.specials = {name: len(self.ranks) + i for i, name in enumerate(specials)}
         self._encoding = tiktoken.Encoding(
             name="nanochat_jax",
             pat_str=pattern,
-            mergeable_ranks={token: rank for rank, token in enumerate(self._ranks)},
-            special_tokens=self._specials,
+            mergeable_ranks={token: rank for rank, token in enumerate(self.ranks)},
+            special_tokens=self.specials,
         )
-        self.vocab_size = len(self._ranks) + len(self._specials)
-        self.special_ids = frozenset(self._specials.values())
+        self.vocab_size = len(self.ranks) + len(self.specials)
+        self.special_ids = frozenset(self.specials.values())
         self.bos_id = self.special_id("<|bos|>")
-        self.token_bytes = np.array([len(token) for token in self._ranks] + [0] * len(self._specials), dtype=np.int32)
+        self.token_bytes = np.array([len(token) for token in self.ranks] + [0] * len(self.specials), dtype=np.int32)
         """int32 [vocab_size]: how many bytes of text a token stands for, 0 for special tokens."""
         self.token_bytes.setflags(write=False)
 
@@ -114,9 +114,9 @@ class Tokenizer:
         """Writes `tokenizer.json`, whole or not at all."""
         stored = {
             "format": FORMAT,
-            "pattern": self._pattern,
-            "specials": list(self._specials),
-            "ranks": [base64.b64encode(token).decode("ascii") for token in self._ranks],
+            "pattern": self.pattern,
+            "specials": list(self.specials),
+            "ranks": [base64.b64encode(token).decode("ascii") for token in self.ranks],
             "token_bytes": self.token_bytes.tolist(),
             "fingerprint": self.fingerprint(),
         }
@@ -124,11 +124,11 @@ class Tokenizer:
 
     def fingerprint(self) -> str:
         """A hex digest that two tokenizers share only if they encode alike."""
-        return _fingerprint(self._ranks, self._pattern, list(self._specials))
+        return _fingerprint(self.ranks, self.pattern, list(self.specials))
 
     def special_id(self, name: str) -> int:
         """The id of a special token such as `<|assistant_end|>`."""
-        return self._specials[name]
+        return self.specials[name]
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, special tokens in it taken as ordinary text."""

@@ -82,7 +82,7 @@ def parquet(folder: Path, name: str, column: str = "text") -> Path:
     ("argv", "parts"),
     [
         (["nonsense"], ["unknown command 'nonsense'", "download tokenizer pretrain mid sft rl eval chat serve report"]),
-        (["convert"], ["from-nanochat", "--checkpoint"]),
+        (["convert"], ["from-nanochat", "to-hf"]),
         (["pretrain", "--model.depht", "3"], ["--model.depht", "perhaps you meant --model.depth"]),
         (["pretrain", "--model.depth", "deep"], ["--model.depth", "'deep'"]),
         (["pretrain", "--model.depth"], ["--model.depth"]),
@@ -98,6 +98,18 @@ def test_usage_errors(capsys, experiment, tmp_path, argv, parts):
     name, *rest = argv
     expect_error(capsys, [name, "--experiment", experiment, "--workdir", tmp_path / "w", *rest], 2, *parts)
     assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_no_frames_in_errors(capsys, monkeypatch, encoding):
+    """tyro looks at stdout's encoding to choose what it draws frames with."""
+    with open(os.devnull, "w", encoding=encoding) as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        assert cli.main(["bench", "train", "--repeat", "x", "--experiment", "experiments/smoke.py"]) == 2
+    monkeypatch.undo()
+    error = capsys.readouterr().err
+    assert "--repeat" in error and "'x'" in error
+    assert not {"─", "│", "╭"} & set(error) and "----" not in error
 
 
 def test_mistakes_in_an_experiment_file(capsys, tmp_path):
