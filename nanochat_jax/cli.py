@@ -509,9 +509,7 @@ def _engine(options: ChatOptions | ServeOptions, workdir: Path, rows: int) -> tu
 
 
 def _one_line(box: str) -> str:
-    """tyro's boxed message without its frame and help text, as one line. Where stdout has no letters for a frame, a rule
-    stands below the title instead.
-    """
+    """tyro's boxed message without frame and help text, as one line; in ASCII a rule below the title is the frame."""
     lines = [re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯]", "", line).strip() for line in box.splitlines()]
     rules = [i for i, line in enumerate(lines) if line and not line.strip("─-")]
     start = 2 if 1 in rules else 1
