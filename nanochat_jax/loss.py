@@ -133,7 +133,12 @@ def _by_xla(
 
 def _fits_kernel(cfg: GPTConfig) -> bool:
     # Devices that have only some of the vocabulary do not know what its softmax is divided by.
-    if cfg.attention not in GPU_IMPLEMENTATIONS or "tensor" in cut_axes():
+    return "tensor" not in cut_axes() and kernel_takes(cfg)
+
+
+def kernel_takes(cfg: GPTConfig) -> bool:
+    """Whether kernels/cross_entropy.py goes with this attention and takes this vocabulary, if no device has a part."""
+    if cfg.attention not in GPU_IMPLEMENTATIONS:
         return False
     from kernels.cross_entropy import MULTIPLE  # Pallas takes up to half a second to import
 

@@ -19,6 +19,7 @@ from jax.sharding import AbstractMesh
 from kernels.attention import GPU_IMPLEMENTATIONS
 from nanochat_jax.config import DEFAULT_ROWS, Config, FinetuneConfig, GPTConfig
 from nanochat_jax.data.conversations import read_jsonl
+from nanochat_jax.loss import kernel_takes
 from nanochat_jax.memory import loss_chunk
 from nanochat_jax.metrics import duration, gib, peak_flops, si
 from nanochat_jax.model import count_params, flops_per_token, scaling_params
@@ -212,7 +213,8 @@ def step_memory(config: Config, cfg: GPTConfig, rows: int, platform: str, attent
     chunk = loss_chunk(config, rows, platform)
     head_tokens = rows * min(chunk or cfg.sequence_len, cfg.sequence_len) / axes["tensor"]
     kind = _kind(attention)
-    logits = LOGIT_BYTES[kind if axes["tensor"] == 1 else "cpu"][dtype] * head_tokens * cfg.padded_vocab_size
+    in_place = axes["tensor"] == 1 and kernel_takes(replace(cfg, attention=attention))
+    logits = LOGIT_BYTES["gpu" if in_place else "cpu"][dtype] * head_tokens * cfg.padded_vocab_size
     # A window's mean number of visible keys, and half a block of queries.
     keys = [window - window**2 / 2 / cfg.sequence_len + 64 for window in cfg.windows]
     scores = SCORE_BYTES[dtype] * cfg.n_head * (attention in KEEPS_SCORES)

@@ -111,6 +111,17 @@ def test_memory_knows_remat_and_chunks_of_the_loss():
     assert hours[1] == pytest.approx(hours[0] * 4 / 3)
 
 
+def test_memory_knows_which_vocabularies_the_kernel_of_the_loss_takes():
+    """50,304 is what nanoGPT pads to; no multiple of 256."""
+
+    def per_logit(vocab_size, attention):
+        cfg = gpt_config(tiny(), vocab_size)
+        return step_memory(tiny(), cfg, 8, "gpu", attention)["logits"] / vocab_size
+
+    assert per_logit(50_176, "cudnn") == per_logit(32_768, "cudnn") < per_logit(50_304, "cudnn")
+    assert per_logit(32_768, "reference") == per_logit(50_304, "reference")
+
+
 def test_auto_counts_one_row():
     auto, one = (
         plan(tiny(**dict.fromkeys(("base", "mid", "sft"), replace(tiny().base, device_batch_size=size))))
