@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import regex
 import rustbpe
 import tiktoken
 
@@ -72,11 +73,12 @@ class Tokenizer:
         self.token_bytes.setflags(write=False)
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int, pattern: str = SPLIT_PATTERN) -> Tokenizer:
-        """Learns the merges. `vocab_size` counts the 256 bytes and the special tokens too.
+    def train(cls, texts: Iterable[str], vocab_size: int, pattern: str | None = None) -> Tokenizer:
+        """Learns the merges. `vocab_size` counts the 256 bytes and the special tokens too; no `pattern`: SPLIT_PATTERN.
 
         Raises UserError where `vocab_size` is too small to hold those, or too large for the text to fill.
         """
+        pattern = pattern or SPLIT_PATTERN
         smallest = 256 + len(SPECIALS)
         if vocab_size < smallest:
             raise UserError(
@@ -233,6 +235,27 @@ def turns(conversation: dict) -> list[dict]:
         if message["role"] != expected:
             raise UserError(f"message {i + 1} is of role {message['role']!r} where the {expected}'s turn is")
     return messages
+
+
+def check_pattern(pattern: str, texts: Iterable[str]) -> None:
+    """UserError where `pattern` is no regular expression, or some character of `texts` is in none of its matches: it
+    would be lost.
+    """
+    try:
+        compiled = regex.compile(pattern)
+    except regex.error as error:
+        raise UserError(f"--tokenizer.pattern {pattern!r} is no regular expression: {error}") from None
+    for text in texts:
+        at = 0
+        for match in compiled.finditer(text):
+            if match.start() != at or match.end() == at:
+                break
+            at = match.end()
+        if at < len(text):
+            raise UserError(
+                f"--tokenizer.pattern {pattern!r} leaves out {text[at : at + 12]!r}, which would be lost: "
+                r"let it match every character, for example with |\s+|. at its end"
+            )
 
 
 def _fingerprint(ranks: Sequence[bytes], pattern: str, specials: list[str]) -> str:

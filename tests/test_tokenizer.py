@@ -218,6 +218,29 @@ def test_the_stage_learns_from_training_shards_only(tmp_path):
     assert len(tokenizer.encode(" trainword")) == 1 and len(tokenizer.encode(" valword")) > 3
 
 
+def test_an_own_pattern_is_used_and_stored(tmp_path):
+    """Merges that stay inside two characters each, whatever these are."""
+    stage.run(small_config(max_chars=60_000, pattern="(?s).{1,2}"), tmp_path, lambda line: None)
+    tokenizer = Tokenizer.load(tmp_path / "tokenizer")
+    assert {len(tokenizer.decode([i])) for i in range(tokenizer.bos_id)} == {1, 2}
+    assert tokenizer.decode(tokenizer.encode("the 你好\n end")) == "the 你好\n end"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "complaint"),
+    [
+        (r"(\w+", "no regular expression"),
+        (r"\p{L}+|\s", r"leaves out .* which would be lost"),
+        (r"x*", "leaves out"),
+        (r"\w*|[^\w]", "leaves out"),
+    ],
+)
+def test_a_pattern_that_loses_text_is_refused_before_learning(tmp_path, pattern, complaint):
+    with pytest.raises(UserError, match=f"--tokenizer.pattern .*{complaint}"):
+        stage.run(small_config(max_chars=10**12, pattern=pattern), tmp_path, lambda line: None)
+    assert not (tmp_path / "tokenizer").exists()
+
+
 def test_white_space_without_end_is_encoded(tokenizer):
     for blank in (" ", "\t"):
         text = f"a{blank * 1_200_000}b"

@@ -27,7 +27,7 @@ def learned(config: Config, files: Sequence[Path]) -> tuple[Tokenizer, int, floa
     """A tokenizer of the configured size, the characters it is from and the seconds it took."""
     texts = CutTexts(read_texts(files), config.tokenizer.doc_cap, min(config.tokenizer.max_chars, LEARNED_CHARS))
     start = time.perf_counter()
-    tokenizer = Tokenizer.train(texts, config.tokenizer.vocab_size)
+    tokenizer = Tokenizer.train(texts, config.tokenizer.vocab_size, config.tokenizer.pattern)
     return tokenizer, texts.characters, time.perf_counter() - start
 
 

@@ -26,7 +26,7 @@ from nanochat_jax.data.shards import read_texts
 from nanochat_jax.distributed import barrier, is_leader
 from nanochat_jax.errors import UserError
 from nanochat_jax.stages.session import Log, is_done
-from nanochat_jax.tokenizer import Tokenizer
+from nanochat_jax.tokenizer import Tokenizer, check_pattern
 
 VALIDATION_CHARS = 1_000_000
 BLOBS = "https://openaipublic.blob.core.windows.net"
@@ -54,9 +54,11 @@ def learn(
     start = time.perf_counter()
     if not any(read_texts([validation_file])):
         raise UserError(f"{validation_file}, the last shard and so the one to validate on, holds no text: add another")
+    if settings.pattern:
+        check_pattern(settings.pattern, [validation_text(validation_file), *sample_texts().values()])
     texts = CutTexts(read_texts(train_files), settings.doc_cap, settings.max_chars)
     log(f"tokenizer: learning {settings.vocab_size:,} tokens from up to {settings.max_chars:,} characters")
-    tokenizer = Tokenizer.train(texts, settings.vocab_size)
+    tokenizer = Tokenizer.train(texts, settings.vocab_size, settings.pattern)
     tokenizer.save(folder)
     log(f"tokenizer: {texts.characters:,} characters of {texts.documents:,} documents")
     write_json(folder / "eval.json", evaluate(tokenizer, validation_file, log))
@@ -102,13 +104,21 @@ def evaluate(tokenizer: Tokenizer, validation_file: Path, log: Log) -> dict:
     if absent:
         figures["not_compared"] = f"{', '.join(absent)}: tiktoken does not have them on this machine"
         log(f"tokenizer: not compared with {figures['not_compared']}")
-    validation = "\n".join(CutTexts(read_texts([validation_file]), VALIDATION_CHARS, VALIDATION_CHARS))
     table = {}
-    texts = tomllib.loads(Path(__file__).with_name("sample_texts.toml").read_text(encoding="utf-8"))
-    for kind, text in (texts | {"validation shard": validation}).items():
+    for kind, text in (sample_texts() | {"validation shard": validation_text(validation_file)}).items():
         table[kind] = {name: len(text.encode()) / len(encode(text)) for name, encode in encoders.items()}
         log(f"tokenizer: {kind}: " + ", ".join(f"{name} {value:.2f}" for name, value in table[kind].items()))
     return figures | {"bytes_per_token": table}
+
+
+def sample_texts() -> dict[str, str]:
+    """Kind of text -> a short one."""
+    return tomllib.loads(Path(__file__).with_name("sample_texts.toml").read_text(encoding="utf-8"))
+
+
+def validation_text(file: Path) -> str:
+    """The first VALIDATION_CHARS characters of a shard."""
+    return "\n".join(CutTexts(read_texts([file]), VALIDATION_CHARS, VALIDATION_CHARS))
 
 
 def _in_cache(url: str) -> bool:
