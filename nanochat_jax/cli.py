@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 import typeguard
 import tyro
 
-from nanochat_jax import distributed, run
+from nanochat_jax import distributed, run, track
 from nanochat_jax.config import Config, check_ranges
 from nanochat_jax.errors import UserError
 from nanochat_jax.stopping import ending_at_once
@@ -300,6 +300,7 @@ def run_command(prog: str, kind: type[Options], command: Command, about: str, ar
         if isinstance(options, SharedOptions):
             options.join(workdir)
         if training and distributed.is_leader():
+            track.check(options.config.track)
             stack.enter_context(run.locked(workdir, log))
             run.open_run(options.config, workdir, force=options.force, log=log)
         distributed.barrier("run opened")

@@ -288,6 +288,8 @@ class Config:
     """GiB of a device that device-batch-size auto may plan with; unset: nine tenths of what is free there."""
     seed: int = 42
     """Root of all randomness of the run."""
+    track: tuple[Literal["wandb", "tensorboard"], ...] = ()
+    """Where training sends its measurements, besides metrics.jsonl; each needs its package, wandb or tensorboardX."""
     unsafe_sandbox: bool = False
     """Run model-written programs without isolation, where the kernel denies it."""
     device_hour_cost: float = 0.0

@@ -64,12 +64,18 @@ class MetricsLog:
         if is_leader():
             self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = (self.path if is_leader() else Path(os.devnull)).open("a", encoding="utf-8")
+        self.listener: Callable[[dict], None] | None = None
+        """Gets each record after it is in the file."""
+        self.forgotten: list[dict] = []
+        """What `drop_after` took out."""
 
     def write(self, kind: str, **values: Any) -> None:
         """Appends {"kind": kind, **values}. NumPy and JAX scalars become numbers, NaN and infinities become null."""
         record = {"kind": kind, **{name: _plain(value) for name, value in values.items()}}
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
+        if self.listener:
+            self.listener(record)
 
     def drop_after(self, step: int) -> None:
         """Forgets what a run resumed with `step` steps done writes again, and a last line torn by a crash. Atomic.
@@ -79,7 +85,10 @@ class MetricsLog:
         if not is_leader():
             return
         records = self.read(self.path)
-        kept = [r for r in records if r.get("step", -1) < step + (r["kind"] not in STEP_KINDS)]
+        kept, self.forgotten = [], []
+        for record in records:
+            later = record.get("step", -1) >= step + (record["kind"] not in STEP_KINDS)
+            (self.forgotten if later else kept).append(record)
         self._file.close()
         fresh = self.path.with_suffix(".jsonl.new")
         fresh.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")

@@ -288,11 +288,12 @@ def new_run(tmp_path, tokenizer):
 def test_two_processes_train_what_one_trains(tmp_path, start, new_run, monkeypatch):
     monkeypatch.chdir(ROOT)
     two, one = (Path(shutil.copytree(new_run, tmp_path / name)) for name in ("two", "one"))
-    command = ["-m", "nanochat_jax", *pretrain("--base.stop-after", 4, "--workdir", two)]
+    command = ["-m", "nanochat_jax", *pretrain("--base.stop-after", 4, "--workdir", two, "--track", "tensorboard")]
     results = ended(start(*command))
     assert [status for status, _ in results] == [0, 0], results
-    # The leader alone speaks.
+    # The leader alone speaks, and sends.
     assert "base  4/12" in results[0][1] and "/12" not in results[1][1]
+    assert len(list((two / "base" / "tensorboard").iterdir())) == 1
     assert len(losses(two)) == 4
     assert cli.main(pretrain("--base.stop-after", 6, "--workdir", one)) == 0
     # One process goes on from what two have saved.

@@ -210,7 +210,7 @@ def test_another_horizon_or_tokenizer_is_refused_unless_forced(run, tmp_path, to
 FREE = {
     "data": {"source", "dir", "cache", "num_shards", "mirror", "eval_bundle"},
     "eval": {field.name for field in fields(Config().eval)},
-    "": {"mesh", "attention", "unsafe_sandbox", "device_hour_cost", "device_memory_gb", "remat", "loss_chunk"},
+    "": {"mesh", "attention", "unsafe_sandbox", "device_hour_cost", "device_memory_gb", "remat", "loss_chunk", "track"},
 }
 FREE_IN_STAGE = {"device_batch_size", "eval_every", "save_every", "keep", "stop_after", "sample_tokens"}
 FREE |= {

@@ -35,6 +35,7 @@ from nanochat_jax.run import finished, gpt_config, params_target, read_config, r
 from nanochat_jax.sharding import check_mesh, data_shards, make_mesh, put_batch, rows_of_microbatch, rows_of_step
 from nanochat_jax.stopping import Stop, stoppable
 from nanochat_jax.tokenizer import Tokenizer
+from nanochat_jax.track import tracked
 from nanochat_jax.train import (
     TrainState,
     born_params,
@@ -172,8 +173,12 @@ class Session:
 
     @contextmanager
     def loop(self) -> Iterator[Stop]:
-        """Around the steps: signals end them as the module says; an error leaves no checkpoint half written."""
-        with stoppable(self.name, self.log) as stop:
+        """Around the steps: signals end them as the module says; an error leaves no checkpoint half written.
+
+        What they measure is sent to the trackers, which are closed when all is saved.
+        """
+        sent = tracked(self.metrics, self.config, self.step, self.log)
+        with stoppable(self.name, self.log) as stop, sent:
             try:
                 yield stop
             except BaseException:
