@@ -31,8 +31,10 @@ trap 'rm -rf "$PIECES"' EXIT
 
 CHECKED=${CHECKED:-cudnn pallas mosaic}
 SMALL=() COMPARE=(--device cuda --depth 12 --seq-len 2048 --batch 32 --vocab-size 32768 --rounds 4 --steps 3)
+PATIENCE=1
 if [ -n "${REHEARSE:-}" ]; then
     export JAX_PLATFORMS=cpu
+    PATIENCE=10 # a CPU may have other things to do
     SMALL=(--model.depth 2 --model.aspect-ratio 64 --model.head-dim 64 --model.sequence-len 256 --model.n-kv-head 1
         --tokenizer.vocab-size 512 --base.total-batch-size 1024 --base.device-batch-size 2 --repeat 1 --rows 1)
     CHECKED="reference pallas_interpreted" CUDNN=reference
@@ -41,7 +43,7 @@ fi
 
 # part NAME LIMIT COMMAND...: runs it for LIMIT seconds at most; its last line on stdout and how it ended are kept.
 part() {
-    local name=$1 limit=$2 left=$((DEADLINE - SECONDS)) start=$SECONDS status
+    local name=$1 limit=$((PATIENCE * $2)) left=$((DEADLINE - SECONDS)) start=$SECONDS status
     shift 2
     [[ -z ${PARTS:-} || " $PARTS " == *" $name "* ]] || return 0
     if ((left < 5)); then

@@ -5,12 +5,15 @@ What transformers computes from it: tests/slow/test_transformers.py.
 
 import ast
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import jax
 import jinja2
 import ml_dtypes
 import numpy as np
 import pytest
+import tiny
 import tokenizers
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
@@ -18,6 +21,7 @@ from test_cli import expect_error
 
 from nanochat_jax import cli, export
 from nanochat_jax import run as runs
+from nanochat_jax.checkpoint import Checkpointer
 from nanochat_jax.config import GPTConfig, ModelConfig
 from nanochat_jax.errors import UserError
 from nanochat_jax.model import param_shapes
@@ -53,8 +57,24 @@ CONVERSATIONS = [
 
 
 @pytest.fixture(scope="module")
+def run(tmp_path_factory, tokenizer):
+    """A run with a base and an rl model of random weights."""
+    workdir = tmp_path_factory.mktemp("run") / "tiny"
+    runs.open_run(tiny.config, workdir, log=print)
+    tokenizer.save(workdir / "tokenizer")
+    cfg = GPTConfig.from_depth(tiny.config.model, tokenizer.vocab_size)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(leaf.dtype), param_shapes(cfg))
+    for stage in ("base", "rl"):
+        checkpoints = Checkpointer(workdir / stage / "checkpoints", 1)
+        checkpoints.save(3, {"params": params}, {})
+        checkpoints.wait()
+    return workdir
+
+
+@pytest.fixture(scope="module")
 def folder(run, tmp_path_factory):
-    """The newest model of the small run, exported by the command line."""
+    """The newest model of the run, exported by the command line."""
     out = tmp_path_factory.mktemp("export") / "hf"
     assert cli.main(["convert", "to-hf", "--workdir", str(run), "--out", str(out)]) == 0
     return out
@@ -136,7 +156,7 @@ def test_an_answer_ends_where_the_engine_ends_it(run, folder):
 
 def test_a_base_model_continues_text(run, tmp_path):
     out = tmp_path / "base-hf"
-    words = ["--stage", "base", "--step", "best", "--dtype", "bfloat16"]
+    words = ["--stage", "base", "--step", "3", "--dtype", "bfloat16"]
     assert cli.main(["convert", "to-hf", "--workdir", str(run), "--out", str(out), *words]) == 0
     assert not (out / "chat_template.jinja").exists()
     assert json.loads((out / "tokenizer_config.json").read_text())["eos_token"] == "<|bos|>"
@@ -149,9 +169,7 @@ def test_a_base_model_continues_text(run, tmp_path):
 def test_what_a_run_was_trained_with_need_not_run_here(run, tmp_path, monkeypatch):
     """A run of a GPU, exported on a laptop."""
     read = runs.read_config
-    monkeypatch.setattr(
-        runs, "read_config", lambda path: cli.dataclasses.replace(read(path), attention="cudnn", mesh="8")
-    )
+    monkeypatch.setattr(runs, "read_config", lambda path: replace(read(path), attention="cudnn", mesh="8"))
     assert cli.main(["convert", "to-hf", "--workdir", str(run), "--out", str(tmp_path / "hf")]) == 0
 
 
