@@ -42,6 +42,7 @@ PROGRAM = "python -m nanochat_jax"
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 Flag = tyro.conf.FlagCreatePairsOff[bool]
 Source = Literal["base", "mid", "sft", "rl"]
+Part = Literal["train", "attention", "loader", "tokenizer", "decode", "server", "sandbox"]
 CONVERSATION_TEMPERATURE = 0.6
 MENDABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 
@@ -213,14 +214,15 @@ class ConvertOptions(Options):
 class BenchOptions(Options):
     """Options of `bench`."""
 
-    what: tyro.conf.Positional[Literal["train", "attention", "loader", "tokenizer", "decode", "sandbox"]] = tyro.MISSING
+    what: tyro.conf.Positional[Part] = tyro.MISSING
     """The part to measure."""
     json: Flag = False
     """End stdout with one line of JSON that holds every figure."""
     repeat: int = 10
     """Repetitions that count, after warm-up."""
     rows: tuple[int, ...] = ()
-    """Rows at once, each measured; unset: 16 on a GPU and 2 on a CPU (attention), 1 and 16 (decode)."""
+    """Rows or clients at once, each measured; unset: 16 on a GPU and 2 on a CPU (attention), 1 and 16 (decode), 1 and 8
+    (server)."""
     impls: tuple[str, ...] = ()
     """Implementations of attention to measure; unset: all that run here."""
     step_only: Flag = False

@@ -1,6 +1,7 @@
 """The engine: greedy is exact, rows do not see each other, tools are called, streams cancel, sampling obeys its knobs."""
 
 import threading
+from collections import deque
 from dataclasses import replace
 from itertools import pairwise
 from random import Random
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nanochat_jax.bench.decode import NoSpecials
 from nanochat_jax.config import GPTConfig, ModelConfig
 from nanochat_jax.errors import UserError
 from nanochat_jax.inference import engine as engine_module
@@ -416,6 +418,21 @@ def test_a_top_p_that_rounds_to_one_draws_from_all(model, tokenizer, prompts):
     )
     assert [answer.ids for answer in nearly] == [answer.ids for answer in whole]
     assert len({tuple(answer.ids) for answer in nearly}) == 4
+
+
+def test_texts_that_came_together_are_one_event(model, prompts):
+    class AllText(NoSpecials):
+        def decode_bytes(self, ids):
+            return b"a" * len(ids)
+
+    params, cfg = model
+    text = {"type": "text", "text": "a"}
+    row = Row((1,), SamplingParams(), events=deque([text, text, {"type": "tool"}, text, text]))
+    taken = [row.next_event() for _ in range(3)]
+    assert taken == [text | {"text": "aa"}, {"type": "tool"}, text | {"text": "aa"}] and not row.events
+    engine = Engine(params, cfg, AllText(), max_rows=1)
+    *texts, done = engine.stream(prompts[0], SamplingParams(max_tokens=18))
+    assert [len(event["text"]) for event in texts] == [1, 16, 1] and done["usage"]["completion_tokens"] == 18
 
 
 def test_streams_share_the_batch_and_say_what_generate_says(model, tokenizer, prompts):

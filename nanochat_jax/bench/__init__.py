@@ -21,7 +21,7 @@ class Settings(NamedTuple):
     repeat: int = 10
     """Repetitions that count."""
     rows: tuple[int, ...] = ()
-    """Rows at once, each measured; empty: as the part has it."""
+    """Rows or clients at once, each measured; empty: as the part has it."""
     impls: tuple[str, ...] = ()
     """Implementations of attention; empty: all that run here."""
     step_only: bool = False

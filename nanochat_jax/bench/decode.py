@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
 from nanochat_jax.bench import Settings
 from nanochat_jax.bench.measure import timed
@@ -21,6 +22,7 @@ from nanochat_jax.config import Config, GPTConfig
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.inference.requests import SamplingParams
 from nanochat_jax.metrics import peak_memory_bytes
+from nanochat_jax.model import Params
 from nanochat_jax.run import gpt_config
 from nanochat_jax.sharding import check_mesh, make_mesh
 from nanochat_jax.train import born_params
@@ -53,12 +55,17 @@ class NoSpecials:
         return b""
 
 
-def figures(config: Config, settings: Settings, log: Callable[[str], None]) -> dict[str, Any]:
-    """Tokens a second of reading and of writing for each number of rows; those of all rows together."""
-    cfg = gpt_config(config, config.tokenizer.vocab_size)
+def random_model(config: Config, vocab_size: int) -> tuple[Params, GPTConfig, Mesh]:
+    """A model of the configured shape as training begins with it, and the devices it is on."""
+    cfg = gpt_config(config, vocab_size)
     mesh = make_mesh(config.mesh)
     check_mesh(mesh, cfg)
-    params = born_params(cfg, mesh, config.seed)
+    return born_params(cfg, mesh, config.seed), cfg, mesh
+
+
+def figures(config: Config, settings: Settings, log: Callable[[str], None]) -> dict[str, Any]:
+    """Tokens a second of reading and of writing for each number of rows; those of all rows together."""
+    params, cfg, mesh = random_model(config, config.tokenizer.vocab_size)
     length, answer = cfg.sequence_len // 2, min(ANSWER_TOKENS, cfg.sequence_len // 4)
     random = np.random.default_rng(config.seed)
 

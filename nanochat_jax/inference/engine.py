@@ -175,8 +175,9 @@ class Engine:
     def stream(self, prompt: Sequence[int], sampling: SamplingParams) -> Iterator[dict]:
         """Events of one completion as they come; closing the iterator cancels it and frees its row.
 
-        {"type": "text", "text"} with whole characters only, {"type": "tool", "expression", "result"} (result None: it
-        failed), and last {"type": "done", "finish_reason", "usage": {"prompt_tokens", "completion_tokens"}}.
+        {"type": "text", "text"} with whole characters only, one for all tokens that came together; {"type": "tool",
+        "expression", "result"} (result None: it failed); and last {"type": "done", "finish_reason", "usage":
+        {"prompt_tokens", "completion_tokens"}}.
         """
         row = self._row(prompt, sampling, TextStream(sampling.stop))
         self._waiting.append([row])
@@ -187,7 +188,7 @@ class Engine:
                         self.step()
                 self._hand_over()
                 while row.events:
-                    yield row.events.popleft()
+                    yield row.next_event()
         usage = {"prompt_tokens": len(row.prompt), "completion_tokens": len(row.completion.ids)}
         yield {"type": "done", "finish_reason": row.completion.finish_reason, "usage": usage}
 

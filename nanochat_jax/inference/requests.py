@@ -79,6 +79,13 @@ class Row:
         """Of the newest token, which is to be fed next."""
         return len(self.prompt) + len(self.completion.ids) - 1
 
+    def next_event(self) -> dict[str, Any]:
+        """Takes the first event; texts in a row as one, because whoever passes events on pays for each."""
+        event = self.events.popleft()
+        while event["type"] == "text" and self.events and self.events[0]["type"] == "text":
+            event = {"type": "text", "text": event["text"] + self.events.popleft()["text"]}
+        return event
+
 
 def collected(events: Iterable[dict]) -> dict[str, Any]:
     """The events of `Engine.stream` as one: {"text", "tool_calls", "finish_reason", "usage"}."""

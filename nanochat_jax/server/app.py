@@ -22,7 +22,7 @@ from dataclasses import replace
 from flask import Flask, Response, jsonify, render_template, request
 from tqdm import tqdm
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
-from werkzeug.serving import make_server
+from werkzeug.serving import BaseWSGIServer, make_server
 
 from nanochat_jax.errors import UserError
 from nanochat_jax.inference.engine import Engine
@@ -127,6 +127,20 @@ def create_app(
 def serve(app: Flask, host: str = "127.0.0.1", port: int = 8000) -> None:
     """Serves until interrupted. Raises UserError for a public address without a token, or a port it cannot have."""
     check_host(host, app.config["TOKEN"])
+    server = listening(app, host, port)
+    print(f"Chat at http://{host}:{server.port}/ (Ctrl-C ends it)", file=sys.stderr, flush=True)
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+    finally:
+        server.server_close()
+
+
+def listening(app: Flask, host: str, port: int) -> BaseWSGIServer:
+    """A server that has its port (0: any free one) and a warm engine, and waits for `serve_forever`. Raises UserError
+    for a port it cannot have.
+    """
     try:
         # Bound here and handed over, because Werkzeug itself ends the process where the port is taken.
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
@@ -136,13 +150,7 @@ def serve(app: Flask, host: str = "127.0.0.1", port: int = 8000) -> None:
         warm_up(app.config["ENGINE"])
         server = make_server(host, port, app, threaded=True, fd=listener.fileno())
     logging.getLogger("werkzeug").setLevel(logging.WARNING)
-    print(f"Chat at http://{host}:{server.port}/ (Ctrl-C ends it)", file=sys.stderr, flush=True)
-    try:
-        server.serve_forever()
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-    finally:
-        server.server_close()
+    return server
 
 
 def check_host(host: str, token: str | None) -> None:
