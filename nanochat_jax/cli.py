@@ -202,9 +202,10 @@ class ConvertOptions(Options):
         if self.what == "to-hf":
             if self.out is None or self.checkpoint or self.tokenizer:
                 raise UsageError("convert to-hf needs --out FOLDER, and takes no --checkpoint nor --tokenizer")
-            return
-        if self.checkpoint is None or self.out or self.step == "best":
-            raise UsageError("convert from-nanochat needs --checkpoint FOLDER, and takes no --out nor --step best")
+        elif self.checkpoint is None or self.out or self.step == "best" or self.dtype != "float32":
+            raise UsageError(
+                "convert from-nanochat needs --checkpoint FOLDER, and takes no --out, --dtype nor --step best"
+            )
         words = [f"--workdir={self.workdir}", *([f"--experiment={self.experiment}"] if self.experiment else [])]
         if self.config.model != _defaults(words, starts_run=True)[0].model:
             raise UsageError("--model options: the shape of the model is that of the checkpoint; leave them out")
@@ -424,7 +425,8 @@ def serve(options: ServeOptions, workdir: Path) -> None:
         raise UsageError(f"--rows {options.rows}: at least 1 is needed")
     check_host(options.host, options.token)
     engine, tokenizer, name = _engine(options, workdir, rows=options.rows)
-    serve(create_app(engine, tokenizer, model_name=name, token=options.token), options.host, options.port)
+    app = create_app(engine, tokenizer, model_name=name, token=options.token, max_requests=max(32, 2 * options.rows))
+    serve(app, options.host, options.port)
 
 
 def report(options: Options, workdir: Path) -> None:

@@ -66,8 +66,6 @@ class MetricsLog:
         self._file = (self.path if is_leader() else Path(os.devnull)).open("a", encoding="utf-8")
         self.listener: Callable[[dict], None] | None = None
         """Gets each record after it is in the file."""
-        self.forgotten: list[dict] = []
-        """What `drop_after` took out."""
 
     def write(self, kind: str, **values: Any) -> None:
         """Appends {"kind": kind, **values}. NumPy and JAX scalars become numbers, NaN and infinities become null."""
@@ -85,10 +83,7 @@ class MetricsLog:
         if not is_leader():
             return
         records = self.read(self.path)
-        kept, self.forgotten = [], []
-        for record in records:
-            later = record.get("step", -1) >= step + (record["kind"] not in STEP_KINDS)
-            (self.forgotten if later else kept).append(record)
+        kept = [r for r in records if r.get("step", -1) < step + (r["kind"] not in STEP_KINDS)]
         self._file.close()
         fresh = self.path.with_suffix(".jsonl.new")
         fresh.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -238,22 +239,24 @@ def turns(conversation: dict) -> list[dict]:
 
 
 def check_pattern(pattern: str, texts: Iterable[str]) -> None:
-    """UserError where `pattern` is no regular expression, or some character of `texts` is in none of its matches: it
-    would be lost.
+    """UserError where `pattern` is no regular expression, or some character of `texts`, or any other, is in none of its
+    matches: it would be lost.
     """
     try:
         compiled = regex.compile(pattern)
-    except regex.error as error:
+        tokenizer = Tokenizer([bytes([byte]) for byte in range(256)], pattern)  # by another engine, of fewer words
+    except (regex.error, ValueError) as error:
         raise UserError(f"--tokenizer.pattern {pattern!r} is no regular expression: {error}") from None
-    for text in texts:
+    every = "".join(chr(code) for code in range(sys.maxunicode + 1) if not 0xD800 <= code < 0xE000)
+    for text in (*texts, every):
         at = 0
         for match in compiled.finditer(text):
             if match.start() != at or match.end() == at:
                 break
             at = match.end()
-        if at < len(text):
+        if at < len(text) or tokenizer.decode(tokenizer.encode(text)) != text:
             raise UserError(
-                f"--tokenizer.pattern {pattern!r} leaves out {text[at : at + 12]!r}, which would be lost: "
+                f"--tokenizer.pattern {pattern!r} leaves out {text[at : at + 12] or 'something'!r}, which would be lost: "
                 r"let it match every character, for example with |\s+|. at its end"
             )
 

@@ -96,7 +96,7 @@ def numbers(record: dict) -> dict[str, float]:
 
 
 def _wandb(log: MetricsLog, config: Config, step: int) -> Sink:
-    """One run a stage, found again by its id. It takes no row back, so steps done again are not sent again."""
+    """One run a stage, found again by its id. It takes no row back: steps done again stand there twice."""
     import wandb
 
     folder, kept = log.path.parent, log.path.with_name("wandb.json")
@@ -117,11 +117,9 @@ def _wandb(log: MetricsLog, config: Config, step: int) -> Sink:
     write_json(kept, {"id": run.id})
     # By wandb's own step, which never goes back, a step trained after the validation of that step would be dropped.
     run.define_metric("*", step_metric="step")
-    sent = {(record["kind"], record.get("step")) for record in log.forgotten if known}
 
     def send(record: dict) -> None:
-        if (record["kind"], record["step"]) not in sent:
-            run.log({"step": record["step"], **numbers(record)})
+        run.log({"step": record["step"], **numbers(record)})
 
     return send, lambda failed: run.finish(exit_code=int(failed))
 

@@ -148,6 +148,33 @@ def test_conversations_have_the_same_tokens(run, folder, hf, messages, answering
     assert hf.encode(text, add_special_tokens=False).ids == expected
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "tool", "content": "19"},
+        {"role": "system", "content": "late"},
+        {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
+        {"role": "assistant", "content": [{"type": "image"}]},
+    ],
+)
+def test_what_the_model_has_never_seen_is_refused(folder, message):
+    def refused(text):
+        raise UserError(text)
+
+    template = jinja2.Template((folder / "chat_template.jinja").read_text())
+    with pytest.raises(UserError):
+        template.render(messages=[{"role": "user", "content": "Hi"}, message], raise_exception=refused)
+
+
+def test_a_pattern_of_ones_own_is_warned_about(run, tmp_path):
+    """Of such a pattern tokenizers' engine makes an error, or something else."""
+    params, cfg, tokenizer, _, _ = runs.load_model(run)
+    said, own = [], Tokenizer(tokenizer.ranks, "(?s).{1,2}")
+    for one in (tokenizer, own):
+        export.to_hf(params, cfg, one, "run/sft", 1, tmp_path / f"hf{len(said)}", "float32", said.append)
+    assert [line for line in said if "Oniguruma" in line] == [said[1]] and "(?s).{1,2}" in said[1]
+
+
 def test_an_answer_ends_where_the_engine_ends_it(run, folder):
     ours = Tokenizer.load(run / "tokenizer")
     ends = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
@@ -169,7 +196,7 @@ def test_a_base_model_continues_text(run, tmp_path):
 def test_what_a_run_was_trained_with_need_not_run_here(run, tmp_path, monkeypatch):
     """A run of a GPU, exported on a laptop."""
     read = runs.read_config
-    monkeypatch.setattr(runs, "read_config", lambda path: replace(read(path), attention="cudnn", mesh="8"))
+    monkeypatch.setattr(runs, "read_config", lambda path: replace(read(path), attention="cudnn"))
     assert cli.main(["convert", "to-hf", "--workdir", str(run), "--out", str(tmp_path / "hf")]) == 0
 
 
@@ -185,15 +212,21 @@ def test_all_or_nothing(capsys, run, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "hf").mkdir()
     expect_error(capsys, words, 1, f"--out {tmp_path / 'hf'} is there already")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    for out, complaint in (("file/hf", "Not a directory"), ("n" * 300, "too long"), ("nowhere", "already")):
+        expect_error(capsys, [*words[:-1], tmp_path / out], 1, "--out", complaint)
 
 
 def test_options_of_the_other_direction(capsys, run, tmp_path):
     words = ["convert", "to-hf", "--workdir", run]
     expect_error(capsys, words, 2, "to-hf needs --out")
     expect_error(capsys, [*words, "--out", tmp_path / "a", "--checkpoint", tmp_path], 2, "no --checkpoint")
+    expect_error(capsys, [*words, "--out", tmp_path / "a", "--model.depth", "9"], 2, "--model options")
     words = ["convert", "from-nanochat", "--workdir", tmp_path / "new"]
     expect_error(capsys, words, 2, "from-nanochat needs --checkpoint")
     expect_error(capsys, [*words, "--checkpoint", tmp_path, "--step", "best"], 2, "--step best")
+    expect_error(capsys, [*words, "--checkpoint", tmp_path, "--dtype", "bfloat16"], 2, "--dtype")
     expect_error(capsys, ["convert", "to-hf", "--workdir", tmp_path, "--out", tmp_path / "a"], 1, str(tmp_path))
 
 

@@ -28,7 +28,7 @@ from nanochat_jax.convert import nanochat_name
 from nanochat_jax.errors import UserError
 from nanochat_jax.model import count_params
 from nanochat_jax.sharding import by_path
-from nanochat_jax.tokenizer import Tokenizer
+from nanochat_jax.tokenizer import SPLIT_PATTERN, Tokenizer
 
 HERE = Path(__file__).parent
 MODELING = "modeling_nanochat_jax"
@@ -54,13 +54,21 @@ def to_hf(
     """Writes the model `name` (RUN/STAGE), weights in `dtype`, into the new folder `out`: whole, or nothing.
 
     A model that can chat (any but base) gets the chat template, and stops at the end of its answer. UserError where
-    `out` exists or the disk is full.
+    `out` exists, cannot be made, or the disk is full.
     """
-    if out.exists():
+    if os.path.lexists(out):
         raise UserError(f"--out {out} is there already: name a folder that is not")
+    if tokenizer.pattern != SPLIT_PATTERN:
+        log(
+            f"the tokenizer's own pattern {tokenizer.pattern!r} is read by another engine there (Oniguruma), which may "
+            "refuse it or cut texts otherwise: compare the tokens of some texts before you use it"
+        )
     stage = name.rpartition("/")[2]
     part = out.with_name(f"{out.name}.{os.getpid()}.part")
-    part.mkdir(parents=True)
+    try:
+        part.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be made a folder ({error.strerror}); name another") from None
     try:
         save_file(tensors(params, cfg, dtype), part / "model.safetensors", {"format": "pt"})
         files: dict[str, Any] = {

@@ -1,8 +1,8 @@
 """The GPT of nanochat-jax in PyTorch, for Hugging Face transformers (4.56 and up): the numerics of its model.py.
 
 Part of an exported model: transformers runs it with `trust_remote_code=True`. Names of weights are karpathy/nanochat's.
-Rows of different lengths are padded on the left. Without: attention kernels; a cache of keys and values is whole, also
-where a layer sees a window of it only.
+Rows of different lengths are padded on the left. Without: attention kernels, caches other than DynamicCache (whose keys
+and values are whole, also where a layer sees a window of them only), gradient checkpointing, a vocabulary that grows.
 """
 
 from __future__ import annotations
@@ -158,6 +158,7 @@ class NanochatJaxForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = ""
     _no_split_modules = ("Block",)
     _supports_sdpa = True
+    accepts_loss_kwargs = False  # of several microbatches Trainer has to take the mean itself
 
     def __init__(self, config: NanochatJaxConfig) -> None:
         super().__init__(config)

@@ -15,6 +15,7 @@ CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "
 folder, padding, steps = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 ours = np.load(folder / "ours.npz")
 model = AutoModelForCausalLM.from_pretrained(folder / "hf", trust_remote_code=True).eval()
+assert not model.accepts_loss_kwargs, "Trainer would add up the losses of microbatches"
 tokens = torch.tensor(ours["tokens"])
 length = tokens.shape[1]
 
