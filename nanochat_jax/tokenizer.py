@@ -255,8 +255,9 @@ def check_pattern(pattern: str, texts: Iterable[str]) -> None:
                 break
             at = match.end()
         if at < len(text) or tokenizer.decode(tokenizer.encode(text)) != text:
+            lost = text[at : at + 12] or "some character"
             raise UserError(
-                f"--tokenizer.pattern {pattern!r} leaves out {text[at : at + 12] or 'something'!r}, which would be lost: "
+                f"--tokenizer.pattern {pattern!r} leaves out {lost!r}, which would be lost: "
                 r"let it match every character, for example with |\s+|. at its end"
             )
 
