@@ -14,7 +14,8 @@ PATIENCE = 120  # seconds
 
 
 def begin(workdir: Path, log: Path) -> subprocess.Popen:
-    environment = dict(os.environ, XLA_FLAGS="", JAX_COMPILATION_CACHE_DIR=str(workdir.parent / "xla"))
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
+    environment = dict(os.environ, XLA_FLAGS=flags, JAX_COMPILATION_CACHE_DIR=str(workdir.parent / "xla"))
     environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     command = [sys.executable, "run_speedrun.py", "--experiment", "tests/tiny.py", "--workdir", str(workdir)]
     return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=log.open("w"), stdout=subprocess.DEVNULL)
