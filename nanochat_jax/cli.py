@@ -425,8 +425,7 @@ def serve(options: ServeOptions, workdir: Path) -> None:
         raise UsageError(f"--rows {options.rows}: at least 1 is needed")
     check_host(options.host, options.token)
     engine, tokenizer, name = _engine(options, workdir, rows=options.rows)
-    app = create_app(engine, tokenizer, model_name=name, token=options.token, max_requests=max(32, 2 * options.rows))
-    serve(app, options.host, options.port)
+    serve(create_app(engine, tokenizer, model_name=name, token=options.token), options.host, options.port)
 
 
 def report(options: Options, workdir: Path) -> None:

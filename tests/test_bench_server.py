@@ -104,7 +104,7 @@ def test_a_ratio_is_of_the_same_round(bench, monkeypatch):
 
 
 def test_a_server_that_refuses_is_one_line(bench, monkeypatch):
-    monkeypatch.setattr(server, "create_app", lambda *args, **given: create_app(*args, **given | {"max_requests": 0}))
+    monkeypatch.setattr(server, "create_app", partial(create_app, max_requests=0))
     status, figures, err = bench("--rows", 2)
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert status == 1 and figures is None and len(errors) == 1 and "Traceback" not in err

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from test_cli import expect_error
 
-from nanochat_jax import cli, export
+from nanochat_jax import cli, export, model
 from nanochat_jax import run as runs
 from nanochat_jax.checkpoint import Checkpointer
 from nanochat_jax.config import GPTConfig, ModelConfig
@@ -119,6 +119,9 @@ def test_the_models_code_takes_what_config_json_says(folder):
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     for name in (*config["architectures"], *(target.split(".")[1] for target in config["auto_map"].values())):
         assert name in classes
+    constants = {node.targets[0].id: node.value for node in tree.body if isinstance(node, ast.Assign)}
+    for name in ("EPS", "SOFTCAP", "SMEAR_CHANNELS", "GATE_CHANNELS"):
+        assert ast.literal_eval(constants[name]) == getattr(model, name)
     init = next(node for node in classes["NanochatJaxConfig"].body if getattr(node, "name", "") == "__init__")
     general = {"architectures", "auto_map", "model_type", "dtype", "bos_token_id"}
     # tie_word_embeddings and use_cache are the same in all models.

@@ -49,7 +49,7 @@ class WordTokenizer:
 class ScriptedEngine:
     """Plays `events`; remembers what it was asked and whether each generation was closed."""
 
-    max_len = 64
+    max_len, max_rows = 64, 8
 
     def __init__(self, *events):
         self.events = events
@@ -206,6 +206,19 @@ def test_places_are_given_back():
     for _ in range(3):
         response = client.post("/v1/chat/completions", json={**user(), "stream": True}, buffered=False)
         assert response.status_code == 200
+        response.close()
+
+
+@pytest.mark.parametrize(("rows", "places"), [(8, 32), (20, 40)])
+def test_more_rows_have_more_places(rows, places):
+    engine = ScriptedEngine(*SCRIPT)
+    engine.max_rows = rows
+    client, body = client_of(engine), {**user(), "stream": True}
+    held = [client.post("/v1/chat/completions", json=body, buffered=False) for _ in range(places)]
+    assert {response.status_code for response in held} == {200}
+    refused = client.post("/v1/chat/completions", json=body)
+    assert refused.status_code == 503 and f"{places} requests are waiting" in refused.text
+    for response in held:
         response.close()
 
 

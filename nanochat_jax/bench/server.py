@@ -90,7 +90,7 @@ def figures(config: Config, settings: Settings, log: Callable[[str], None]) -> d
     asked = [parse_request(body, MODEL) for body in bodies]
     prompts = [fit(request.messages, tokenizer, engine.max_len, request.sampling) for request in asked]
     records = []
-    with serving(create_app(engine, tokenizer, model_name=MODEL, max_requests=max(clients))) as port:
+    with serving(create_app(engine, tokenizer, model_name=MODEL)) as port:
         for count in clients:
             log(f"bench server: {count} client{'s' if count > 1 else ''}")
 

@@ -8,7 +8,6 @@ which this program itself never imports. Weights have karpathy/nanochat's names.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -25,6 +24,7 @@ from safetensors.numpy import save_file
 
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.convert import nanochat_name
+from nanochat_jax.data.files import write_json
 from nanochat_jax.errors import UserError
 from nanochat_jax.model import count_params
 from nanochat_jax.sharding import by_path
@@ -78,7 +78,7 @@ def to_hf(
             "tokenizer_config.json": tokenizer_config(cfg, stage),
         }
         for file, value in files.items():
-            (part / file).write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            write_json(part / file, value)
         shutil.copy(HERE / f"{MODELING}.py", part)
         if stage != "base":
             shutil.copy(HERE / "chat_template.jinja", part)

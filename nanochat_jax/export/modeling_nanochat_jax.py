@@ -1,4 +1,4 @@
-"""The GPT of nanochat-jax in PyTorch, for Hugging Face transformers (4.56 and up): the numerics of its model.py.
+"""The GPT of nanochat-jax in PyTorch, for Hugging Face transformers (4.57 and up): the numerics of its model.py.
 
 Part of an exported model: transformers runs it with `trust_remote_code=True`. Names of weights are karpathy/nanochat's.
 Rows of different lengths are padded on the left. Without: attention kernels, caches other than DynamicCache (whose keys

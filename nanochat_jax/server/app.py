@@ -40,13 +40,15 @@ MAX_BYTES = 2**18
 
 
 def create_app(
-    engine: Engine, tokenizer: Tokenizer, *, model_name: str, token: str | None = None, max_requests: int = 32
+    engine: Engine, tokenizer: Tokenizer, *, model_name: str, token: str | None = None, max_requests: int | None = None
 ) -> Flask:
     """The web application. With `token`, /v1 asks for `Authorization: Bearer TOKEN`.
 
-    The engine takes calls from several threads and batches them as it can; at most `max_requests` wait or run at once,
-    the next one is told to come back (503).
+    The engine takes calls from several threads and batches them as it can; at most `max_requests` (unset: 32, or
+    twice its rows) wait or run at once, the next one is told to come back (503).
     """
+    if max_requests is None:
+        max_requests = max(32, 2 * engine.max_rows)
     app = Flask(__name__)
     app.config.update(TOKEN=token, ENGINE=engine, MAX_CONTENT_LENGTH=MAX_BYTES)
     app.json.sort_keys = False

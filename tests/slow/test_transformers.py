@@ -2,7 +2,7 @@
 
     TRANSFORMERS_PYTHON=~/venv/bin/python make test-slow ARGS="-s tests/slow/test_transformers.py"
 
-TRANSFORMERS_PYTHON has torch, transformers (4.56 and up) and accelerate. Prints the versions and the largest differences.
+TRANSFORMERS_PYTHON has torch, transformers (4.57 and up) and accelerate. Prints the versions and the largest differences.
 """
 
 import json
