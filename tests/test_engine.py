@@ -2,6 +2,7 @@
 
 import threading
 from collections import deque
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from random import Random
@@ -10,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from nanochat_jax.bench.decode import NoSpecials
 from nanochat_jax.config import GPTConfig, ModelConfig
@@ -20,7 +23,7 @@ from nanochat_jax.inference.buckets import bucket, decode_buckets, prompt_bucket
 from nanochat_jax.inference.decoding import prepare
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.inference.requests import Row, SamplingParams
-from nanochat_jax.inference.sampling import FEW, Method, sample
+from nanochat_jax.inference.sampling import FEW, MANY, Method, best, sample
 from nanochat_jax.inference.text import TextStream
 from nanochat_jax.model import forward, init_params, param_shapes
 from nanochat_jax.sharding import make_mesh
@@ -611,6 +614,26 @@ def test_a_draw_is_the_same_whatever_its_neighbours_need():
     assert (few == draw(logits, 200, Method(True, 300), top_k=30)).all()
     plain = draw(logits, 200, Method(plain=True))
     assert (plain == draw(logits, 200, Method(True, FEW, True, True))).all() and len(set(plain.tolist())) > 20
+
+
+@pytest.mark.parametrize(("spec", "cut"), [(None, None), ("data=2,tensor=2", P("tensor", "data"))])
+@pytest.mark.parametrize("vocab", [8192, 8198])  # the second leaves a block half empty
+def test_the_best_of_many_logits_are_those_of_top_k_equal_ones_in_its_order(vocab, spec, cut):
+    logits = np.random.default_rng(0).normal(size=(vocab, 16)).astype(np.float32).round(2)
+    logits[-1, 0] = logits[100, 1] = 9  # in the last block; alone in one
+    logits[:, 2] = 1
+    logits[200:, 3] = -np.inf
+    assert logits.size >= MANY
+    mesh = make_mesh(spec) if spec else None
+    placed = jax.device_put(logits, NamedSharding(mesh, cut)) if spec else jnp.asarray(logits)
+    with jax.set_mesh(mesh) if spec else nullcontext():
+        compiled = jax.jit(best, static_argnums=1).lower(placed, FEW).compile()
+        values, tokens = compiled(placed)
+    want = np.argsort(-logits.T, axis=1, kind="stable")[:, :FEW]
+    np.testing.assert_array_equal(tokens, want)
+    np.testing.assert_array_equal(values, np.take_along_axis(logits.T, want, axis=1))
+    if not spec:  # the whole vocabulary is neither sorted nor turned
+        assert f"f32[16,{vocab}]" not in compiled.as_text()
 
 
 def test_words_that_were_said_become_less_likely():

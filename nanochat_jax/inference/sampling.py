@@ -27,8 +27,12 @@ from nanochat_jax.inference.decoding import (
     with_rows,
 )
 
-FEW = 64
+FEW = 50
 """Candidates kept where every row with a top-k restricts itself to at most so many: sorting the vocabulary is slow."""
+MANY = 2**17
+"""Logits of which the best are found in two stages."""
+BLOCK = 16
+"""Tokens that the first stage takes together."""
 CHUNK = 16
 """Tokens of a row decoded at once, at most."""
 FORCED = 64
@@ -56,6 +60,33 @@ METHODS = 12
 """Methods that one engine can come to need: plain or not, candidates none, few or all, penalized or not."""
 
 
+def best(logits_VB: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """The largest `count` <= V logits of each column, descending, and their tokens: [B, count] each. Of equal ones the
+    first tokens come first, as in `jax.lax.top_k`.
+
+    Among many they are found in two stages: the best blocks of BLOCK tokens by their largest logit hold them all. A CPU
+    then sorts, and turns, a fraction of the vocabulary.
+    """
+
+    def top(x_BV: jax.Array) -> tuple[jax.Array, jax.Array]:
+        # Unfenced, a slice of what comes out merges with top_k's own and a CPU sorts the whole vocabulary. One fence
+        # for both makes XLA abort where the vocabulary is cut over `tensor`.
+        values, places = jax.lax.top_k(x_BV, count)
+        return jax.lax.optimization_barrier(values), jax.lax.optimization_barrier(places)
+
+    blocks = -(-len(logits_VB) // BLOCK)
+    if logits_VB.size < MANY or blocks < count:
+        return top(logits_VB.T)
+    spare = blocks * BLOCK - len(logits_VB)
+    padded_VB = jnp.pad(logits_VB, ((0, spare), (0, 0)), constant_values=-jnp.inf)
+    _, blocks_BN = top(jnp.max(padded_VB.reshape(blocks, BLOCK, -1), axis=1).T)
+    # In the order of the vocabulary, so that equal logits stay in theirs.
+    tokens_BNX = jnp.sort(blocks_BN, axis=1)[:, :, None] * BLOCK + jnp.arange(BLOCK)[None, None]
+    tokens_BM = tokens_BNX.reshape(len(blocks_BN), -1)
+    values_BC, places_BC = top(padded_VB[tokens_BM, jnp.arange(len(tokens_BM))[:, None]])
+    return values_BC, jnp.take_along_axis(tokens_BM, places_BC, axis=1)
+
+
 def sample(logits_VB: jax.Array, seen_BV: jax.Array, knobs: Knobs, positions_B: jax.Array, method: Method) -> jax.Array:
     """One token a row, int32 [B]: repetition penalty (CTRL, arXiv 1909.05858), then top-k, then top-p (arXiv
     1904.09751), then min-p (arXiv 2407.01082), then a draw; temperature 0 takes the most likely token.
@@ -65,10 +96,7 @@ def sample(logits_VB: jax.Array, seen_BV: jax.Array, knobs: Knobs, positions_B: 
         discouraged_VB = jnp.where(logits_VB > 0, logits_VB / penalty_1B, logits_VB * penalty_1B)
         logits_VB = jnp.where(seen_BV.T, discouraged_VB, logits_VB)
     if method.candidates:
-        best = jax.lax.top_k(logits_VB.T, min(method.candidates, len(logits_VB)))
-        # Unfenced, the slice below merges with top_k's own and a CPU sorts the whole vocabulary. One fence for both
-        # makes XLA abort where the vocabulary is cut over `tensor`.
-        best_BC, tokens_BC = map(jax.lax.optimization_barrier, best)
+        best_BC, tokens_BC = best(logits_VB, min(method.candidates, len(logits_VB)))
         token_B = tokens_BC[:, 0].astype(jnp.int32)
     else:
         token_B = jnp.argmax(logits_VB, axis=0).astype(jnp.int32)
