@@ -44,6 +44,7 @@ Flag = tyro.conf.FlagCreatePairsOff[bool]
 Source = Literal["base", "mid", "sft", "rl"]
 Part = Literal["train", "attention", "loader", "tokenizer", "decode", "server", "sandbox"]
 CONVERSATION_TEMPERATURE = 0.6
+HELP, HELP_ALL = ("-h", "--help"), "--help-all"
 MENDABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 
 
@@ -59,8 +60,7 @@ class Options:
     workdir: str | None = None
     """Folder of the run; unset: runs/<experiment> for training, else the run with the newest model."""
     experiment: str | None = None
-    """Python file that defines `config`; unset: the run's config.json, else experiments/speedrun.py where JAX sees a
-    GPU or TPU and experiments/tiny_cpu.py where it does not."""
+    """Python file with `config`; unset: the run's config.json, else experiments/speedrun.py (GPU) or tiny_cpu.py."""
 
     def check(self) -> None:
         """Raises UsageError where options contradict each other; called before anything is done."""
@@ -180,8 +180,7 @@ class ConvertOptions(Options):
     """Options of `convert`."""
 
     what: tyro.conf.Positional[Literal["from-nanochat", "to-hf"]] = tyro.MISSING
-    """from-nanochat: a checkpoint of karpathy/nanochat becomes a run here; to-hf: a run's model becomes a folder for
-    Hugging Face's transformers."""
+    """from-nanochat: a checkpoint of karpathy/nanochat becomes a run; to-hf: a model, a folder for Hugging Face."""
     checkpoint: Path | None = None
     """from-nanochat: folder with model_NNNNNN.pt and meta_NNNNNN.json, such as base_checkpoints/d12."""
     tokenizer: Path | None = None
@@ -193,8 +192,7 @@ class ConvertOptions(Options):
     step: int | Literal["best"] | None = None
     """Which checkpoint; unset: the newest."""
     stage: Source | None = None
-    """from-nanochat: what the model is here; unset: as the folder's name says (chatsft_checkpoints: sft), else base.
-    to-hf: whose model; unset: the last stage that has a checkpoint."""
+    """from-nanochat: what the model is; unset: by the folder's name. to-hf: whose model; unset: the last stage's."""
 
     def check(self) -> None:
         if self.workdir is None:
@@ -222,8 +220,7 @@ class BenchOptions(Options):
     repeat: int = 10
     """Repetitions that count, after warm-up."""
     rows: tuple[int, ...] = ()
-    """Rows or clients at once, each measured; unset: 16 on a GPU and 2 on a CPU (attention), 1 and 16 (decode), 1 and 8
-    (server)."""
+    """Rows or clients at once; unset: 16 on a GPU, 2 on a CPU (attention), 1 and 16 (decode), 1 and 8 (server)."""
     impls: tuple[str, ...] = ()
     """Implementations of attention to measure; unset: all that run here."""
     step_only: Flag = False
@@ -312,12 +309,14 @@ def run_command(prog: str, kind: type[Options], command: Command, about: str, ar
 
 def parse(kind: type[Options], config: Config, argv: Sequence[str], prog: str, description: str) -> Any:
     """`argv` as an instance of `kind` with `config` as defaults. UsageError with tyro's message in one line."""
-    stderr = io.StringIO()
+    stdout, stderr = io.StringIO(), io.StringIO()
+    words = [HELP[1] if word == HELP_ALL else word for word in argv]
     try:
-        with contextlib.redirect_stderr(stderr):
-            return tyro.cli(kind, args=list(argv), default=kind(config), prog=prog, description=description)
+        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+            return tyro.cli(kind, args=words, default=kind(config), prog=prog, description=description)
     except SystemExit as stop:
         if not stop.code:
+            print(stdout.getvalue() if HELP_ALL in argv else _own_help(stdout.getvalue(), config, prog), end="")
             raise
         raise UsageError(f"{_one_line(stderr.getvalue())}; see {prog} --help") from None
 
@@ -470,7 +469,7 @@ def _defaults(argv: Sequence[str], starts_run: bool) -> tuple[Config, Path, str]
     if given.experiment is not None:
         path = Path(given.experiment)
         return load_experiment(path), workdir or run.RUNS / path.stem, str(path)
-    if "-h" in argv or "--help" in argv:
+    if not {*HELP, HELP_ALL}.isdisjoint(argv):
         # Looking for devices takes seconds, and memory on a GPU that may be busy.
         path = EXPERIMENTS / "speedrun.py"
         return load_experiment(path), workdir or run.RUNS, f"{path.name}; with --experiment FILE, of that file"
@@ -520,6 +519,20 @@ def _one_line(box: str) -> str:
     message = " ".join(lines[start : next((i for i in rules if i >= start), None)])
     guess = re.search(r"Perhaps you meant:\s*(--\S+)", "\n".join(lines))
     return message.rstrip(".") + (f"; perhaps you meant {guess[1]}" if guess else "")
+
+
+def _own_help(text: str, config: Config, prog: str) -> str:
+    """tyro's help; of the configuration's sections only that which the command is about, and a line for each other."""
+    sections = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    about = {name: type(value).__doc__ for name, value in sections.items() if dataclasses.is_dataclass(value)}
+    command = prog.split()[-1]
+    own, kept, lines = "base" if command == "pretrain" else command, True, []
+    for line in text.splitlines():
+        section = next((name for name in about if f" {name} options" in line), None)
+        kept = kept if section is None else section == own
+        lines += [line.rstrip()] * kept
+    rest = [f"  --{name + '.*':<13}{' '.join(doc.split())}" for name, doc in about.items() if name != own]
+    return "\n".join([*lines, "More, as in --model.depth 12:", *rest, "", f"{prog} {HELP_ALL} lists them.", ""])
 
 
 def _overview() -> str:

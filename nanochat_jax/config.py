@@ -277,9 +277,8 @@ class Config:
     fp8: bool = False
     """Train the layers' products in 8-bit floats: NVIDIA from Ada and Hopper on; a CPU only emulates it."""
     attention: Literal["auto", "reference", "xla_blocked", "cudnn", "pallas", "mosaic"] = "auto"
-    """Attention implementation, and with one for GPUs the kernels of rotary positions and of the loss; auto on NVIDIA:
-    mosaic (H100 and H200 with CUDA 13) or cudnn, in float32 pallas; elsewhere xla_blocked; pallas on a CPU is a slow
-    test mode."""
+    """Attention; auto: mosaic on Hopper with CUDA 13, else cudnn on NVIDIA (float32: pallas), xla_blocked elsewhere."""
+    # With one for GPUs come the kernels of rotary positions and of the loss. pallas on a CPU is a slow test mode.
     remat: bool = False
     """Keep only each layer's input for the backward pass and compute the rest again: less memory, a third more work."""
     loss_chunk: int | Literal["auto"] = "auto"

@@ -204,11 +204,19 @@ def test_overview_lists_the_commands(capsys):
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_help_names_options_and_defaults(capsys, name):
+    assert cli.main([name, "--help-all"]) == 0
+    whole = capsys.readouterr().out
     assert cli.main([name, "--help"]) == 0
-    text = capsys.readouterr().out
-    for option in ("--workdir", "--experiment", "--mesh", "--model.aspect-ratio", "--base.target-flops", "--seed"):
-        assert option in text
-    assert "(default: 42)" in text and "speedrun.py" in text
+    own = capsys.readouterr().out
+    for option in ("--workdir", "--experiment", "--mesh", "--seed"):
+        assert option in whole and option in own
+    about = {"pretrain": "base"}.get(name, name)
+    for section, option in {"model": "aspect-ratio", "base": "target-flops", "eval": "max-new-tokens"}.items():
+        assert f"--{section}.{option}" in whole
+        assert (f"--{section}.{option}" in own) == (section == about) != (f"--{section}.* " in own)
+    for text in (whole, own):
+        assert "(default: 42)" in text and "speedrun.py" in text
+    assert f"{name} --help-all" in own
 
 
 def test_options_of_the_contract(experiment):
