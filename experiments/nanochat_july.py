@@ -4,7 +4,8 @@ Command:  python run_speedrun.py --experiment experiments/nanochat_july.py --sta
 Cost:     eight H100 or H200; --plan says the hours
 Result:   not measured yet
 
-Unlike the reference, sft starts with fresh optimizer moments. The paths hold for the default --workdir.
+With these stages sft starts from base; unlike the reference's, with fresh optimizer moments, and nothing is in fp8
+(--fp8).
 """
 
 from dataclasses import replace
@@ -20,7 +21,6 @@ config = replace(
     mid=replace(defaults.mid, device_batch_size=16),
     sft=replace(
         defaults.sft,
-        init_from="runs/nanochat_july/base",
         mixture=("smoltalk:460000", "mmlu_aux*3", "gsm8k*4"),
         loss_on="assistant",
         packing="bestfit",

@@ -24,6 +24,7 @@ from kernels.reference import reference_attention
 IMPLEMENTATIONS = ("reference", "xla_blocked", "cudnn", "pallas", "pallas_interpreted", "mosaic")
 GPU_IMPLEMENTATIONS = ("cudnn", "pallas", "pallas_interpreted", "mosaic")
 """Those that run on NVIDIA's GPUs alone, `pallas_interpreted` being one of them tried elsewhere."""
+AMPERE, HOPPER = 8.0, 9.0
 MOSAIC_CUDA = 13000
 """The CUDA that mosaic needs: the assembler of 12.8 and 12.9 gets causal masks wrong, as JAX's developers found."""
 
@@ -31,6 +32,11 @@ MOSAIC_CUDA = 13000
 def compute_capability() -> str:
     """Of the first device here, such as "9.0" for an H100; empty where it is no GPU."""
     return getattr(jax.local_devices()[0], "compute_capability", "")
+
+
+def generation(capability: str) -> float:
+    """A compute capability of NVIDIA's as a number, to be held against AMPERE and HOPPER; 0: no GPU of theirs."""
+    return float(capability) if capability.replace(".", "", 1).isdigit() else 0.0
 
 
 def cuda_version(platform_version: str | None = None) -> int:
@@ -50,14 +56,14 @@ def resolve(
     """
     capability = compute_capability() if capability is None else capability
     cuda = cuda_version() if cuda is None else cuda
-    generation = float(capability) if capability.replace(".", "", 1).isdigit() else 0.0  # 0: no GPU of NVIDIA's
-    widest = 256 if generation >= 9 else 128
-    by_cudnn = platform == "gpu" and dtype != "float32" and generation >= 8 and width % 8 == 0 and width <= widest
-    by_mosaic = by_cudnn and 9 <= generation < 10 and width in (64, 128) and cuda >= MOSAIC_CUDA
+    chip = generation(capability)
+    widest = 256 if chip >= HOPPER else 128
+    by_cudnn = platform == "gpu" and dtype != "float32" and chip >= AMPERE and width % 8 == 0 and width <= widest
+    by_mosaic = by_cudnn and HOPPER <= chip < 10 and width in (64, 128) and cuda >= MOSAIC_CUDA
     if impl == "auto" and by_cudnn:
         return "mosaic" if by_mosaic else "cudnn"
     if impl == "auto":
-        return "pallas" if dtype == "float32" and generation >= 8 else "xla_blocked"
+        return "pallas" if dtype == "float32" and chip >= AMPERE else "xla_blocked"
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"attention {impl!r} is unknown; known: auto, {', '.join(IMPLEMENTATIONS)}")
     if impl == "cudnn" and not by_cudnn:

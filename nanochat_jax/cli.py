@@ -263,6 +263,11 @@ def guarded(action: Callable[[], None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status, message = 1, "the reader of its output has gone"
     except Exception as error:
+        if _out_of_memory(error):
+            error = UserError(
+                f"the device's memory is full ({str(error).splitlines()[0]}): --base.device-batch-size (or that of the "
+                "stage) auto or smaller, --remat, or fewer --rows; --plan says what a step needs"
+            )
         if isinstance(error, UserError) or (isinstance(error, OSError) and error.errno in MENDABLE):
             status, message = 2 if isinstance(error, UsageError) else 1, " ".join(str(error).split())
             print(f"error: {distributed.speaker()}{message}", file=sys.stderr, flush=True)
@@ -274,6 +279,11 @@ def guarded(action: Callable[[], None]) -> int:
             status, message = 1, f"{type(error).__name__}: {error}".splitlines()[0]
     distributed.fail(message, status)
     return status
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether XLA found no room for an array. Its class is not asked for: that would import JAX."""
+    return type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error)
 
 
 def run_command(prog: str, kind: type[Options], command: Command, about: str, argv: Sequence[str]) -> None:

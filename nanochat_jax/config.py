@@ -133,7 +133,7 @@ class StageConfig:
     init_from: str | None = None
     """WORKDIR/STAGE to take the weights from, instead of the stage before."""
     sample_tokens: int = 64
-    """Length of the samples written at the end of a stage, tokens."""
+    """Length of the samples that a stage writes, tokens."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,8 @@ class BaseConfig(StageConfig):
     """Training compute in FLOPs, instead of the ratio."""
     core_every: int = 0
     """Steps between CORE evaluations; 0: never during training."""
+    sample_every: int = 2000
+    """Steps between samples of what the model writes, on the console and in samples.md; 0: only at the end."""
 
 
 @dataclass(frozen=True)
@@ -273,7 +275,7 @@ class Config:
     mesh: str = "1"
     """Devices: a number (data parallel), or axes such as data=2,fsdp=2,tensor=2."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of the matrix products; auto: bfloat16 on GPU and TPU, float32 on CPU."""
+    """Precision of the matrix products; auto: bfloat16 on TPUs and on GPUs from Ampere on, else float32."""
     fp8: bool = False
     """Train the layers' products in 8-bit floats: NVIDIA from Ada and Hopper on; a CPU only emulates it."""
     attention: Literal["auto", "reference", "xla_blocked", "cudnn", "pallas", "mosaic"] = "auto"

@@ -28,7 +28,7 @@ from nanochat_jax.run import config_from_dict
 # Row of the results -> where its figure is in eval.json, and what karpathy/nanochat's $100 run of October 2025 reached
 # after base, mid, sft and rl.
 METRICS = {
-    "CORE": (("core", "core_metric"), "0.2219 - - -"),
+    "CORE": (("core",), "0.2219 - - -"),
     "ARC-Challenge": (("tasks", "arc_challenge"), "- 0.2875 0.2807 -"),
     "ARC-Easy": (("tasks", "arc_easy"), "- 0.3561 0.3876 -"),
     "GSM8K": (("tasks", "gsm8k"), "- 0.0250 0.0455 0.0758"),
@@ -142,7 +142,7 @@ def _results(stages: list[Stage]) -> str:
     places |= {name.replace("_", " "): keys for name, keys in tasks.items() if keys not in places.values()}
     rows = []
     for label, keys in places.items():
-        found = [dig(stage.eval, *keys) for stage in stages]
+        found = [_as_task(dig(stage.eval, *keys)) for stage in stages]
         counts = dict.fromkeys(show(dig(value, "n"), "{:,}") for value in found if dig(value, "n"))
         rows.append((label, *map(_figure, found), " / ".join(counts) or "-"))
     return "\n\n".join(
@@ -235,9 +235,18 @@ def _tokenizer(figures: dict) -> str:
 
 
 def _core(stage: Stage) -> str:
-    accuracy, centred = (dig(stage.eval, "core", key) or {} for key in ("results", "centered_results"))
-    rows = [(task, _figure(value), _figure(centred.get(task))) for task, value in accuracy.items()]
-    return table((f"{stage.name}: task", "accuracy", "centred"), rows)
+    keys = ("results", "centered_results", "intervals", "n")
+    accuracy, centred, intervals, counts = (dig(stage.eval, "core", key) or {} for key in keys)
+    rows = [
+        (
+            task,
+            _figure({"accuracy": value, "interval": dig(intervals, task)}),
+            _figure(centred.get(task)),
+            show(dig(counts, task), "{:,}"),
+        )
+        for task, value in accuracy.items()
+    ]
+    return table((f"{stage.name}: task", "accuracy", "centred", "n"), rows)
 
 
 def _environment(record: dict, stages: list[Stage]) -> str:
@@ -256,10 +265,19 @@ def _environment(record: dict, stages: list[Stage]) -> str:
     return bullets(f"{name}: {fact}" for name, fact in facts.items() if fact)
 
 
+def _as_task(value: Any) -> Any:
+    """The figures of CORE in the shape of a task's; others as they are."""
+    if dig(value, "core_metric") is None:
+        return value
+    counts = value.get("n")
+    total = sum(counts.values()) if isinstance(counts, dict) else None
+    return {"accuracy": value["core_metric"], "interval": value.get("interval"), "n": total}
+
+
 def _figure(value: Any) -> str:
     """'0.3561 [0.337, 0.376]' of a task's figures, '0.3561' of a number, '-' where there is none."""
     interval = dig(value, "interval")
-    text = show(value if interval is None else value["accuracy"], "{:.4f}")
+    text = show(dig(value, "accuracy") if isinstance(value, dict) else value, "{:.4f}")
     return text + (" [{:.3f}, {:.3f}]".format(*interval) if interval else "")
 
 

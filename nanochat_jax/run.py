@@ -166,14 +166,15 @@ def gpt_config(config: Config, vocab_size: int, platform: str | None = None) -> 
     """
     import jax
 
-    from kernels.attention import MOSAIC_CUDA, resolve
+    from kernels.attention import AMPERE, MOSAIC_CUDA, compute_capability, generation, resolve
 
     here = jax.default_backend()
     platform = platform or here
-    automatic = "float32" if platform == "cpu" else "bfloat16"
+    capability, cuda = (compute_capability(), None) if platform == here else ("9.0", MOSAIC_CUDA)
+    # NVIDIA's GPUs have no products in bfloat16 before Ampere.
+    automatic = "float32" if platform == "cpu" or 0 < generation(capability) < AMPERE else "bfloat16"
     dtype = automatic if config.compute_dtype == "auto" else config.compute_dtype
     try:
-        capability, cuda = (None, None) if platform == here else ("9.0", MOSAIC_CUDA)
         impl = resolve(config.attention, platform, dtype, capability, config.model.head_dim, cuda)
     except ValueError as error:
         raise UserError(str(error)) from None

@@ -377,6 +377,24 @@ def test_interrupt_is_quiet(capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_a_full_device_is_one_line_with_ways_out(capsys):
+    def full():
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.\nat one place")
+
+    assert cli.guarded(full) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        "error: the device's memory is full (RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.)"
+    )
+    assert "device-batch-size" in line and "--remat" in line and "--plan" in line
+
+    def broken():
+        raise jax.errors.JaxRuntimeError("INTERNAL: a bug")
+
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        cli.guarded(broken)
+
+
 def test_as_programs():
     for words in (["-m", "nanochat_jax", "sft", "--sft.nope", "1"], ["run_speedrun.py", "--stages", "base,sleep"]):
         done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)

@@ -33,6 +33,7 @@ def test_the_run_fits_together(path: Path):
     cfg = GPTConfig.from_depth(config.model, config.tokenizer.vocab_size)
     for name in MODEL_STAGES:
         stage = getattr(config, name)
+        assert stage.init_from is None  # a folder of some run: with another --workdir it would be the wrong one
         if tokens := getattr(stage, "total_batch_size", None):
             rows, rest = divmod(tokens, cfg.sequence_len)
             assert rest == 0 and rows % min(stage.device_batch_size, rows) == 0

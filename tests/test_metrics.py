@@ -88,6 +88,7 @@ def test_peak_flops_by_kind():
     assert peak("NVIDIA H100 80GB HBM3") == peak("NVIDIA H200") == 989e12
     assert peak("NVIDIA A100-SXM4-80GB") == 312e12 and peak("NVIDIA H100 PCIe") == 756e12
     assert peak("NVIDIA H20") == 148e12 and peak("NVIDIA L4") != peak("NVIDIA L40S")
+    assert peak("NVIDIA GB200") == 2500e12 and peak("NVIDIA H200 NVL") == 836e12 and peak("NVIDIA A10") == 125e12
     assert peak("cpu", "cpu") is None and peak("Some new chip") is None
 
 

@@ -122,6 +122,23 @@ def test_memory_knows_which_vocabularies_the_kernel_of_the_loss_takes():
     assert per_logit(32_768, "reference") == per_logit(50_304, "reference")
 
 
+@pytest.mark.parametrize(
+    ("capability", "cuda", "dtype", "attention"),
+    [
+        ("7.5", 12000, "float32", "xla_blocked"),
+        ("8.6", 12000, "bfloat16", "cudnn"),
+        ("9.0", 13000, "bfloat16", "mosaic"),
+    ],
+)
+def test_auto_on_generations_of_gpus(monkeypatch, capability, cuda, dtype, attention):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr("kernels.attention.compute_capability", lambda: capability)
+    monkeypatch.setattr("kernels.attention.cuda_version", lambda: cuda)
+    config = replace(Config(), model=replace(Config().model, depth=4))
+    cfg = gpt_config(config, 512)
+    assert (cfg.compute_dtype, cfg.attention) == (dtype, attention)
+
+
 def test_auto_counts_one_row():
     auto, one = (
         plan(tiny(**dict.fromkeys(("base", "mid", "sft"), replace(tiny().base, device_batch_size=size))))

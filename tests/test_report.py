@@ -65,10 +65,14 @@ def run(tmp_path):
     )
     train = [{"kind": "train", "step": i, "loss": 5 - i / 50, "tok_per_sec": 1000.0, "mfu": None} for i in range(100)]
     val = [{"kind": "val", "step": 50, "bpb": 2.0}, {"kind": "val", "step": 100, "bpb": 1.65}]
-    core = {"core_metric": 0.2219, "results": {"hellaswag": 0.4}, "centered_results": {"hellaswag": 0.2}, "n": 10}
+    core = {"core_metric": 0.2219, "results": {"hellaswag": 0.4}, "centered_results": {"hellaswag": 0.2}}
+    core |= {"interval": [0.201, 0.243], "intervals": {"hellaswag": [0.39, 0.41]}, "n": {"hellaswag": 9000, "piqa": 42}}
     write_stage(root, "base", train + val, {"bpb": {"val": 1.6543}, "core": core, "tasks": {}, "chatcore": None})
     accuracy = {"accuracy": 0.3561, "n": 2376, "interval": [0.337, 0.376]}
-    chat = {"tasks": {"arc_easy": accuracy, "spelling_bee": accuracy | {"n": 1000}}, "chatcore": 0.0731}
+    chat = {
+        "tasks": {"arc_easy": accuracy, "spelling_bee": accuracy | {"n": 1000}},
+        "chatcore": {"accuracy": 0.0731, "n": 99, "interval": [0.05, 0.09]},
+    }
     write_stage(root, "mid", train, {"bpb": {"val": 1.7}, **chat})
     write_stage(root, "sft", [*train, {"kind": "val", "step": 100, "loss": 1.0}], chat)
     write_json(root / "sft_continued" / "done.json", {"steps": 7, "seconds": 36.0})
@@ -117,10 +121,10 @@ def test_whole_run(run):
     assert "Missing or damaged" not in text and (run / "report.md").read_text() == text
     interval = "0.3561 [0.337, 0.376]"
     assert md_rows(text)[0] == ["metric", "BASE", "MID", "SFT", "RL", "n"]
-    assert row(text.split("For scale")[0], "CORE") == ["0.2219", "-", "-", "-", "-"]
+    assert row(text.split("For scale")[0], "CORE") == ["0.2219 [0.201, 0.243]", "-", "-", "-", "9,042"]
     assert row(text.split("For scale")[0], "ARC-Easy") == ["-", interval, interval, interval, "2,376"]
     assert row(text.split("For scale")[0], "MMLU") == ["-"] * 5
-    assert row(text.split("For scale")[0], "ChatCORE") == ["-", "0.0731", "0.0731", "0.0731", "-"]
+    assert row(text.split("For scale")[0], "ChatCORE") == ["-", *["0.0731 [0.050, 0.090]"] * 3, "99"]
     assert row(text, "spelling bee")[-1] == "1,000"
     assert row(text, "bits per byte") == ["1.6543", "1.7000", "-", "-", "-"]
     base = next(r for r in md_rows(text) if r[0] == "base")
@@ -131,7 +135,7 @@ def test_whole_run(run):
     for wanted in (
         "0.2219",
         "3h51m",
-        "hellaswag",
+        "hellaswag | 0.4000 [0.390, 0.410] | 0.2000 | 9,000",
         "jax 0.10.2",
         "abc123",
         "run.py --x",

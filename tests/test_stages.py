@@ -15,7 +15,7 @@ from nanochat_jax.errors import UserError
 from nanochat_jax.metrics import MetricsLog
 from nanochat_jax.report import write_report
 from nanochat_jax.run import evaluated, finished, load_model
-from nanochat_jax.stages import evaluate, finetune, pretrain
+from nanochat_jax.stages import evaluate, finetune, pretrain, samples
 from nanochat_jax.stages.ahead import check_ahead
 from nanochat_jax.stages.session import open_session
 from nanochat_jax.tasks import Mixture
@@ -168,6 +168,23 @@ def test_held_out_conversations_are_never_trained_on():
     questions = [[row["messages"][0]["content"] for row in part] for part in (train, held_out)]
     assert len(questions[1]) == len(set(questions[1])) == 6
     assert not set(questions[0]) & set(questions[1])
+
+
+def test_base_shows_on_the_way_what_it_writes_and_what_it_took(tmp_path):
+    base = replace(tiny.config.base, num_iterations=3, sample_every=2, eval_every=2, save_every=0)
+    config, said = replace(tiny.config, base=base), []
+    pretrain.run(config, start(tmp_path, config), said.append)
+    shown = [line.split(" -> ")[0] for line in said if " -> " in line]
+    assert shown == [f"base {step}: {text!r}" for step in (2, 3) for text in samples.TEXTS]
+    assert "step 3" in (tmp_path / "base" / "samples.md").read_text()
+    rows = MetricsLog.read(tmp_path / "base" / "metrics.jsonl")
+    seconds = [row["step_seconds"] for row in rows if row["kind"] == "train"]
+    validations = [row for row in rows if row["kind"] == "val"]
+    assert [row["tokens"] for row in validations] == [2 * 512, 3 * 512]
+    assert [row["step_seconds"] for row in validations] == pytest.approx([seconds[1], seconds[1] + seconds[2]])
+    done = finished(tmp_path, "base")
+    assert validations[-1]["flops"] == done["flops"]
+    assert any("base: finished: 3 steps, 1.54k tokens" in line for line in said)
 
 
 def test_a_finished_stage_is_left_alone(run):

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from nanochat_jax.config import EvalConfig
 from nanochat_jax.errors import UserError
-from nanochat_jax.evals.intervals import wilson
+from nanochat_jax.evals.intervals import centred_mean, wilson
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.inference.requests import SamplingParams
 from nanochat_jax.tasks.task import Task
@@ -86,9 +86,11 @@ def most_likely(logits: np.ndarray, conversations: list[dict], tokenizer: Tokeni
     return answers
 
 
-def chatcore(results: Mapping[str, Mapping]) -> float | None:
-    """Mean centred accuracy of the five tasks, guessing 0 and perfect 1; None where one of them was not measured."""
+def chatcore(results: Mapping[str, Mapping]) -> dict | None:
+    """{"accuracy", "n", "interval"}: the five tasks' mean centred accuracy, guessing 0, perfect 1; None without one."""
     if not set(CHATCORE) <= set(results):
         return None
-    centred = [(results[name]["accuracy"] - base) / (1 - base) for name, base in CHATCORE.items()]
-    return sum(centred) / len(centred)
+    counts = [results[name]["n"] for name in CHATCORE]
+    accuracies = [results[name]["accuracy"] for name in CHATCORE]
+    mean, low, high = centred_mean(list(zip(accuracies, counts, CHATCORE.values(), strict=True)))
+    return {"accuracy": mean, "n": sum(counts), "interval": [low, high]}

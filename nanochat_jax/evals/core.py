@@ -10,7 +10,6 @@ import csv
 import functools
 import itertools
 import json
-import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from tqdm import tqdm
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.distributed import gather_json
 from nanochat_jax.errors import UserError
-from nanochat_jax.evals.intervals import Z, wilson
+from nanochat_jax.evals.intervals import centred_mean, wilson
 from nanochat_jax.inference.buckets import bucket
 from nanochat_jax.model import Params, forward
 from nanochat_jax.sharding import data_shards, put_batch
@@ -78,8 +77,7 @@ def evaluate_core(
     scores at once, fewer where they are long. Of several processes each scores a share of the rows: `params` and `mesh`
     are its own then. Raises UserError for an incomplete bundle or a prompt beyond the model's positions.
     """
-    results, centred, intervals, counts = {}, {}, {}, {}
-    variance = 0.0
+    results, centred, intervals, counts, chances = {}, {}, {}, {}, {}
     for task in read_bundle(Path(bundle).expanduser()):
         n = len(task.rows) if max_examples is None else min(max_examples, len(task.rows))
         if n < 1:
@@ -98,14 +96,13 @@ def evaluate_core(
         centred[task.label] = (accuracy - task.baseline) / (1 - task.baseline)
         intervals[task.label] = list(wilson(right, n))
         counts[task.label] = n
-        variance += accuracy * (1 - accuracy) / n / (1 - task.baseline) ** 2
+        chances[task.label] = task.baseline
         log(f"CORE {task.label}: accuracy {accuracy:.4f}, centred {centred[task.label]:.4f} (n {n})")
-    core = sum(centred.values()) / len(centred)
-    half = Z * math.sqrt(variance) / len(centred)
-    log(f"CORE {core:.4f} over {len(centred)} tasks (95% {core - half:.4f} to {core + half:.4f})")
+    core, low, high = centred_mean([(results[label], counts[label], chance) for label, chance in chances.items()])
+    log(f"CORE {core:.4f} over {len(centred)} tasks (95% {low:.4f} to {high:.4f})")
     return {
         "core_metric": core,
-        "interval": [core - half, core + half],
+        "interval": [low, high],
         "results": results,
         "centered_results": centred,
         "intervals": intervals,

@@ -19,6 +19,14 @@ def wilson(right: int, n: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
+def centred_mean(measured: Sequence[tuple[float, int, float]]) -> tuple[float, float, float]:
+    """(mean, lo, hi) over tasks (accuracy, n, that of guessing), each centred so that guessing is 0 and perfect 1."""
+    values = [(accuracy - chance) / (1 - chance) for accuracy, _, chance in measured]
+    variance = sum(accuracy * (1 - accuracy) / n / (1 - chance) ** 2 for accuracy, n, chance in measured)
+    mean, half = sum(values) / len(values), Z * math.sqrt(variance) / len(values)
+    return mean, mean - half, mean + half
+
+
 def paired_interval(a: Sequence[int], b: Sequence[int]) -> tuple[float, float, float]:
     """(mean, lo, hi): b - a on the same examples and its 95% interval. Raises ValueError for different lengths."""
     if len(a) != len(b) or len(a) < 2:

@@ -54,27 +54,30 @@ def run(config: Config, workdir: Path, log: Log, force: bool = False) -> None:
     start = functools.partial(initial_params, session, config.seed)
     pace = session.begin(schedule, start, batches, tokens_a_step=horizon.batch_tokens)
     step_flops = horizon.batch_tokens * flops_per_token(cfg)
-    pending = None
+    first, pending = session.step, None
 
     def record(step: int, metrics: dict, waited: float, place: str) -> None:
         """Read a step's loss only after the next one was dispatched, so that the devices never wait for the host."""
         values = session.checked(step, metrics, place)
         values |= {"lr_mult": schedule.lr_multiplier(step), "data_seconds": waited, **pace.lap(step + 1)}
+        session.meta["step_seconds"] += values["step_seconds"] if step > first else 0.0
         session.metrics.write("train", step=step, **values)
         session.console.step(step + 1, **values)
 
     def measure() -> None:
         """Validation and CORE, where they are due."""
-        params = session.state.params
+        model = session.state.params, cfg, mesh, session.tokenizer
         if session.owes("val", stage.eval_every):
-            bpb = validation_bpb(params, cfg, mesh, session.tokenizer, val_file, config, rows)
+            bpb = validation_bpb(*model, val_file, config, rows)
             session.validated(bpb)
-            session.metrics.write("val", step=session.step, bpb=bpb)
+            session.metrics.write("val", step=session.step, bpb=bpb, **session.spent())
             session.console.step(session.step, bpb=bpb)
         if stage.core_every and session.step % stage.core_every == 0 and session.owes("core", stage.core_every):
-            value = core_metric(params, cfg, mesh, session.tokenizer, config, log)["core_metric"]
-            session.metrics.write("core", step=session.step, core_metric=value)
+            value = core_metric(*model, config, log, config.eval.max_examples)["core_metric"]
+            session.metrics.write("core", step=session.step, core_metric=value, **session.spent())
             session.log(f"base {session.step}: CORE {value:.4f}")
+        if stage.sample_every and session.step % stage.sample_every == 0 and 0 < session.step < session.last:
+            write_samples(session, session.state.params, raw=True)
 
     with session.loop() as stop:
         stop.measure(measure)
@@ -89,7 +92,7 @@ def run(config: Config, workdir: Path, log: Log, force: bool = False) -> None:
             session.step += 1
             session.meta["tokens"] += horizon.batch_tokens
             session.meta["flops"] += step_flops
-            if session.due(stage.save_every, stage.eval_every, stage.core_every):
+            if session.due(stage.save_every, stage.eval_every, stage.core_every, stage.sample_every):
                 record(*pending)
                 pending = None
                 if session.due(stage.save_every):

@@ -1,4 +1,4 @@
-"""The samples a stage leaves behind: a few fixed prompts, answered by the model it ended with."""
+"""What a stage's model writes after a few fixed prompts, at the end of the stage and in base on the way."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ QUESTIONS = (
 
 
 def write_samples(session: Session, params: Params, *, raw: bool) -> None:
-    """samples.md in the stage's folder: continuations of texts (`raw`), sampled, or greedy answers to questions."""
+    """On the console and in the stage's samples.md: continuations of texts (`raw`), sampled, or greedy answers."""
     tokenizer, length = session.tokenizer, session.stage.sample_tokens
     asked = TEXTS if raw else QUESTIONS
     if raw:
@@ -40,6 +40,8 @@ def write_samples(session: Session, params: Params, *, raw: bool) -> None:
     drawn = "temperature 0.8, top-k 50" if raw else "greedy"
     lines = [f"# Samples of {session.name}, step {session.step}, {drawn}, at most {length} tokens", ""]
     for (text, _), answer in zip(fitting, answers, strict=True):
-        lines += [f"> {text}", "", answer.text.strip() or "(nothing)", ""]
+        said = answer.text.strip() or "(nothing)"
+        lines += [f"> {text}", "", said, ""]
+        session.log(f"{session.name} {session.step}: {text!r} -> {said!r}")
     if is_leader():
         (session.folder / "samples.md").write_text("\n".join(lines), encoding="utf-8")

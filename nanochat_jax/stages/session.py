@@ -27,7 +27,7 @@ from nanochat_jax.distributed import barrier, gather_json, is_leader, leaders
 from nanochat_jax.errors import UserError
 from nanochat_jax.fp8 import check_compiled, precision
 from nanochat_jax.memory import account, train_rows, with_loss_chunk
-from nanochat_jax.metrics import Console, MetricsLog, Pace, banner, gib, peak_memory_bytes
+from nanochat_jax.metrics import Console, MetricsLog, Pace, banner, duration, gib, peak_flops, peak_memory_bytes, si
 from nanochat_jax.model import count_params, flops_per_token
 from nanochat_jax.optim import Hyper, Schedule
 from nanochat_jax.replicas import parted
@@ -71,7 +71,7 @@ class Session:
     """The newest step of which there is a checkpoint, or one being written."""
     measured: set[tuple[str, int]] = field(default_factory=set)
     """(kind, step) of the measurements in the log that earlier starts made."""
-    meta: dict = field(default_factory=lambda: {"seconds": 0.0, "tokens": 0, "flops": 0.0})
+    meta: dict = field(default_factory=lambda: {"seconds": 0.0, "step_seconds": 0.0, "tokens": 0, "flops": 0.0})
     started: float = field(default_factory=time.perf_counter)
     console: Console | None = None
     last: int = 0
@@ -104,7 +104,8 @@ class Session:
         self.last = min(schedule.steps, self.stage.stop_after or schedule.steps)
         fixed = {"steps": schedule.steps, "tokens_a_step": tokens_a_step, **facts}
         if leaders(self.checkpoints.latest()) is not None:
-            tree, self.meta, self.step = self.checkpoints.restore(None, saved_shapes(self.cfg, self.mesh))
+            tree, meta, self.step = self.checkpoints.restore(None, saved_shapes(self.cfg, self.mesh))
+            self.meta |= meta
             self.saved = self.step
             self._check_same(fixed)
             self.state = restored_state(self.cfg, self.mesh, tree)
@@ -131,6 +132,9 @@ class Session:
             **facts,
             memory_bytes=peak_memory_bytes(),
         )
+        device = self.mesh.devices.flat[0]
+        if device.platform != "cpu" and peak_flops(device) is None:
+            self.log(f"{self.name}: no peak FLOP/s is known of {device.device_kind}: no MFU")
         self.started = time.perf_counter() - self.meta["seconds"]
         return Pace(schedule.steps, tokens_a_step or 0, flops_per_token(self.cfg), self.mesh.size)
 
@@ -229,6 +233,10 @@ class Session:
         """Whether a measurement is due after this step that no earlier start has made."""
         return self.step > 0 and self.due(every) and (kind, self.step) not in self.measured
 
+    def spent(self) -> dict[str, float]:
+        """What the steps so far took, for a measurement's record; seconds: without each start's first step."""
+        return {name: self.meta[name] for name in ("tokens", "flops", "step_seconds")}
+
     def validated(self, value: float, *, higher_is_better: bool = False) -> None:
         """Keep the checkpoint of this step, where there is one, if none so far has a better `value`."""
         if self.saved == self.step:
@@ -272,6 +280,10 @@ class Session:
         }
         if is_leader():
             write_json(self.folder / "done.json", done | facts)
+        self.log(
+            f"{self.name}: finished: {self.step:,} steps, {si(done['tokens'])} tokens, {done['flops']:.3g} FLOPs in "
+            f"{duration(done['seconds'])}; at most {gib(done['peak_memory_bytes'])} of memory so far"
+        )
         barrier(f"{self.name} finished")
         self.metrics.close()
 
