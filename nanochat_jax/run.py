@@ -45,6 +45,7 @@ FREE_IN_STAGE = (
     "keep",
     "stop_after",
     "sample_tokens",
+    "sample_every",
     "core_every",
     "eval_examples",
     "pass_k",
