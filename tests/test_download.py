@@ -20,6 +20,7 @@ from nanochat_jax.data.download import ensure_shards, fetch, fetch_eval_bundle, 
 from nanochat_jax.data.files import write_json
 from nanochat_jax.data.shards import Shard, shard_files
 from nanochat_jax.errors import UserError
+from nanochat_jax.stages import tokenizer as tokenizer_stage
 
 
 class Server(ThreadingHTTPServer):
@@ -115,6 +116,29 @@ def serve_set(server, *indices):
 
 
 DATA = bytes(range(256)) * 4000
+
+
+def test_tokenizers_to_compare_with_are_fetched_where_the_shards_are(server, tmp_path, lines, monkeypatch):
+    serve_set(server, 0, 4)
+    server.files |= {"/vocab.bpe": b"1", "/encoder.json": b"2"}
+    names = {"gpt2": ("gpt2", ("vocab.bpe", "encoder.json")), "gpt4": ("cl100k_base", ("gone.tiktoken",))}
+    others = {name: (known, tuple(f"{server.url}/{file}" for file in files)) for name, (known, files) in names.items()}
+    monkeypatch.setattr(tokenizer_stage, "OTHERS", others)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "tiktoken"))
+    learned = []
+    monkeypatch.setattr(tokenizer_stage, "learn", lambda *given: learned.append(given))
+    config = DataConfig(source="fineweb-edu", num_shards=1, cache=str(tmp_path / "cache"))
+    tokenizer_stage.run(dataclasses.replace(Config(), data=config), tmp_path / "run", lines.append)
+    kept = {path.name: path.read_bytes() for path in (tmp_path / "tiktoken").iterdir() if path.suffix != ".part"}
+    assert kept == {
+        hashlib.sha1(f"{server.url}/{name}".encode()).hexdigest(): server.files[f"/{name}"] for name in names["gpt2"][1]
+    }
+    assert learned and any("gone.tiktoken answers 404" in line for line in lines)
+    asked = len(server.asked)
+    tokenizer_stage.run(
+        dataclasses.replace(Config(), data=DataConfig(source="embedded")), tmp_path / "run", lines.append
+    )
+    assert len(server.asked) == asked and len(learned) == 2
 
 
 def test_fetch_resumes_where_the_connection_broke(server, tmp_path, lines):

@@ -3,7 +3,7 @@
     python -m nanochat_jax tokenizer --workdir runs/tiny_cpu
 
 Writes tokenizer/{tokenizer.json, eval.json, done.json}. The validation shard is not learned from, only measured on.
-GPT-2's and GPT-4's tokenizers stand beside ours where tiktoken already has their files; they are not downloaded for it.
+GPT-2's and GPT-4's tokenizers stand beside ours where tiktoken has their files; runs that download shards fetch them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 import tiktoken
 
 from nanochat_jax.config import Config, TokenizerConfig
-from nanochat_jax.data.download import prepare_shards
+from nanochat_jax.data.download import SETS, fetch, prepare_shards
 from nanochat_jax.data.files import write_json
 from nanochat_jax.data.shards import read_texts
 from nanochat_jax.distributed import barrier, is_leader
@@ -43,6 +43,8 @@ def run(config: Config, workdir: Path, log: Log) -> None:
         return
     train_files, validation_file = prepare_shards(config.data, log)
     if is_leader():
+        if config.data.dir is None and config.data.source in SETS:
+            fetch_others(log)
         learn(config.tokenizer, workdir / "tokenizer", train_files, validation_file, log)
     barrier("tokenizer")
 
@@ -95,7 +97,7 @@ def evaluate(tokenizer: Tokenizer, validation_file: Path, log: Log) -> dict:
     """Bytes of UTF-8 per token, more is better: {"bytes_per_token": {kind of text: {tokenizer: value}}, ...}."""
     encoders, sizes, absent = {"ours": tokenizer.encode}, {"ours": tokenizer.vocab_size}, []
     for name, (encoding_name, urls) in OTHERS.items():
-        if all(_in_cache(url) for url in urls):
+        if all(_place(url).is_file() for url in urls):
             encoding = tiktoken.get_encoding(encoding_name)
             encoders[name], sizes[name] = encoding.encode_ordinary, encoding.n_vocab
         else:
@@ -121,8 +123,18 @@ def validation_text(file: Path) -> str:
     return "\n".join(CutTexts(read_texts([file]), VALIDATION_CHARS, VALIDATION_CHARS))
 
 
-def _in_cache(url: str) -> bool:
-    """Whether tiktoken has this file, where it keeps them; asking tiktoken itself would start a download."""
+def fetch_others(log: Log) -> None:
+    """The files of the tokenizers to compare with, to where tiktoken keeps them. What fails is said: a run goes on."""
+    try:
+        for _, urls in OTHERS.values():
+            for url in urls:
+                fetch(url, _place(url), log)
+    except UserError as error:
+        log(f"tokenizer: {error}")
+
+
+def _place(url: str) -> Path:
+    """Where tiktoken keeps this file."""
     default = Path(tempfile.gettempdir()) / "data-gym-cache"
     cache = Path(os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR") or default)
-    return (cache / hashlib.sha1(url.encode()).hexdigest()).is_file()
+    return cache / hashlib.sha1(url.encode()).hexdigest()
