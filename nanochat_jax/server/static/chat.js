@@ -37,6 +37,7 @@ let current = newConversation();
 let settings = { ...SETTINGS, ...load("settings", {}) };
 let running = null; // the AbortController of the answer that is streaming in
 let editing = -1;
+let leaving = false; // the page is being left: what breaks off now is no error
 
 function newConversation() {
   return { id: crypto.randomUUID?.() ?? String(Date.now() + Math.random()), title: "", messages: [] };
@@ -126,8 +127,20 @@ function redrawLast() {
   const last = current.messages.length - 1;
   const scroller = $("scroller");
   const atEnd = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 80;
-  $("messages").children[last]?.replaceWith(messageNode(current.messages[last], last));
+  update($("messages").children[last], messageNode(current.messages[last], last));
   if (atEnd) scroller.scrollTop = scroller.scrollHeight;
+}
+
+// Blocks of the answer that did not change stay the same nodes: they may be selected, focused or pressed just now.
+function update(old, fresh) {
+  const [from, to] = [old, fresh].map((node) => node?.querySelector(":scope > .body"));
+  if (!from || !to) return old?.replaceWith(fresh);
+  let same = 0;
+  while (same < to.childNodes.length && from.childNodes[same]?.isEqualNode(to.childNodes[same])) same++;
+  while (from.childNodes.length > same) from.lastChild.remove();
+  from.append(...[...to.childNodes].slice(same));
+  while (old.lastChild !== from) old.lastChild.remove();
+  old.append(...[...fresh.childNodes].slice(1));
 }
 
 function messageNode(message, index) {
@@ -147,7 +160,9 @@ function messageNode(message, index) {
   for (const part of message.parts) body.append(...(part.type === "tool" ? [toolCard(part)] : markdown(part.text)));
   if (live) body.append(element("span", { className: "waiting" }));
   // A page that was left during the answer had no time to say so.
-  const note = message.note ?? (live || message.error || message.figures ? "" : "Not finished.");
+  const end = message.note ?? (live || message.error || message.figures ? "" : "Not finished.");
+  const left = message.left ? `The oldest ${message.left} messages no longer fit the model's context and were left out.` : "";
+  const note = [left, end].filter(Boolean).join(" ");
   if (note) node.append(element("p", { className: "note", textContent: note }));
   if (message.error) node.append(element("p", { className: "note error", textContent: message.error }));
   if (!live) {
@@ -325,7 +340,7 @@ async function answer() {
     }
   } catch (error) {
     if (control.signal.aborted) reply.note = "Stopped.";
-    else reply.error = error instanceof TypeError ? "The server cannot be reached. Is it still running?" : error.message;
+    else if (!leaving) reply.error = error instanceof TypeError ? "The server cannot be reached. Is it still running?" : error.message;
   }
   if (running === control) {
     running = null;
@@ -338,7 +353,7 @@ async function answer() {
 function take(chunk, reply, started, unsent) {
   const { delta, finish_reason: reason } = chunk.choices[0];
   const left = chunk.truncated_messages + unsent; // a number in the first chunk, which alone has the field
-  if (left > 0) reply.note = `The oldest ${left} messages no longer fit the model's context and were left out.`;
+  if (left > 0) reply.left = left;
   if (delta.content) {
     const last = reply.parts.at(-1);
     if (last?.type === "text") last.text += delta.content;
@@ -346,7 +361,7 @@ function take(chunk, reply, started, unsent) {
   }
   if (delta.tool) reply.parts.push({ type: "tool", ...delta.tool });
   if (reason === "length")
-    reply.note = (reply.note ? reply.note + " " : "") + "The answer reached its length limit; raise Max tokens to let it go on.";
+    reply.note = "The answer reached its length limit; raise Max tokens to let it go on.";
   if (chunk.usage) {
     const tokens = chunk.usage.completion_tokens;
     reply.figures = `${tokens} tokens, ${((1000 * tokens) / (performance.now() - started)).toFixed(0)} tok/s`;
@@ -451,7 +466,11 @@ function connect() {
     }
   });
   window.addEventListener("storage", follow);
-  window.addEventListener("pagehide", () => running && save(current));
+  window.addEventListener("pagehide", () => {
+    leaving = true;
+    if (running) save(current);
+  });
+  window.addEventListener("pageshow", () => (leaving = false));
   $("token-cancel").addEventListener("click", () => $("token-dialog").close("cancel"));
   $("new-chat").addEventListener("click", () => show(newConversation()));
   const menu = (open) => {
