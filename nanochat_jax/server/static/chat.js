@@ -230,6 +230,7 @@ function show(conversation) {
 }
 
 function deleteConversation(conversation) {
+  if (!confirm(`Delete “${conversation.title}”?`)) return;
   store(keyOf(conversation));
   drop(conversation);
 }
