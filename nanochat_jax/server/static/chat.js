@@ -48,6 +48,7 @@ const keyOf = ({ id }) => "conversation." + id;
 // Called as soon as an answer begins, so that leaving the page does not lose it, and when it ends.
 function save(conversation) {
   if (!conversations.includes(conversation)) return; // deleted meanwhile
+  conversation.title = [...conversation.messages[0].text].slice(0, 60).join("");
   store(keyOf(conversation), conversation);
   drawHistory();
 }
@@ -207,9 +208,13 @@ function copyButton(text) {
 const plainText = (message) =>
   message.parts.map((part) => (part.type === "tool" ? `[${part.expression} = ${part.result ?? "failed"}]` : part.text)).join("");
 
-function announce(text) {
-  if ($("messages").lastElementChild?.textContent === text) return;
-  $("messages").append(element("li", { className: "note error", textContent: text }));
+// Below message number `index`, or the last.
+function announce(text, index = $("messages").children.length - 1) {
+  const above = $("messages").children[index];
+  if (above?.textContent === text) return;
+  const note = element("li", { className: "note error", textContent: text });
+  $("messages").insertBefore(note, above?.nextSibling ?? null);
+  note.scrollIntoView({ block: "nearest" });
 }
 
 // ---- acting --------------------------------------------------------------------------------------------------------
@@ -241,11 +246,12 @@ function drop(conversation) {
   else drawHistory();
 }
 
-function edit(index) {
+function edit(index, text) {
   if (running) return;
   editing = index;
   drawMessages();
   const area = document.querySelector(".edit textarea");
+  if (text) area.value = text;
   area.focus();
   area.setSelectionRange(area.value.length, area.value.length);
 }
@@ -257,9 +263,10 @@ function editor(message, index) {
     drawMessages();
   };
   const commit = () => {
-    if (running || !area.value.trim()) return;
-    current.messages.length = index;
-    ask(area.value.trim());
+    if (running || !area.value.trim() || !agreed(index + 2)) return;
+    const before = current.messages;
+    current.messages = before.slice(0, index);
+    ask(area.value.trim(), before);
   };
   area.addEventListener("keydown", (event) => {
     if (event.key === "Escape") cancel();
@@ -272,23 +279,28 @@ function editor(message, index) {
   return element("div", { className: "edit" }, area, row);
 }
 
-function ask(text) {
+function ask(text, before) {
   editing = -1;
   if (!conversations.includes(current)) {
     current.started = Date.now();
     conversations.unshift(current);
   }
   current.messages.push({ role: "user", text });
-  current.title = current.messages[0].text.slice(0, 60);
-  answer();
+  answer(before);
 }
 
 function regenerate(index) {
-  if (running) return;
+  if (running || !agreed(index + 1)) return;
   editing = -1;
-  current.messages.length = index;
-  answer();
+  const before = current.messages;
+  current.messages = before.slice(0, index);
+  const lost = index + 1 < before.length || before[index].parts.length;
+  answer(lost ? before : undefined);
 }
+
+// To lose the messages from number `index` on.
+const agreed = (index) =>
+  index >= current.messages.length || confirm("The later messages of this conversation will be removed. Continue?");
 
 // What the model is shown of an earlier answer: the tool calls in it are part of what it said.
 function content(message) {
@@ -309,8 +321,11 @@ function newest(messages) {
   return messages.slice(from);
 }
 
-async function answer() {
+// With `before`, the messages that the answer takes the place of: they are put back where nothing of it comes, and stay in
+// storage until it ends.
+async function answer(before) {
   const conversation = current;
+  const asked = conversation.messages.length - 1;
   const all = conversation.messages
     .filter((message, i, all) => (all[i + 1] ?? message).parts?.length !== 0 && message.parts?.length !== 0)
     .map((message) => ({ role: message.role, content: content(message) }));
@@ -320,7 +335,7 @@ async function answer() {
   const control = (running = new AbortController());
   busy(true);
   drawMessages();
-  save(conversation);
+  if (!before) save(conversation);
   $("scroller").scrollTop = $("scroller").scrollHeight;
   const started = performance.now();
   let drawn = false;
@@ -347,8 +362,16 @@ async function answer() {
     running = null;
     busy(false);
   }
+  const { text } = conversation.messages[asked];
+  const failed = before && !reply.parts.length && !reply.figures;
+  if (failed) conversation.messages = before;
   save(conversation);
-  if (conversation === current) redrawLast();
+  if (conversation !== current) return;
+  if (!failed) return redrawLast();
+  drawMessages();
+  const edited = text !== before[asked].text;
+  if (edited) edit(asked, text);
+  if (reply.error) announce(reply.error, edited ? asked : asked + 1);
 }
 
 function take(chunk, reply, started, unsent) {
@@ -469,7 +492,7 @@ function connect() {
   window.addEventListener("storage", follow);
   window.addEventListener("pagehide", () => {
     leaving = true;
-    if (running) save(current);
+    if (running && current.messages.at(-1).parts.length) save(current);
   });
   window.addEventListener("pageshow", () => (leaving = false));
   $("token-cancel").addEventListener("click", () => $("token-dialog").close("cancel"));
