@@ -253,6 +253,8 @@ def test_models_and_page():
     assert "has 'tiny/sft'" in client.get("/v1/models/gpt-9").get_json()["error"]["message"]
     page = client.get("/")
     assert "tiny/sft" in page.text and "default-src 'none'" in page.headers["Content-Security-Policy"]
+    for rule in ("frame-ancestors 'none'", "base-uri 'none'", "form-action 'none'"):
+        assert rule in page.headers["Content-Security-Policy"]
     for name in ("chat.js", "chat.css", "markdown.js"):
         assert client.get(f"/static/{name}").status_code == 200
 
@@ -408,6 +410,9 @@ def test_serve_refuses_what_is_unsafe_or_impossible(monkeypatch):
         serve(app, "0.0.0.0", 0)
     with pytest.raises(UserError, match="another --port"):
         serve(app, port=99999)
+    for token in ("", "two words", "пароль", "line\n"):
+        with pytest.raises(UserError, match="--token takes"):
+            serve(create_app(ScriptedEngine(), WordTokenizer(), model_name="m", token=token), port=0)
     taken = make_server("127.0.0.1", 0, app)
     with pytest.raises(UserError, match="another --port"):
         serve(app, port=taken.port)

@@ -13,6 +13,7 @@ import hmac
 import ipaddress
 import logging
 import queue
+import re
 import socket
 import sys
 import time
@@ -33,7 +34,10 @@ from nanochat_jax.server.request import ApiError, check_model, parse_request
 from nanochat_jax.tokenizer import Tokenizer
 
 # The page loads nothing from elsewhere and runs no inline script, so even a hole in its Markdown could do little.
-PAGE_POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:"
+PAGE_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
+    "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+)
 
 MAX_BYTES = 2**18
 """Of a request. Most of it is left out to fit the context; the tokenizer breaks down at a million spaces."""
@@ -127,7 +131,7 @@ def create_app(
 
 
 def serve(app: Flask, host: str = "127.0.0.1", port: int = 8000) -> None:
-    """Serves until interrupted. Raises UserError for a public address without a token, or a port it cannot have."""
+    """Serves until interrupted. Raises UserError as `check_host`, or for a port it cannot have."""
     check_host(host, app.config["TOKEN"])
     server = listening(app, host, port)
     print(f"Chat at http://{host}:{server.port}/ (Ctrl-C ends it)", file=sys.stderr, flush=True)
@@ -156,7 +160,9 @@ def listening(app: Flask, host: str, port: int) -> BaseWSGIServer:
 
 
 def check_host(host: str, token: str | None) -> None:
-    """UserError for a public address without a token."""
+    """UserError for a public address without a token, or a token that browsers cannot send in a header."""
+    if token is not None and not re.fullmatch("[!-~]+", token):
+        raise UserError("--token takes ASCII letters, digits and signs, at least one, without spaces")
     try:
         loopback = ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -1,7 +1,7 @@
 // The chat page: conversations in localStorage, answers streamed from /v1/chat/completions. No build step, no libraries.
 //
 // A conversation is {id, title, started, messages}; a user message {role, text}; an assistant message {role, parts, note?,
-// error?, figures?}, its parts {type: "text", text} or {type: "tool", expression, result}, in the order they came. Each
+// error?, figures?, left?}, its parts {type: "text", text} or {type: "tool", expression, result}, in the order they came. Each
 // conversation has a key of its own, so that tabs do not erase each other's; in one that two write to, the last one wins.
 
 import { renderMarkdown } from "./markdown.js";
@@ -10,9 +10,11 @@ const $ = (id) => document.getElementById(id);
 const SUGGESTIONS = ["What is 12 + 7?", "Why is the sky blue?", "How many r are in strawberry?", "Write a short poem about the sea"];
 const SETTINGS = { temperature: 0.8, top_k: 50, max_tokens: 256 };
 const SENT = 80_000; // characters of messages in a request: in UTF-8 still less than the 256 KiB that the server takes
-const MODEL = document.body.dataset.model;
+const TOKEN = /^[!-~]+$/; // what a header takes
+const unsaved = {}; // what the browser would not store
 
 function load(key, fallback) {
+  if (key in unsaved) return unsaved[key] ?? fallback;
   try {
     return JSON.parse(localStorage.getItem("nanochat." + key)) ?? fallback;
   } catch {
@@ -25,9 +27,12 @@ function store(key, value) {
   try {
     if (value === undefined) localStorage.removeItem("nanochat." + key);
     else localStorage.setItem("nanochat." + key, JSON.stringify(value));
+    delete unsaved[key];
     return true;
-  } catch {
-    announce("This browser's storage is full: delete old conversations to keep new ones.");
+  } catch (error) {
+    unsaved[key] = value;
+    if (error.name === "QuotaExceededError") announce("This browser's storage is full: delete old conversations to keep new ones.");
+    else announce("This browser lets the page store nothing: conversations are gone when it is closed.");
     return false;
   }
 }
@@ -348,10 +353,10 @@ async function answer(before) {
     });
   };
   try {
-    const body = { model: MODEL, messages, stream: true, ...settings };
+    const body = { messages, stream: true, ...settings };
     for await (const chunk of stream(body, control.signal)) {
       if (chunk.error) throw new Error(chunk.error.message);
-      take(chunk, reply, started, all.length - messages.length);
+      take(chunk, reply, started, all.length - messages.length, body.max_tokens);
       redraw();
     }
   } catch (error) {
@@ -374,7 +379,8 @@ async function answer(before) {
   if (reply.error) announce(reply.error, edited ? asked : asked + 1);
 }
 
-function take(chunk, reply, started, unsent) {
+function take(chunk, reply, started, unsent, limit) {
+  $("model").textContent = chunk.model; // the server may have been started again with another one
   const { delta, finish_reason: reason } = chunk.choices[0];
   const left = chunk.truncated_messages + unsent; // a number in the first chunk, which alone has the field
   if (left > 0) reply.left = left;
@@ -384,11 +390,12 @@ function take(chunk, reply, started, unsent) {
     else reply.parts.push({ type: "text", text: delta.content });
   }
   if (delta.tool) reply.parts.push({ type: "tool", ...delta.tool });
-  if (reason === "length")
-    reply.note = "The answer reached its length limit; raise Max tokens to let it go on.";
   if (chunk.usage) {
     const tokens = chunk.usage.completion_tokens;
-    reply.figures = `${tokens} tokens, ${((1000 * tokens) / (performance.now() - started)).toFixed(0)} tok/s`;
+    if (reason === "length" && tokens < limit) reply.note = "The answer filled the model's context.";
+    else if (reason === "length") reply.note = "The answer reached its length limit; raise Max tokens to let it go on.";
+    else if (!plainText(reply).trim()) reply.note = "The model said nothing.";
+    reply.figures = `${tokens} token${tokens === 1 ? "" : "s"}, ${((1000 * tokens) / (performance.now() - started)).toFixed(0)} tok/s`;
   }
 }
 
@@ -415,11 +422,12 @@ async function request(path, options = {}) {
   for (;;) {
     const headers = { "Content-Type": "application/json" };
     const token = load("token", "");
-    if (token) headers.Authorization = "Bearer " + token;
+    if (TOKEN.test(token)) headers.Authorization = "Bearer " + token;
     const response = await fetch(path, { ...options, headers });
     if (response.ok) return response;
     const message = (await response.json().catch(() => null))?.error?.message;
-    if (response.status !== 401 || !(await askToken(token !== ""))) throw new Error(message ?? `The server answered ${response.status}.`);
+    if (response.status !== 401) throw new Error(message ?? `The server answered ${response.status}.`);
+    if (!(await askToken(TOKEN.test(token)))) throw new Error("This server needs its token.");
   }
 }
 
@@ -483,7 +491,7 @@ function connect() {
     }
   });
   document.addEventListener("keydown", (event) => {
-    if (event.key === "Escape" && running) running.abort();
+    if (event.key === "Escape" && running && !$("token-dialog").open) running.abort();
     if (event.ctrlKey && event.shiftKey && event.key.toLowerCase() === "o") {
       event.preventDefault();
       show(newConversation());
