@@ -66,6 +66,7 @@ function loadConversations() {
   } catch {
     // Storage is forbidden: this page begins with an empty list.
   }
+  show(conversations.find(({ id }) => id === history.state) ?? current);
 }
 
 // All conversations used to be in one list, the newest first. They leave it one by one, so that none is lost where storage
@@ -119,6 +120,7 @@ function drawHistory() {
       const open = button(conversation.title, () => show(conversation), "open");
       const remove = button("×", () => deleteConversation(conversation), "delete");
       remove.setAttribute("aria-label", `Delete ${conversation.title}`);
+      if (conversation === current) open.ariaCurrent = "true";
       return element("li", { className: conversation === current ? "current" : "" }, open, remove);
     }),
   );
@@ -146,7 +148,7 @@ function update(old, fresh) {
   while (from.childNodes.length > same) from.lastChild.remove();
   from.append(...[...to.childNodes].slice(same));
   while (old.lastChild !== from) old.lastChild.remove();
-  old.append(...[...fresh.childNodes].slice(1));
+  while (to.nextSibling) old.append(to.nextSibling);
 }
 
 function messageNode(message, index) {
@@ -156,11 +158,11 @@ function messageNode(message, index) {
     return node;
   }
   const body = element("div", { className: "body" });
-  node.append(body);
+  node.append(element("span", { className: "unseen", textContent: message.role === "user" ? "You:" : "Model:" }), body);
   const live = running && index === current.messages.length - 1;
   if (message.role === "user") {
     body.textContent = message.text;
-    node.append(element("div", { className: "actions" }, copyButton(() => message.text), button("Edit", () => edit(index))));
+    node.append(element("div", { className: "actions" }, copyButton(() => message.text), button("Edit", () => edit(index), "again")));
     return node;
   }
   for (const part of message.parts) body.append(...(part.type === "tool" ? [toolCard(part)] : markdown(part.text)));
@@ -173,7 +175,7 @@ function messageNode(message, index) {
   if (message.error) node.append(element("p", { className: "note error", textContent: message.error }));
   if (!live) {
     const actions = element("div", { className: "actions" }, copyButton(() => plainText(message)));
-    actions.append(button(message.error ? "Try again" : "Regenerate", () => regenerate(index)));
+    actions.append(button(message.error ? "Try again" : "Regenerate", () => regenerate(index), "again"));
     if (message.figures) actions.append(element("span", { className: "figures", textContent: message.figures }));
     node.append(actions);
   }
@@ -183,7 +185,10 @@ function messageNode(message, index) {
 function markdown(text) {
   const holder = element("div");
   holder.innerHTML = renderMarkdown(text); // escaped there, before any tag is added
-  for (const block of holder.querySelectorAll("pre")) block.append(copyButton(() => block.querySelector("code").textContent));
+  for (const code of holder.querySelectorAll("pre > code")) {
+    code.tabIndex = 0; // to scroll it with the keyboard
+    code.after(copyButton(() => code.textContent));
+  }
   return holder.childNodes;
 }
 
@@ -224,10 +229,19 @@ function announce(text, index = $("messages").children.length - 1) {
 
 // ---- acting --------------------------------------------------------------------------------------------------------
 
+// Not on touch screens, where that brings up the keyboard.
+const focusInput = () => matchMedia("(hover: none)").matches || $("input").focus();
+
+function menu(open) {
+  document.body.classList.toggle("menu-open", open);
+  $("shade").hidden = !open;
+  $("menu").setAttribute("aria-expanded", String(open));
+}
+
 function show(conversation) {
-  document.body.classList.remove("menu-open");
-  $("shade").hidden = true;
-  $("input").focus();
+  menu(false);
+  focusInput();
+  history.replaceState(conversation.id, ""); // opened again when the page is loaded again
   if (conversation === current) return;
   running?.abort();
   running = null; // now, not when the stream has noticed: what is drawn below is not streaming
@@ -266,6 +280,7 @@ function editor(message, index) {
   const cancel = () => {
     editing = -1;
     drawMessages();
+    $("messages").children[index].querySelector(".again").focus();
   };
   const commit = () => {
     if (running || !area.value.trim() || !agreed(index + 2)) return;
@@ -338,8 +353,9 @@ async function answer(before) {
   const reply = { role: "assistant", parts: [] };
   conversation.messages.push(reply);
   const control = (running = new AbortController());
-  busy(true);
   drawMessages();
+  busy(true);
+  focusInput();
   if (!before) save(conversation);
   $("scroller").scrollTop = $("scroller").scrollHeight;
   const started = performance.now();
@@ -452,6 +468,7 @@ function askToken(again) {
 
 function busy(state) {
   $("messages").setAttribute("aria-busy", String(state));
+  for (const node of document.querySelectorAll(".again")) node.disabled = state;
   $("send").textContent = state ? "■" : "↑";
   $("send").setAttribute("aria-label", state ? "Stop" : "Send");
   $("send").title = state ? "Stop (Esc)" : "Send (Enter)";
@@ -491,7 +508,10 @@ function connect() {
     }
   });
   document.addEventListener("keydown", (event) => {
-    if (event.key === "Escape" && running && !$("token-dialog").open) running.abort();
+    if (event.key === "Escape" && document.body.classList.contains("menu-open")) {
+      menu(false);
+      $("menu").focus();
+    } else if (event.key === "Escape" && running && !$("token-dialog").open) running.abort();
     if (event.ctrlKey && event.shiftKey && event.key.toLowerCase() === "o") {
       event.preventDefault();
       show(newConversation());
@@ -505,11 +525,10 @@ function connect() {
   window.addEventListener("pageshow", () => (leaving = false));
   $("token-cancel").addEventListener("click", () => $("token-dialog").close("cancel"));
   $("new-chat").addEventListener("click", () => show(newConversation()));
-  const menu = (open) => {
-    document.body.classList.toggle("menu-open", open);
-    $("shade").hidden = !open;
-  };
-  $("menu").addEventListener("click", () => menu(true));
+  $("menu").addEventListener("click", () => {
+    menu(true);
+    $("new-chat").focus();
+  });
   $("shade").addEventListener("click", () => menu(false));
   $("tune").addEventListener("click", () => {
     $("settings").hidden = !$("settings").hidden;
