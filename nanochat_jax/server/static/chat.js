@@ -318,7 +318,7 @@ function regenerate(index) {
   answer(lost ? before : undefined);
 }
 
-// To lose the messages from number `index` on.
+// Asks, where there are any, before the messages from number `index` on are lost.
 const agreed = (index) =>
   index >= current.messages.length || confirm("The later messages of this conversation will be removed. Continue?");
 
@@ -346,6 +346,7 @@ function newest(messages) {
 async function answer(before) {
   const conversation = current;
   const asked = conversation.messages.length - 1;
+  const { text } = conversation.messages[asked];
   const all = conversation.messages
     .filter((message, i, all) => (all[i + 1] ?? message).parts?.length !== 0 && message.parts?.length !== 0)
     .map((message) => ({ role: message.role, content: content(message) }));
@@ -383,7 +384,6 @@ async function answer(before) {
     running = null;
     busy(false);
   }
-  const { text } = conversation.messages[asked];
   const failed = before && !reply.parts.length && !reply.figures;
   if (failed) conversation.messages = before;
   save(conversation);
