@@ -388,6 +388,9 @@ AT_LEAST_ONE = {
     "rl": ("questions_per_step", "samples_per_question", "normalize_over", "max_new_tokens", "eval_examples", "pass_k"),
     "eval": ("batch_size", "max_new_tokens", "max_examples"),
 }
+WITHIN = dict.fromkeys(("momentum_start", "momentum_peak", "momentum_end"), 0.9999)
+WITHIN |= {"warmdown_ratio": 1, "warmup_steps": math.inf, "init_lr_frac": math.inf, "final_lr_frac": math.inf}
+"""The most that a value of every stage can be; the least is 0."""
 EVERY_STAGE = ("num_iterations", "device_batch_size", "keep", "stop_after", "sample_tokens")
 
 
@@ -403,6 +406,11 @@ def check_ranges(config: Config) -> None:
             value = getattr(getattr(config, section), name)
             if value not in (None, "auto") and value < 1:
                 raise UserError(f"--{section}.{name.replace('_', '-')} {value}: at least 1 is needed")
+    for section in MODEL_STAGES:
+        for name, most in WITHIN.items():
+            value = getattr(getattr(config, section), name)
+            if not 0 <= value <= most:
+                raise UserError(f"--{section}.{name.replace('_', '-')} {value}: 0 to {most:g} can be trained with")
     for name in ("target_param_data_ratio", "target_flops"):
         value = getattr(config.base, name)
         if value is not None and value <= 0:

@@ -21,6 +21,7 @@ import numpy as np
 import optax
 
 from nanochat_jax.config import Config, GPTConfig, StageConfig
+from nanochat_jax.errors import UserError
 from nanochat_jax.model import flops_per_token, scaling_params
 from nanochat_jax.sharding import match, path_of
 
@@ -239,6 +240,11 @@ class Horizon:
 def horizon(config: Config, cfg: GPTConfig) -> Horizon:
     """Batch size, steps, rate factor sqrt(B/B_ref) and Muon decay of the base stage, all from `depth`."""
     base, ratio = config.base, config.base.target_param_data_ratio
+    if not 1 <= ratio * scaling_params(cfg) < 2**63:
+        raise UserError(
+            f"--base.target-param-data-ratio {ratio:g} gives {ratio * scaling_params(cfg):g} tokens; 1 to 2^63 can be "
+            "planned with"
+        )
     tokens = int(ratio * scaling_params(cfg))
     twelve = GPTConfig.from_depth(
         dataclasses.replace(config.model, depth=REFERENCE_DEPTH, n_kv_head=None), cfg.vocab_size

@@ -6,9 +6,11 @@ import io
 import json
 import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -394,6 +396,10 @@ def test_damage_inside_a_shard_names_the_row_group(tmp_path):
     pq.write_table(pa.table({"text": ["a", None]}), path)
     with pytest.raises(UserError, match="1 rows have no text"):
         Shard(path).texts(0)
+    broken = pa.StringArray.from_buffers(1, pa.py_buffer(np.asarray([0, 2], np.int32)), pa.py_buffer(b"a\xff"))
+    pq.write_table(pa.table({"text": broken}), path)
+    with pytest.raises(UserError, match=r"row group 0 cannot be read as parquet .*utf-8"):
+        Shard(path).texts(0)
 
 
 def bundle(**members):
@@ -420,6 +426,19 @@ def damaged():
     data = bytearray(bundle(**{"eval_bundle/core.yaml": "tasks " * 50}))
     data[60] ^= 1
     return bytes(data)
+
+
+def test_runs_that_start_together_unpack_the_bundle_once(server, tmp_path, lines):
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as bundle:
+        bundle.writestr("eval_bundle/core.yaml", "icl_tasks: []")
+        bundle.writestr("eval_bundle/data", bytes(5_000_000))
+    server.files["/bundle.zip"] = archive.getvalue()
+    config = DataConfig(cache=str(tmp_path))
+    with ThreadPoolExecutor(4) as threads:
+        found = set(threads.map(lambda _: fetch_eval_bundle(config, lines.append), range(4)))
+    assert found == {tmp_path / "eval_bundle"} and (tmp_path / "eval_bundle" / "core.yaml").is_file()
+    assert len([path for path, _ in server.asked if path == "/bundle.zip"]) == 1
 
 
 @pytest.mark.parametrize("archive", [b"<html>", damaged(), bundle(**{"eval_bundle/other.yaml": ""})])

@@ -24,8 +24,9 @@ from nanochat_jax.checkpoint import Checkpointer, steps
 from nanochat_jax.config import Config
 from nanochat_jax.errors import UserError
 from nanochat_jax.optim import Schedule
-from nanochat_jax.run import _fixed, load_model
+from nanochat_jax.run import _fixed, finished, load_model
 from nanochat_jax.stages import pretrain, rl
+from nanochat_jax.stages import session as session_module
 from nanochat_jax.stages.session import Session
 
 ROOT = Path(__file__).parent.parent
@@ -219,6 +220,38 @@ FREE |= {
     "sft": FREE_IN_STAGE,
     "rl": FREE_IN_STAGE | {"eval_examples", "pass_k", "control"},
 }
+
+
+@pytest.mark.parametrize(
+    ("name", "broken", "message"),
+    [
+        (
+            "all_finite",
+            lambda params: False,
+            "some parameters are no numbers after 1 steps; there is no checkpoint yet",
+        ),
+        (
+            "validation_bpb",
+            lambda *_: float("nan"),
+            "validation is nan after 1 steps; the only checkpoint, step 1, is of no use: delete .*base",
+        ),
+    ],
+)
+def test_a_last_update_that_spoils_the_model_does_not_finish_the_stage(tmp_path, monkeypatch, name, broken, message):
+    """No loss comes after it that would tell."""
+    config = replace(tiny.config, base=replace(tiny.config.base, num_iterations=1))
+    module = session_module if name == "all_finite" else pretrain
+    monkeypatch.setattr(module, name, broken)
+    with pytest.raises(UserError, match=f"base: {message}: lower --base.init-lr-frac"):
+        pretrain.run(config, start(tmp_path, config), quiet)
+    assert not finished(tmp_path, "base")
+
+
+def test_parameters_that_are_numbers_are_told_from_others():
+    good = {"a": np.ones((2, 3), np.float32), "b": np.zeros(4, np.float32)}
+    assert session_module.all_finite(good)
+    for bad in (np.nan, np.inf):
+        assert not session_module.all_finite(good | {"b": np.asarray([0, bad, 0, 0], np.float32)})
 
 
 def test_every_value_is_either_fixed_or_free():

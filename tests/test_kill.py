@@ -38,7 +38,7 @@ def test_killed_in_every_stage(tmp_path):
     text = {path.stem: path.read_text() for path in tmp_path.glob("*.log")}
     for stage, following in (("base", "mid"), ("mid", "sft"), ("sft", "rl"), ("rl", "last")):
         assert f"{stage}: going on from step" in text[following]
-        assert f"{stage}: finished" not in text[following]
+        assert f"{stage}: finished before" not in text[following]
     for stage in ("base", "mid", "sft"):
         rows = MetricsLog.read(workdir / stage / "metrics.jsonl")
         assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(12))

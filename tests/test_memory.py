@@ -270,6 +270,9 @@ def test_options_reach_the_configuration_and_come_back():
         ({"base": BaseConfig(device_batch_size=0)}, "--base.device-batch-size 0"),
         ({"base": BaseConfig(target_param_data_ratio=0)}, "--base.target-param-data-ratio 0: more than 0"),
         ({"base": BaseConfig(warmdown_ratio=float("nan"))}, "--base.warmdown-ratio nan is no number"),
+        ({"base": BaseConfig(warmdown_ratio=-1.0)}, "--base.warmdown-ratio -1.0: 0 to 1 can"),
+        ({"base": BaseConfig(momentum_peak=2.0)}, "--base.momentum-peak 2.0: 0 to 0.9999 can"),
+        ({"base": BaseConfig(warmup_steps=-5)}, "--base.warmup-steps -5: 0 to inf can"),
         ({"mid": FinetuneConfig(val_rows=-1)}, "--mid.val-rows -1"),
     ],
 )

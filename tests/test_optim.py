@@ -1,6 +1,8 @@
 """Muon, AdamW, schedules and horizon against an independent float64 NumPy transcription of MODEL's mathematics."""
 
 import math
+import re
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 
 from nanochat_jax.config import BaseConfig, Config, FinetuneConfig, GPTConfig, ModelConfig
+from nanochat_jax.errors import UserError
 from nanochat_jax.model import count_params, init_params, param_shapes
 from nanochat_jax.optim import (
     ADAMW,
@@ -203,6 +206,9 @@ def test_horizon_follows_from_depth():
     h = horizon(grouped, GPTConfig.from_depth(grouped.model, 32768))
     assert h.weight_decay == pytest.approx(0.28 * h.lr_scale * reference / h.tokens)
     twelve_config = Config()
+    for ratio in (1e-9, 1e308):
+        with pytest.raises(UserError, match=re.escape(f"--base.target-param-data-ratio {ratio:g} gives")):
+            horizon(replace(config, base=replace(config.base, target_param_data_ratio=ratio)), cfg)
     assert horizon(twelve_config, GPTConfig.from_depth(twelve_config.model, 32768)).batch_tokens == 2**19
 
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tiny
-from stage_runs import losses, quiet, start
+from stage_runs import losses, quiet, start, start_after
 
 from nanochat_jax.config import DEFAULT_ROWS, MODEL_STAGES
 from nanochat_jax.errors import UserError
@@ -95,6 +95,9 @@ def test_another_evaluation_than_the_runs_own_leaves_its_figures(run):
             {"sft": replace(tiny.config.sft, init_from="runs/nowhere/other")},
             "--sft.init-from runs/nowhere/other has no",
         ),
+        ({"rl": replace(tiny.config.rl, samples_per_question=1)}, "2 samples or more"),
+        ({"rl": replace(tiny.config.rl, temperature=0.0)}, "--rl.temperature 0.0"),
+        ({"rl": replace(tiny.config.rl, temperature=101.0)}, "temperature 101.0 is outside 0 to 100"),
         ({"rl": replace(tiny.config.rl, updates_per_batch=2)}, "--rl.updates-per-batch 2 needs --rl.clip"),
         (
             {"mesh": "8", "base": replace(tiny.config.base, total_batch_size=tiny.config.model.sequence_len)},
@@ -185,6 +188,41 @@ def test_base_shows_on_the_way_what_it_writes_and_what_it_took(tmp_path):
     done = finished(tmp_path, "base")
     assert validations[-1]["flops"] == done["flops"]
     assert any("base: finished: 3 steps, 1.54k tokens" in line for line in said)
+
+
+def test_conversations_that_teach_nothing_are_no_stage(run, tmp_path):
+    long = {"messages": [{"role": "user", "content": "x " * 99}, {"role": "assistant", "content": "y"}]}
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(long["messages"]) + "\n" for _ in range(12)))
+    sft = replace(tiny.config.sft, mixture=(str(tmp_path / "c.jsonl"),), num_iterations=None, val_rows=0)
+    config = replace(tiny.config, sft=sft)
+    folder = start_after(run, tmp_path / "run", "sft", config)
+    with pytest.raises(UserError, match="none of the 12 conversations of its mixture has a target within 64 tokens"):
+        finetune.run(config, folder, "sft", quiet)
+    assert not finished(folder, "sft")
+
+
+def test_what_rl_is_compared_with_is_made_anew_after_another_sft(run, tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(finetune, "train", lambda *_: trained.append(1))
+    before = finished(run, "sft_continued")
+    assert before["after"] == finished(run, "sft")["finished"]
+    for stage in ("sft", "sft_continued"):
+        (tmp_path / stage).mkdir()
+        (tmp_path / stage / "done.json").write_text((run / stage / "done.json").read_text())
+    finetune.continued(tiny.config, tmp_path, before["flops"], quiet)
+    assert (tmp_path / "sft_continued").is_dir()
+    (tmp_path / "sft" / "done.json").write_text(json.dumps(finished(run, "sft") | {"finished": "later"}))
+    said = []
+    finetune.continued(tiny.config, tmp_path, before["flops"], said.append)
+    assert not (tmp_path / "sft_continued").exists() and "made after another sft" in said[0] and len(trained) == 2
+
+
+def test_rows_to_validate_on_are_missed_before_training(tmp_path):
+    base = replace(tiny.config.base, eval_tokens=10)
+    config, said = replace(tiny.config, base=base), []
+    with pytest.raises(UserError, match="gives no row of 64 tokens within eval-tokens 10"):
+        pretrain.run(config, start(tmp_path, config), said.append)
+    assert not any("compiled" in line for line in said)
 
 
 def test_a_finished_stage_is_left_alone(run):

@@ -138,6 +138,18 @@ def _eval_bundle(config: DataConfig, log: Log) -> Path:
     folder = cache / "eval_bundle"
     if folder.is_dir():
         return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    handle = os.open(cache, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)  # other runs on this machine want it too
+        if not folder.is_dir():
+            _unpack_bundle(cache, folder, log)
+    finally:
+        os.close(handle)
+    return folder
+
+
+def _unpack_bundle(cache: Path, folder: Path, log: Log) -> None:
     url = os.environ.get("EVAL_BUNDLE_URL", BUNDLE_URL)
     log(f"downloading {url}")
     archive = cache / "eval_bundle.zip"
@@ -154,7 +166,6 @@ def _eval_bundle(config: DataConfig, log: Log) -> Path:
                 "set --data.eval-bundle"
             ) from None
     archive.unlink()
-    return folder
 
 
 class _Damaged(requests.RequestException):

@@ -36,12 +36,12 @@ class Shard:
     def texts(self, row_group: int) -> list[str]:
         """The documents of a row group."""
         try:
-            column = self._file.read_row_group(row_group, columns=["text"]).column("text")
-        except (pa.ArrowException, OSError) as error:
+            texts = self._file.read_row_group(row_group, columns=["text"]).column("text").to_pylist()
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise self._damaged(error, f", row group {row_group}") from error
-        if column.null_count:
-            raise UserError(f"{self.path}, row group {row_group}: {column.null_count} rows have no text; remove them")
-        return column.to_pylist()
+        if empty := texts.count(None):
+            raise UserError(f"{self.path}, row group {row_group}: {empty} rows have no text; remove them")
+        return texts
 
     def _damaged(self, error: Exception, where: str = "") -> UserError:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

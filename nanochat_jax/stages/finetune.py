@@ -49,8 +49,11 @@ def run(config: Config, workdir: Path, stage: str, log: Log, force: bool = False
 def continued(config: Config, workdir: Path, flops: float, log: Log, force: bool = False) -> None:
     """Train sft on, in `workdir`/sft_continued, with its own schedule anew, for `flops` FLOPs."""
     before = leaders(finished(workdir, "sft_continued"))
-    if before is not None and not 0.9 < before["flops"] / flops < 1.1:
-        log(f"sft_continued: made for {before['flops']:.3g} FLOPs, now {flops:.3g}: made anew")
+    sft = leaders(finished(workdir, "sft") or {}).get("finished")
+    stale = before is not None and before.get("after", sft) != sft
+    if before is not None and (stale or not 0.9 < before["flops"] / flops < 1.1):
+        was = "after another sft" if stale else f"for {before['flops']:.3g} FLOPs, now {flops:.3g}"
+        log(f"sft_continued: made {was}: made anew")
         if is_leader():
             shutil.rmtree(workdir / "sft_continued")
         barrier("sft_continued removed")
@@ -91,6 +94,11 @@ def train(
         steps = settings.num_iterations
     else:
         steps = math.ceil(epoch_rows(train_set, session.tokenizer, log=log, **packed) / (microbatches * rows))
+    if steps < 1:
+        raise UserError(
+            f"{name}: none of the {len(train_set)} conversations of its mixture has a target within {cfg.sequence_len} "
+            "tokens: name others or raise --model.sequence-len"
+        )
     schedule = Schedule(settings, steps, cfg.n_embd, weight_decay=settings.weight_decay)
     batches = conversation_batches(train_set, session.tokenizer, rows=microbatches * rows, **packed)
     start = functools.partial(params_from, session, workdir, PREVIOUS[name])
@@ -149,6 +157,7 @@ def train(
         batch_tokens=batch_tokens,
         truncated=position["truncated"],
         dropped=position["dropped"],
+        **({} if flops is None else {"after": (finished(workdir, "sft") or {}).get("finished")}),
     )
 
 

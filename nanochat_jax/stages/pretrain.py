@@ -11,7 +11,7 @@ from pathlib import Path
 
 from nanochat_jax.config import Config
 from nanochat_jax.data.download import fetch_eval_bundle, prepare_shards
-from nanochat_jax.data.pretrain import pretrain_batches
+from nanochat_jax.data.pretrain import pretrain_batches, validation_batches
 from nanochat_jax.errors import UserError
 from nanochat_jax.model import flops_per_token
 from nanochat_jax.optim import base_schedule
@@ -34,7 +34,8 @@ def run(config: Config, workdir: Path, log: Log, force: bool = False) -> None:
     session = open_session(config, workdir, "base", config.base, log, force)
     schedule, horizon = base_schedule(config, session.cfg)
     if schedule.steps < 1:
-        raise UserError(f"a horizon of {horizon.tokens} tokens is less than one step of {horizon.batch_tokens}")
+        of = f"of {config.base.target_flops:g} FLOPs" if config.base.target_flops else f"of {horizon.tokens} tokens"
+        raise UserError(f"a horizon {of} is less than one step of {horizon.batch_tokens} tokens")
     microbatches, rows = session.rows(horizon.batch_tokens)
     cfg, mesh, stage = session.cfg, session.mesh, config.base
     part, parts = data_part(mesh)
@@ -49,8 +50,11 @@ def run(config: Config, workdir: Path, log: Log, force: bool = False) -> None:
         process_index=part,
         process_count=parts,
     )
+    # What is missing should be missed now, not after hours.
+    validation = {"packing": config.data.packing, "streams": config.data.streams, "eval_tokens": stage.eval_tokens}
+    next(validation_batches(val_file, session.tokenizer, rows=1, sequence_len=cfg.sequence_len, **validation))
     if stage.core_every:
-        fetch_eval_bundle(config.data, log)  # what is missing should be missed now, not after hours
+        fetch_eval_bundle(config.data, log)
     start = functools.partial(initial_params, session, config.seed)
     pace = session.begin(schedule, start, batches, tokens_a_step=horizon.batch_tokens)
     step_flops = horizon.batch_tokens * flops_per_token(cfg)

@@ -153,6 +153,12 @@ def check_updates(settings: RLConfig) -> None:
         raise UserError(f"--rl.clip {clip} is outside 0 (off) to below 1; PPO's usual value is 0.2")
     if updates < 1:
         raise UserError(f"--rl.updates-per-batch {updates} is below 1, one update a step")
+    if settings.samples_per_question < 2 or settings.temperature <= 0:
+        raise UserError(
+            f"--rl.samples-per-question {settings.samples_per_question} --rl.temperature {settings.temperature}: only "
+            "answers that differ teach anything; 2 samples or more and a temperature above 0 are needed"
+        )
+    sampling(settings, 0, 0)  # refuses what cannot be sampled with
     if updates > 1 and not clip:
         raise UserError(
             f"--rl.updates-per-batch {updates} needs --rl.clip, such as 0.2: after the first update the answers are "

@@ -35,7 +35,8 @@ def write_samples(session: Session, params: Params, *, raw: bool) -> None:
     engine = make_engine(params, session.cfg, tokenizer, max_rows=len(prompts), max_len=limit, mesh=session.mesh)
     fitting = [(text, prompt) for text, prompt in zip(asked, prompts, strict=True) if len(prompt) < limit]
     # A base model left to its likeliest token goes round in circles.
-    how = SamplingParams(0.8, top_k=50, max_tokens=length) if raw else SamplingParams(0.0, max_tokens=length)
+    most = min(length, limit)
+    how = SamplingParams(0.8, top_k=50, max_tokens=most) if raw else SamplingParams(0.0, max_tokens=most)
     answers = engine.generate([prompt for _, prompt in fitting], how)
     drawn = "temperature 0.8, top-k 50" if raw else "greedy"
     lines = [f"# Samples of {session.name}, step {session.step}, {drawn}, at most {length} tokens", ""]

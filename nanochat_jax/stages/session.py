@@ -17,6 +17,7 @@ from pathlib import Path
 
 import grain
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from nanochat_jax.checkpoint import Checkpointer, restore_params
@@ -217,6 +218,9 @@ class Session:
                     f"step {self.step}: a faulty device or kernel; nothing was saved, and a new start goes on from "
                     f"step {self.saved}"
                 )
+            if not all_finite(self.state.params):
+                # The loss would show it a step later, and of the last update never.
+                self._end(f"some parameters are no numbers after {self.step} steps")
             tree = saved_tree(self.state, cfg=self.cfg)
         self.checkpoints.save(self.step, tree, self.meta)
         self.saved = self.step
@@ -238,7 +242,9 @@ class Session:
         return {name: self.meta[name] for name in ("tokens", "flops", "step_seconds")}
 
     def validated(self, value: float, *, higher_is_better: bool = False) -> None:
-        """Keep the checkpoint of this step, where there is one, if none so far has a better `value`."""
+        """Keep the checkpoint of this step, where there is one, if none has a better `value`. UserError for NaN."""
+        if not math.isfinite(value):
+            self._end(f"validation is {value} after {self.step} steps", self.step)
         if self.saved == self.step:
             self.checkpoints.note_validation(self.step, value, higher_is_better=higher_is_better)
 
@@ -251,17 +257,24 @@ class Session:
         values = {name: float(metrics[name]) for name in ("loss", "grad_norm")}
         broken = " and ".join(f"{name} is {value}" for name, value in values.items() if not math.isfinite(value))
         if broken:
-            self.checkpoints.settle()
-            if not math.isfinite(values["loss"]) and self.checkpoints.latest() == step:
-                self.checkpoints.drop(step)  # its parameters gave this loss: the update before had spoiled them
-            barrier(f"{self.name} is broken")  # before an error here or there ends the process that writes
-            good = self.checkpoints.latest()
-            last_good = f"the last good checkpoint is step {good}" if good is not None else "there is no checkpoint yet"
-            raise UserError(
-                f"{self.name}: {broken} at step {step}, batch of {batch}; {last_good}: lower "
-                f"--{self.name}.init-lr-frac (with --force) and start again"
-            )
+            # Parameters that give such a loss were spoiled by the update before, and so is a checkpoint of them.
+            spoiled = step if not math.isfinite(values["loss"]) else None
+            self._end(f"{broken} at step {step}, batch of {batch}", spoiled)
         return values
+
+    def _end(self, what: str, spoiled: int | None = None) -> None:
+        """UserError for training that has gone wrong; `spoiled`: the step whose checkpoint is none to go on from."""
+        self.checkpoints.settle()
+        if spoiled is not None and self.checkpoints.latest() == spoiled:
+            self.checkpoints.drop(spoiled)
+        barrier(f"{self.name} is broken")  # before an error here or there ends the process that writes
+        good = self.checkpoints.latest()
+        last_good = f"the last good checkpoint is step {good}" if good is not None else "there is no checkpoint yet"
+        if good is not None and good == spoiled:  # the only one is never dropped
+            last_good = f"the only checkpoint, step {good}, is of no use: delete {self.folder}"
+        raise UserError(
+            f"{self.name}: {what}; {last_good}: lower --{self.name}.init-lr-frac (with --force) and start again"
+        )
 
     def finish(self, **facts: object) -> None:
         """Mark the stage complete."""
@@ -286,6 +299,12 @@ class Session:
         )
         barrier(f"{self.name} finished")
         self.metrics.close()
+
+
+@jax.jit
+def all_finite(params: dict) -> jax.Array:
+    """Whether all parameters are numbers: bool []."""
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(params)]))
 
 
 def open_session(
