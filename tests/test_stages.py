@@ -14,7 +14,7 @@ from nanochat_jax.config import DEFAULT_ROWS, MODEL_STAGES
 from nanochat_jax.errors import UserError
 from nanochat_jax.metrics import MetricsLog
 from nanochat_jax.report import write_report
-from nanochat_jax.run import evaluated, finished, load_model
+from nanochat_jax.run import evaluated, finished, load_model, open_run
 from nanochat_jax.stages import evaluate, finetune, pretrain, samples
 from nanochat_jax.stages.ahead import check_ahead
 from nanochat_jax.stages.session import open_session
@@ -236,3 +236,39 @@ def test_weights_of_another_tokenizer_or_architecture_are_refused(run, tmp_path)
     folder = start(tmp_path / "scale", scaled)
     with pytest.raises(UserError, match=r"qk_scale 1\.2, this run 1\.0"):
         pretrain.run(scaled, folder, quiet)
+
+
+@pytest.fixture
+def measured(tmp_path, monkeypatch):
+    """Evaluates a base model that is not there, with `bpb` as its figure, in a run of `tiny.config`."""
+    open_run(tiny.config, tmp_path, log=quiet)
+    monkeypatch.setattr(evaluate, "load_model", lambda *_: (None, None, None, "base", 12))
+    monkeypatch.setattr(evaluate, "prepare_shards", lambda *_: ([], None))
+
+    def run_with(config=tiny.config, bpb=1.5, log=quiet):
+        monkeypatch.setattr(evaluate, "validation_bpb", lambda *_: bpb)
+        return evaluate.run(config, tmp_path, "base", None, None, log)
+
+    return run_with
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "same"),
+    [
+        ("base", {"eval_tokens": 300}, False),
+        ("data", {"dir": "other"}, False),
+        ("data", {"packing": "bestfit"}, False),
+        ("model", {"rope_base": 10_000.0}, False),
+        (None, {"compute_dtype": "bfloat16"}, False),
+        (None, {"seed": 7}, False),
+        ("data", {"cache": "elsewhere", "mirror": "elsewhere", "eval_bundle": "elsewhere", "num_shards": 3}, True),
+        ("eval", {"batch_size": 3}, True),
+        ("base", {"device_batch_size": 3}, True),
+        (None, {"attention": "reference", "loss_chunk": 5}, True),
+    ],
+)
+def test_only_what_decides_the_figures_keeps_them_out_of_the_runs_own(measured, tmp_path, section, change, same):
+    if section:
+        change = {section: replace(getattr(tiny.config, section), **change)}
+    assert measured(replace(tiny.config, **change))["bpb"] == {"val": 1.5}
+    assert (tmp_path / "base" / "eval.json").exists() == same

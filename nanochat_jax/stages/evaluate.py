@@ -79,7 +79,7 @@ def run(
     if source == "rl" and in_pairs and leaders(finished(workdir, "sft_continued")):
         task = loaded[config.rl.task]
         figures["comparison"] = compare(config, workdir, mesh, task, correct[task.name], limit, log)
-    as_configured = replace(config.eval, batch_size=1) == replace(read_config(workdir).eval, batch_size=1)
+    as_configured = decides(config) == decides(read_config(workdir))
     if tasks is None and max_examples is None and step is None and as_configured and is_leader():
         write_json(workdir / source / "eval.json", figures)
         # Row by row, so that stages can be compared in pairs without running them again.
@@ -168,6 +168,13 @@ def measure(
     engine = make_engine(params, cfg, tokenizer, max_rows=settings.batch_size, max_len=cfg.sequence_len, mesh=mesh)
     log(engine.describe())
     return {task.name: evaluate_task(task, engine, tokenizer, settings, limit, log) for task in tasks}
+
+
+def decides(config: Config) -> tuple:
+    """What the figures follow from; where the same sets lie, and how many rows go through the model at once, is not."""
+    data = replace(config.data, cache="", num_shards=1, mirror=None, eval_bundle=None)
+    settings = replace(config.eval, batch_size=1)
+    return settings, data, config.model, config.seed, config.compute_dtype, config.base.eval_tokens, config.rl.task
 
 
 def answered_with(config: Config, limit: int | None) -> dict:
