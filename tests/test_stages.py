@@ -272,3 +272,10 @@ def test_only_what_decides_the_figures_keeps_them_out_of_the_runs_own(measured, 
         change = {section: replace(getattr(tiny.config, section), **change)}
     assert measured(replace(tiny.config, **change))["bpb"] == {"val": 1.5}
     assert (tmp_path / "base" / "eval.json").exists() == same
+
+
+def test_figures_that_cannot_be_written_are_still_given(measured, tmp_path):
+    (tmp_path / "base").write_text("no folder")
+    said = []
+    assert measured(log=said.append)["bpb"] == {"val": 1.5}
+    assert f"{tmp_path / 'base'}: the evaluation cannot be written there" in said[-1]

@@ -52,7 +52,8 @@ def run(
     """Measure the model of stage `source` on `tasks` ("bpb", "core", task names; None: the configured ones).
 
     Returns {"bpb": {"val"}, "core": {...}, "tasks": {name: {"accuracy", "n", "interval"}}, "chatcore"}. A whole
-    evaluation as the run has it configured, of the newest checkpoint, is also written to the stage's eval.json.
+    evaluation as the run has it configured, of the newest checkpoint, is also written to the stage's eval.json. Where
+    that cannot be written, the figures are returned all the same, and it is said.
     """
     names = tasks if tasks is not None else config.eval.base if source == "base" else config.eval.chat
     mesh = make_mesh(config.mesh)
@@ -81,10 +82,14 @@ def run(
         figures["comparison"] = compare(config, workdir, mesh, task, correct[task.name], limit, log)
     as_configured = decides(config) == decides(read_config(workdir))
     if tasks is None and max_examples is None and step is None and as_configured and is_leader():
-        write_json(workdir / source / "eval.json", figures)
         # Row by row, so that stages can be compared in pairs without running them again.
         rows = {"step": found, "settings": answered_with(config, limit), "correct": correct}
-        write_json(workdir / source / "correct.json", rows)
+        try:
+            write_json(workdir / source / "eval.json", figures)
+            write_json(workdir / source / "correct.json", rows)
+        except OSError as error:
+            # The figures may have taken hours: they are returned, written or not.
+            log(f"{workdir / source}: the evaluation cannot be written there ({error.strerror}); it is only shown")
     return figures
 
 
