@@ -279,3 +279,10 @@ def test_figures_that_cannot_be_written_are_still_given(measured, tmp_path):
     said = []
     assert measured(log=said.append)["bpb"] == {"val": 1.5}
     assert f"{tmp_path / 'base'}: the evaluation cannot be written there" in said[-1]
+
+
+def test_figures_that_are_no_numbers_are_null_and_named(measured, tmp_path):
+    said = []
+    assert measured(bpb=float("nan"), log=said.append)["bpb"] == {"val": None}
+    assert json.loads((tmp_path / "base" / "eval.json").read_text())["bpb"] == {"val": None}
+    assert said[-1].startswith("base bpb val: nan")

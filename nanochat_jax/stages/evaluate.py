@@ -6,9 +6,11 @@ python -m nanochat_jax eval --workdir runs/tiny_cpu --source sft --tasks arithme
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -80,6 +82,7 @@ def run(
     if source == "rl" and in_pairs and leaders(finished(workdir, "sft_continued")):
         task = loaded[config.rl.task]
         figures["comparison"] = compare(config, workdir, mesh, task, correct[task.name], limit, log)
+    figures = finite(figures, source, log)
     as_configured = decides(config) == decides(read_config(workdir))
     if tasks is None and max_examples is None and step is None and as_configured and is_leader():
         # Row by row, so that stages can be compared in pairs without running them again.
@@ -173,6 +176,18 @@ def measure(
     engine = make_engine(params, cfg, tokenizer, max_rows=settings.batch_size, max_len=cfg.sequence_len, mesh=mesh)
     log(engine.describe())
     return {task.name: evaluate_task(task, engine, tokenizer, settings, limit, log) for task in tasks}
+
+
+def finite(value: Any, name: str, log: Log) -> Any:
+    """`value` with null for every number in it that JSON has no form for, which is said by `name`."""
+    if isinstance(value, dict):
+        return {key: finite(inner, f"{name} {key}", log) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner, name, log) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        log(f"{name}: {value}, written as null; has the model diverged?")
+        return None
+    return value
 
 
 def decides(config: Config) -> tuple:
