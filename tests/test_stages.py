@@ -11,14 +11,18 @@ import tiny
 from stage_runs import losses, quiet, start
 
 from nanochat_jax.config import DEFAULT_ROWS, MODEL_STAGES
+from nanochat_jax.data.download import ensure_shards
+from nanochat_jax.data.shards import shard_files
 from nanochat_jax.errors import UserError
 from nanochat_jax.metrics import MetricsLog
 from nanochat_jax.report import write_report
 from nanochat_jax.run import evaluated, finished, load_model, open_run
+from nanochat_jax.sharding import make_mesh
 from nanochat_jax.stages import evaluate, finetune, pretrain, samples
 from nanochat_jax.stages.ahead import check_ahead
 from nanochat_jax.stages.session import open_session
 from nanochat_jax.tasks import Mixture
+from nanochat_jax.train import eval_losses
 
 
 def test_every_stage_leaves_its_papers(run):
@@ -286,3 +290,19 @@ def test_figures_that_are_no_numbers_are_null_and_named(measured, tmp_path):
     assert measured(bpb=float("nan"), log=said.append)["bpb"] == {"val": None}
     assert json.loads((tmp_path / "base" / "eval.json").read_text())["bpb"] == {"val": None}
     assert said[-1].startswith("base bpb val: nan")
+
+
+@pytest.mark.parametrize(("step_tokens", "most"), [(8 * 64, 8), (None, evaluate.MOST_ROWS)])
+def test_validation_takes_no_more_rows_at_once_than_a_step_of_training(run, step_tokens, most):
+    params, cfg, tokenizer, *_ = load_model(run, "base")
+    base = replace(tiny.config.base, device_batch_size=20_000, total_batch_size=step_tokens)
+    config, seen = replace(tiny.config, base=base), set()
+
+    def nats(params, inputs, targets, *, cfg):
+        seen.add(len(inputs))
+        return eval_losses(params, inputs, targets, cfg=cfg)
+
+    model = params, cfg, make_mesh("1"), tokenizer, shard_files(ensure_shards(config.data, quiet))[1], config
+    bpb = evaluate.validation_bpb(*model, nats=nats)
+    assert seen == {most}
+    assert bpb == pytest.approx(evaluate.validation_bpb(*model, rows=3), rel=1e-5)

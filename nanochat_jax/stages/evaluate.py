@@ -41,6 +41,9 @@ from nanochat_jax.train import eval_losses
 QUANTIZATION_TOKENS = 4096
 """Targets on which quantized weights are compared with exact ones, at most."""
 
+MOST_ROWS = 64
+"""Rows of validation text on a data shard, at most, where it is not known how many a step of training has."""
+
 
 def run(
     config: Config,
@@ -110,8 +113,11 @@ def validation_bpb(
     for "auto" may be as few as one on each data shard. `nats`: as `eval_losses`, of whatever `params` are.
     """
     shards = data_shards(mesh)
-    wanted = config.base.device_batch_size
-    rows = rows or (1 if wanted == "auto" else wanted) * shards
+    wanted = 1 if config.base.device_batch_size == "auto" else config.base.device_batch_size
+    # A microbatch of training has no more rows than its step, whatever is asked for.
+    tokens = config.base.total_batch_size
+    step = tokens // (cfg.sequence_len * shards) if tokens else MOST_ROWS
+    rows = rows or max(1, min(wanted, step)) * shards
     cfg = with_loss_chunk(config, cfg, rows // shards, mesh)
 
     def losses(inputs: object, targets: object) -> jax.Array:
