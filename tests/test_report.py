@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from nanochat_jax import report
 from nanochat_jax.config import Config, ModelConfig, TokenizerConfig
 from nanochat_jax.errors import UserError
 from nanochat_jax.plots import smoothed
@@ -200,6 +201,38 @@ def test_damaged_files_are_named_and_the_rest_is_shown(run):
         assert f"- {name}: " in missing, name
     assert "line 2" in missing
     assert row(text.split("For scale")[0], "ARC-Easy")[2].startswith("0.3561")
+
+
+ODD = (None, 5, "x", [], [1], ["x", 2], {}, {"val": "x"}, {"n": [1]}, float("nan"), 10**400)
+
+
+def variants(value):
+    """`value` with each of its parts, one at a time, replaced by something else."""
+    yield from ODD
+    for key, inner in value.items() if isinstance(value, dict) else ():
+        yield from (value | {key: odd} for odd in variants(inner))
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer/eval.json", "base/done.json", "base/eval.json", "mid/eval.json", "rl/eval.json"]
+)
+def test_no_shape_of_a_file_ends_the_report(run, monkeypatch, name):
+    monkeypatch.setattr(report, "plot", lambda *_: False)
+    monkeypatch.setattr(report, "to_html", lambda *_: "")
+    whole = json.loads((run / name).read_text())
+    if name == "config.json":
+        whole["config"] = {"model": {"depth": 2, "head_dim": 32}, "device_hour_cost": 3.0}
+    for value in variants(whole):
+        write_json(run / name, value)
+        assert "0.3561 [0.337, 0.376]" in write_report(run).read_text()
+
+
+def test_records_without_what_is_drawn_are_left_out(run):
+    lines = ['{"kind": "train", "loss": 3}', '{"kind": "pass_at_k", "step": 1}', '{"kind": "train", "tok_per_sec": []}']
+    lines += ['{"kind": "pass_at_k", "step": 1, "pass": {"1": "x"}}']
+    (run / "rl" / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    text = write_report(run).read_text()
+    assert "plots/rl.png" not in text and "plots/sft.png" in text
 
 
 def test_an_evaluation_on_the_way_is_said(run):
