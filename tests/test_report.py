@@ -170,6 +170,22 @@ def test_html_says_the_same_and_escapes(run):
     ]
 
 
+def test_a_page_holds_no_file_but_its_plots(run, tmp_path):
+    (tmp_path / "secret.png").write_text("secret")
+    text = "![a](../secret.png)"
+    config = json.loads((run / "config.json").read_text())
+    write_json(run / "config.json", config | {"command": ["x", text]})
+    odd = run.rename(tmp_path / "run ![a](b)")
+    write_report(odd)
+    page = Cells((odd / "report.html").read_text())
+    assert len(page.images) == 4 and all(source.startswith("data:image/png") for source in page.images)
+    assert text in "".join(page.words) and "run ![a](b)" in "".join(page.words)
+    # Nor where a text got through as markup.
+    (odd / "plots" / "link.png").symlink_to(tmp_path / "secret.png")
+    html = to_html(f"{text} ![a](plots/link.png) ![a](/etc/hostname) ![a](gone.png) ![a](https://x.y/z)", odd, "t")
+    assert Cells(html).images == [""] * 5
+
+
 def test_partial_run_says_what_is_missing(run):
     for stage in ("mid", "rl"):
         for path in (run / stage).iterdir():
@@ -247,6 +263,7 @@ def test_a_folder_without_a_run_is_an_error(tmp_path):
 
 def test_rendering(tmp_path):
     assert plain("x_y _z_ <i> `c` |\nd *b*") == "x_y \\_z\\_ \\<i> \\`c\\` \\| d \\*b\\*"
+    assert plain("![a](b) [c][d] [e]: f [1, 2] &lt; & x") == "![a\\](b) [c\\][d] [e\\]: f [1, 2] \\&lt; & x"
     assert bullets(["one", "*two*"]) == "- one\n- \\*two\\*"
     assert table(("k", "v"), [("a|b", "1")]) == "| k | v |\n| --- | --: |\n| a\\|b | 1 |"
     assert code("a\n```\nb") == "````\na\n```\nb\n````"
