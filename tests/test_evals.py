@@ -53,7 +53,8 @@ def test_bpb_without_text_is_an_error():
 def test_wilson_interval():
     low, high = wilson(8, 10)
     assert (low, high) == pytest.approx((0.4902, 0.9433), abs=1e-4)
-    assert wilson(0, 20)[0] == 0.0 and wilson(20, 20)[1] == 1.0 and wilson(20, 20)[0] > 0.8
+    assert all(wilson(0, n)[0] == 0.0 and wilson(n, n)[1] == 1.0 for n in range(1, 200)) and wilson(20, 20)[0] > 0.8
+    assert all(0 < low < right / 99 < high < 1 for right in range(1, 99) for low, high in [wilson(right, 99)])
     # Its defining property: the ends are where the observed share is Z standard errors away.
     for end in wilson(30, 200):
         assert abs(30 / 200 - end) == pytest.approx(1.959964 * math.sqrt(end * (1 - end) / 200))
