@@ -346,6 +346,16 @@ def test_long_prompts_and_broken_bundles_are_one_line_each(tmp_path):
         run_core(folder)
     with pytest.raises(UserError, match=r"core\.yaml"):
         run_core(tmp_path / "nowhere")
+    for text in ("", "[]", "x", "icl_tasks:", "icl_tasks: []", "icl_tasks: [5]", "icl_tasks: {a: b}", "[: {"):
+        (folder / "core.yaml").write_text(text)
+        with pytest.raises(UserError, match="not a complete CORE bundle") as error:
+            run_core(folder)
+        assert "\n" not in str(error.value)
+    entry = "{label: lm, dataset_uri: lm.jsonl, icl_task_type: language_modeling, num_fewshot: []}"
+    (folder / "core.yaml").write_text(f"icl_tasks: [{entry}]")
+    (folder / "eval_data" / "lm.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match="not a complete CORE bundle"):
+        run_core(folder)
 
 
 def test_unknown_task_types_are_refused(tmp_path):
