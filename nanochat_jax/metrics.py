@@ -110,9 +110,13 @@ class MetricsLog:
         records = []
         for number, line in enumerate(lines, start=1):
             try:
-                records.append(json.loads(line))
+                record = json.loads(line)
             except json.JSONDecodeError as error:
                 raise UserError(f"{path} line {number} is not JSON ({error.msg}): remove that line") from None
+            whole = isinstance(record, dict) and isinstance(record.get("kind"), str)
+            if not whole or not isinstance(record.get("step", 0), int | float):
+                raise UserError(f"{path} line {number} is no record, an object with kind and step: remove that line")
+            records.append(record)
         return records
 
 

@@ -27,10 +27,12 @@ def plot(records: list[dict], stage: str, path: Path) -> bool:
     for kind, name, title, unit in CURVES:
         if points := series(records, kind, name):
             panels.append((title, unit, {f"{points[-1][1]:.4f} at the end": points}, kind in STEP_KINDS))
-    held_out = [record | record["pass"] for record in records if record.get("kind") == "pass_at_k"]
-    if held_out:
-        lines = {f"pass@{k}": series(held_out, "pass_at_k", k) for k in held_out[-1]["pass"]}
-        panels.append(("held-out questions", "share solved", lines, False))
+    held_out = [record for record in records if record.get("kind") == "pass_at_k"]
+    held_out = [record | record["pass"] for record in held_out if isinstance(record.get("pass"), dict)]
+    lines = {f"pass@{k}": series(held_out, "pass_at_k", k) for k in (held_out[-1]["pass"] if held_out else ())}
+    if any(lines.values()):
+        shown = {label: points for label, points in lines.items() if points}
+        panels.append(("held-out questions", "share solved", shown, False))
     if not panels:
         return False
     # Not pyplot, which keeps global state and looks for a display.
@@ -57,11 +59,11 @@ def plot(records: list[dict], stage: str, path: Path) -> bool:
 
 
 def series(records: list[dict], kind: str, name: str) -> Series:
-    """(step, value) of the records of `kind` that have a number called `name`."""
+    """(step, value) of the records of `kind` that have a step and a number called `name`."""
     return [
         (record["step"], record[name])
         for record in records
-        if record.get("kind") == kind and isinstance(record.get(name), int | float)
+        if record.get("kind") == kind and "step" in record and isinstance(record.get(name), int | float)
     ]
 
 

@@ -82,8 +82,9 @@ def write_report(workdir: Path) -> Path:
         # sft continued is measured in rl's eval.json, beside what it is compared with.
         measured = bool(done) and name in MODEL_STAGES
         evaluation = read(f"{name}/eval.json", {}, needed=measured)
-        if measured and evaluation.get("step", done.get("steps")) != done.get("steps"):
-            problems.append(f"{name}/eval.json: of step {evaluation['step']}, the stage ended at {done.get('steps')}")
+        last = done.get("steps")
+        if measured and (step := evaluation.get("step", last)) != last:
+            problems.append(f"{name}/eval.json: of step {step}, the stage ended at {last}")
         samples = read(f"{name}/samples.md", "", lambda path: path.read_text(encoding="utf-8"), needed=bool(done))
         return Stage(name, done, evaluation, metrics, samples)
 
@@ -102,12 +103,12 @@ def write_report(workdir: Path) -> Path:
     sections = {
         "Missing or damaged": bullets(problems),
         "Results": _results(stages),
-        "Reinforcement learning against more fine-tuning": _comparison(dig(stages[-1].eval, "comparison")),
-        "Stages": _costs([tokenizer_stage, *stages, *control], dig(record, "config", "device_hour_cost") or 0),
+        "Reinforcement learning against more fine-tuning": _comparison(entries(stages[-1].eval, "comparison")),
+        "Stages": _costs([tokenizer_stage, *stages, *control], number(dig(record, "config", "device_hour_cost")) or 0),
         "Curves": "\n\n".join(f"![Curves]({name})" for name in drawn),
         "Model": _model(record),
         "Tokenizer": _tokenizer(tokenizer),
-        "CORE tasks": "\n\n".join(_core(stage) for stage in stages if "core" in stage.eval),
+        "CORE tasks": "\n\n".join(_core(stage) for stage in stages if entries(stage.eval, "core")),
         "Samples": "\n\n".join(f"### {stage.name}\n\n{code(stage.samples)}" for stage in stages if stage.samples),
         "Hardware and software": _environment(record, stages),
         "Configuration": code(json.dumps(record["config"], indent=1)) if "config" in record else "",
@@ -129,16 +130,17 @@ def _summary(stages: list[Stage]) -> str:
     if not done:
         return "No training stage of this run is finished."
     last = done[-1].done
+    seconds = sum(number(stage.done.get("seconds")) or 0 for stage in done)
     return (
         f"{show(last.get('params'), si)} parameters; {', '.join(stage.name for stage in done)} finished in "
-        f"{duration(sum(stage.done.get('seconds', 0) for stage in done))} of training on {last.get('devices', '?')} x "
+        f"{duration(seconds)} of training on {last.get('devices', '?')} x "
         f"{last.get('device', 'unknown device')}."
     )
 
 
 def _results(stages: list[Stage]) -> str:
     places = {label: keys for label, (keys, _) in METRICS.items()} | {"bits per byte": ("bpb", "val")}
-    tasks = {name: ("tasks", name) for stage in stages for name in stage.eval.get("tasks", {})}
+    tasks = {name: ("tasks", name) for stage in stages for name in entries(stage.eval, "tasks")}
     places |= {name.replace("_", " "): keys for name, keys in tasks.items() if keys not in places.values()}
     rows = []
     for label, keys in places.items():
@@ -157,7 +159,7 @@ def _results(stages: list[Stage]) -> str:
     )
 
 
-def _comparison(found: dict | None) -> str:
+def _comparison(found: dict) -> str:
     """Did reinforcement learning pay? sft, rl, and sft continued for rl's compute, on the same questions."""
     if not found:
         return ""
@@ -183,14 +185,16 @@ def _costs(stages: list[Stage], price: float) -> str:
     """What each stage took, and all of them; `price`: dollars of a device for an hour."""
     rows = []
     for stage in stages:
-        steps, tokens, flops, seconds = (stage.done.get(name) for name in ("steps", "tokens", "flops", "seconds"))
+        steps, tokens, flops, seconds, memory, devices = (
+            number(stage.done.get(name))
+            for name in ("steps", "tokens", "flops", "seconds", "peak_memory_bytes", "devices")
+        )
         speed, mfu = (_median(stage.metrics, name) for name in ("tok_per_sec", "mfu"))
-        cost = price * stage.done.get("devices", 1) * seconds / 3600 if price and seconds else None
-        memory = stage.done.get("peak_memory_bytes")
+        cost = price * (devices or 1) * seconds / 3600 if price and seconds else None
         name = stage.name if stage.done else f"{stage.name} (unfinished)"
         rows.append((name, steps, tokens, flops, seconds, speed, mfu, memory, cost))
     _, _, tokens, flops, seconds, *_, cost = (
-        sum(value for value in column if isinstance(value, int | float)) for column in zip(*rows, strict=True)
+        sum(value for value in column if number(value) is not None) for column in zip(*rows, strict=True)
     )
     rows.append(("total", None, tokens, flops, seconds, None, None, None, cost or None))
     forms = ("{:,}", si, "{:.3g}", duration, si, "{:.1%}", gib, "${:,.2f}")
@@ -201,7 +205,7 @@ def _costs(stages: list[Stage], price: float) -> str:
 
 
 def _median(records: list[dict], name: str) -> float | None:
-    values = [record[name] for record in records if record.get(name) is not None]
+    values = [record[name] for record in records if number(record.get(name)) is not None]
     return statistics.median(values) if values else None
 
 
@@ -210,7 +214,7 @@ def _model(record: dict) -> str:
     try:
         config = config_from_dict(record["config"], "config.json")
         cfg = GPTConfig.from_depth(config.model, config.tokenizer.vocab_size)
-    except (KeyError, UserError):
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, UserError):
         return ""
     facts = [
         f"{cfg.n_layer} layers of width {cfg.n_embd}",
@@ -224,19 +228,19 @@ def _model(record: dict) -> str:
 
 def _tokenizer(figures: dict) -> str:
     """Bytes per token on several kinds of text, beside other tokenizers."""
-    sizes = figures.get("vocab_size")
+    sizes = entries(figures, "vocab_size")
     if not sizes:
         return ""
-    header = ("bytes per token", *(f"{name}, {size:,} tokens" for name, size in sizes.items()))
-    found = figures.get("bytes_per_token", {})
-    rows = [(kind, *(show(row.get(name), "{:.2f}") for name in sizes)) for kind, row in found.items()]
+    header = ("bytes per token", *(f"{name}, {show(size, '{:,}')} tokens" for name, size in sizes.items()))
+    found = entries(figures, "bytes_per_token")
+    rows = [(kind, *(show(dig(row, name), "{:.2f}") for name in sizes)) for kind, row in found.items()]
     absent = figures.get("not_compared")
-    return table(header, rows) + (f"\n\nNot compared with {plain(absent)}." if absent else "")
+    return table(header, rows) + (f"\n\nNot compared with {plain(str(absent))}." if absent else "")
 
 
 def _core(stage: Stage) -> str:
     keys = ("results", "centered_results", "intervals", "n")
-    accuracy, centred, intervals, counts = (dig(stage.eval, "core", key) or {} for key in keys)
+    accuracy, centred, intervals, counts = (entries(stage.eval, "core", key) for key in keys)
     rows = [
         (
             task,
@@ -252,14 +256,15 @@ def _core(stage: Stage) -> str:
 def _environment(record: dict, stages: list[Stage]) -> str:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     devices = dict.fromkeys(f"{s.done.get('devices')} x {s.done.get('device')}" for s in stages if s.done)
-    files = record.get("data") or {}
+    files = {name: size for name, size in entries(record, "data").items() if number(size) is not None}
+    command = record.get("command")
     facts = {
         "devices": ", ".join(devices),
         "this machine": f"{platform.platform()}, {os.cpu_count()} CPU cores, {gib(memory)} memory",
         "started": record.get("started"),
         "git": record.get("git"),
-        "command": " ".join(record.get("command", [])),
-        "versions": ", ".join(f"{name} {version}" for name, version in record.get("versions", {}).items()),
+        "command": " ".join(map(str, command)) if isinstance(command, list) else command,
+        "versions": ", ".join(f"{name} {version}" for name, version in entries(record, "versions").items()),
         "data": files and f"{len(files)} files, {gib(sum(files.values()))}, {min(files)} to {max(files)}",
     }
     return bullets(f"{name}: {fact}" for name, fact in facts.items() if fact)
@@ -269,27 +274,45 @@ def _as_task(value: Any) -> Any:
     """The figures of CORE in the shape of a task's; others as they are."""
     if dig(value, "core_metric") is None:
         return value
-    counts = value.get("n")
-    total = sum(counts.values()) if isinstance(counts, dict) else None
-    return {"accuracy": value["core_metric"], "interval": value.get("interval"), "n": total}
+    counts = [number(count) or 0 for count in entries(value, "n").values()]
+    return {"accuracy": value["core_metric"], "interval": value.get("interval"), "n": sum(counts) or None}
 
 
 def _figure(value: Any) -> str:
     """'0.3561 [0.337, 0.376]' of a task's figures, '0.3561' of a number, '-' where there is none."""
-    interval = dig(value, "interval")
+    interval = numbers(dig(value, "interval"), 2)
     text = show(dig(value, "accuracy") if isinstance(value, dict) else value, "{:.4f}")
     return text + (" [{:.3f}, {:.3f}]".format(*interval) if interval else "")
 
 
-def _difference(triple: list[float] | None) -> str:
+def _difference(found: Any) -> str:
+    triple = numbers(found, 3)
     return "{:+.4f} [{:+.3f}, {:+.3f}]".format(*triple) if triple else "-"
 
 
 def show(value: Any, form: str | Callable[[float], str]) -> str:
     """A number as text, '-' where there is none."""
-    if not isinstance(value, int | float):
+    if number(value) is None:
         return "-"
     return form.format(value) if isinstance(form, str) else form(value)
+
+
+def number(value: Any) -> int | float | None:
+    """`value` where it is a number that can be shown and computed with."""
+    # False for NaN as well; what is larger overflows as soon as it is multiplied.
+    return value if isinstance(value, int | float) and abs(value) < 1e100 else None
+
+
+def numbers(value: Any, count: int) -> list | None:
+    """`value` where it is a list of `count` numbers."""
+    whole = isinstance(value, list) and len(value) == count and all(number(inner) is not None for inner in value)
+    return value if whole else None
+
+
+def entries(value: Any, *keys: str) -> dict:
+    """value[key][key]..., empty where there is no dictionary."""
+    found = dig(value, *keys)
+    return found if isinstance(found, dict) else {}
 
 
 def dig(value: Any, *keys: str) -> Any:

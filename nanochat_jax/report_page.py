@@ -13,7 +13,8 @@ from markdown_it import MarkdownIt
 
 def plain(text: str) -> str:
     """Plain text with what Markdown would take for markup escaped, on one line."""
-    return re.sub(r"([\\`*<|]|\b_|_\b)", r"\\\1", " ".join(text.split()))
+    # A "]" is markup where a link or picture goes on behind it; others, as those of intervals, stay readable.
+    return re.sub(r"([\\`*<|]|\b_|_\b|\](?=[(\[:])|&(?=#?\w+;))", r"\\\1", " ".join(text.split()))
 
 
 def bullets(items: Iterable[str]) -> str:
@@ -35,10 +36,14 @@ def code(text: str) -> str:
 
 
 def to_html(markdown: str, folder: Path, title: str) -> str:
-    """One page with the pictures of `folder` inside, light or dark as the reader's system is."""
+    """One page with the pictures of `folder`/plots inside, light or dark as the reader's system is."""
 
     def embedded(match: re.Match) -> str:
-        return f'src="data:image/png;base64,{base64.b64encode((folder / match[1]).read_bytes()).decode()}"'
+        # The page may be sent to others: it holds no other file, whatever a text in it asks for.
+        path = (folder / match[1]).resolve()
+        if path.parent != (folder / "plots").resolve() or not path.is_file():
+            return 'src=""'
+        return f'src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"'
 
     # Without html=False a text that a model wrote could hold a script.
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)

@@ -53,7 +53,8 @@ def test_bpb_without_text_is_an_error():
 def test_wilson_interval():
     low, high = wilson(8, 10)
     assert (low, high) == pytest.approx((0.4902, 0.9433), abs=1e-4)
-    assert wilson(0, 20)[0] == 0.0 and wilson(20, 20)[1] == 1.0 and wilson(20, 20)[0] > 0.8
+    assert all(wilson(0, n)[0] == 0.0 and wilson(n, n)[1] == 1.0 for n in range(1, 200)) and wilson(20, 20)[0] > 0.8
+    assert all(0 < low < right / 99 < high < 1 for right in range(1, 99) for low, high in [wilson(right, 99)])
     # Its defining property: the ends are where the observed share is Z standard errors away.
     for end in wilson(30, 200):
         assert abs(30 / 200 - end) == pytest.approx(1.959964 * math.sqrt(end * (1 - end) / 200))
@@ -345,6 +346,16 @@ def test_long_prompts_and_broken_bundles_are_one_line_each(tmp_path):
         run_core(folder)
     with pytest.raises(UserError, match=r"core\.yaml"):
         run_core(tmp_path / "nowhere")
+    for text in ("", "[]", "x", "icl_tasks:", "icl_tasks: []", "icl_tasks: [5]", "icl_tasks: {a: b}", "[: {"):
+        (folder / "core.yaml").write_text(text)
+        with pytest.raises(UserError, match="not a complete CORE bundle") as error:
+            run_core(folder)
+        assert "\n" not in str(error.value)
+    entry = "{label: lm, dataset_uri: lm.jsonl, icl_task_type: language_modeling, num_fewshot: []}"
+    (folder / "core.yaml").write_text(f"icl_tasks: [{entry}]")
+    (folder / "eval_data" / "lm.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match="not a complete CORE bundle"):
+        run_core(folder)
 
 
 def test_unknown_task_types_are_refused(tmp_path):

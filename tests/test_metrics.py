@@ -41,6 +41,10 @@ def test_damage_elsewhere_is_an_error_that_names_the_line(tmp_path):
     path.write_text('{"kind": "train", "step": 0}\nrubbish\n{"kind": "train", "step": 2}\n')
     with pytest.raises(UserError, match="line 2"):
         MetricsLog.read(path)
+    for line in ("5", "null", "[1]", '{"step": 1}', '{"kind": 3}', '{"kind": "train", "step": "1"}'):
+        path.write_text(f'{{"kind": "start"}}\n{line}\n')
+        with pytest.raises(UserError, match="line 2 is no record"):
+            MetricsLog(tmp_path).drop_after(1)
 
 
 def test_resume_forgets_what_will_be_written_again(tmp_path):

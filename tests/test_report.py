@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from nanochat_jax import report
 from nanochat_jax.config import Config, ModelConfig, TokenizerConfig
 from nanochat_jax.errors import UserError
 from nanochat_jax.plots import smoothed
@@ -169,6 +170,22 @@ def test_html_says_the_same_and_escapes(run):
     ]
 
 
+def test_a_page_holds_no_file_but_its_plots(run, tmp_path):
+    (tmp_path / "secret.png").write_text("secret")
+    text = "![a](../secret.png)"
+    config = json.loads((run / "config.json").read_text())
+    write_json(run / "config.json", config | {"command": ["x", text]})
+    odd = run.rename(tmp_path / "run ![a](b)")
+    write_report(odd)
+    page = Cells((odd / "report.html").read_text())
+    assert len(page.images) == 4 and all(source.startswith("data:image/png") for source in page.images)
+    assert text in "".join(page.words) and "run ![a](b)" in "".join(page.words)
+    # Nor where a text got through as markup.
+    (odd / "plots" / "link.png").symlink_to(tmp_path / "secret.png")
+    html = to_html(f"{text} ![a](plots/link.png) ![a](/etc/hostname) ![a](gone.png) ![a](https://x.y/z)", odd, "t")
+    assert Cells(html).images == [""] * 5
+
+
 def test_partial_run_says_what_is_missing(run):
     for stage in ("mid", "rl"):
         for path in (run / stage).iterdir():
@@ -202,6 +219,38 @@ def test_damaged_files_are_named_and_the_rest_is_shown(run):
     assert row(text.split("For scale")[0], "ARC-Easy")[2].startswith("0.3561")
 
 
+ODD = (None, 5, "x", [], [1], ["x", 2], {}, {"val": "x"}, {"n": [1]}, float("nan"), 10**400)
+
+
+def variants(value):
+    """`value` with each of its parts, one at a time, replaced by something else."""
+    yield from ODD
+    for key, inner in value.items() if isinstance(value, dict) else ():
+        yield from (value | {key: odd} for odd in variants(inner))
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer/eval.json", "base/done.json", "base/eval.json", "mid/eval.json", "rl/eval.json"]
+)
+def test_no_shape_of_a_file_ends_the_report(run, monkeypatch, name):
+    monkeypatch.setattr(report, "plot", lambda *_: False)
+    monkeypatch.setattr(report, "to_html", lambda *_: "")
+    whole = json.loads((run / name).read_text())
+    if name == "config.json":
+        whole["config"] = {"model": {"depth": 2, "head_dim": 32}, "device_hour_cost": 3.0}
+    for value in variants(whole):
+        write_json(run / name, value)
+        assert "0.3561 [0.337, 0.376]" in write_report(run).read_text()
+
+
+def test_records_without_what_is_drawn_are_left_out(run):
+    lines = ['{"kind": "train", "loss": 3}', '{"kind": "pass_at_k", "step": 1}', '{"kind": "train", "tok_per_sec": []}']
+    lines += ['{"kind": "pass_at_k", "step": 1, "pass": {"1": "x"}}']
+    (run / "rl" / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    text = write_report(run).read_text()
+    assert "plots/rl.png" not in text and "plots/sft.png" in text
+
+
 def test_an_evaluation_on_the_way_is_said(run):
     write_json(run / "sft" / "eval.json", json.loads((run / "sft" / "eval.json").read_text()) | {"step": 5})
     assert "sft/eval.json: of step 5, the stage ended at 100" in write_report(run).read_text()
@@ -214,6 +263,7 @@ def test_a_folder_without_a_run_is_an_error(tmp_path):
 
 def test_rendering(tmp_path):
     assert plain("x_y _z_ <i> `c` |\nd *b*") == "x_y \\_z\\_ \\<i> \\`c\\` \\| d \\*b\\*"
+    assert plain("![a](b) [c][d] [e]: f [1, 2] &lt; & x") == "![a\\](b) [c\\][d] [e\\]: f [1, 2] \\&lt; & x"
     assert bullets(["one", "*two*"]) == "- one\n- \\*two\\*"
     assert table(("k", "v"), [("a|b", "1")]) == "| k | v |\n| --- | --: |\n| a\\|b | 1 |"
     assert code("a\n```\nb") == "````\na\n```\nb\n````"

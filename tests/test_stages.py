@@ -11,14 +11,18 @@ import tiny
 from stage_runs import losses, quiet, start, start_after
 
 from nanochat_jax.config import DEFAULT_ROWS, MODEL_STAGES
+from nanochat_jax.data.download import ensure_shards
+from nanochat_jax.data.shards import shard_files
 from nanochat_jax.errors import UserError
 from nanochat_jax.metrics import MetricsLog
 from nanochat_jax.report import write_report
-from nanochat_jax.run import evaluated, finished, load_model
+from nanochat_jax.run import evaluated, finished, load_model, open_run
+from nanochat_jax.sharding import make_mesh
 from nanochat_jax.stages import evaluate, finetune, pretrain, samples
 from nanochat_jax.stages.ahead import check_ahead
 from nanochat_jax.stages.session import open_session
 from nanochat_jax.tasks import Mixture
+from nanochat_jax.train import eval_losses
 
 
 def test_every_stage_leaves_its_papers(run):
@@ -274,3 +278,69 @@ def test_weights_of_another_tokenizer_or_architecture_are_refused(run, tmp_path)
     folder = start(tmp_path / "scale", scaled)
     with pytest.raises(UserError, match=r"qk_scale 1\.2, this run 1\.0"):
         pretrain.run(scaled, folder, quiet)
+
+
+@pytest.fixture
+def measured(tmp_path, monkeypatch):
+    """Evaluates a base model that is not there, with `bpb` as its figure, in a run of `tiny.config`."""
+    open_run(tiny.config, tmp_path, log=quiet)
+    monkeypatch.setattr(evaluate, "load_model", lambda *_: (None, None, None, "base", 12))
+    monkeypatch.setattr(evaluate, "prepare_shards", lambda *_: ([], None))
+
+    def run_with(config=tiny.config, bpb=1.5, log=quiet):
+        monkeypatch.setattr(evaluate, "validation_bpb", lambda *_: bpb)
+        return evaluate.run(config, tmp_path, "base", None, None, log)
+
+    return run_with
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "same"),
+    [
+        ("base", {"eval_tokens": 300}, False),
+        ("data", {"dir": "other"}, False),
+        ("data", {"packing": "bestfit"}, False),
+        ("model", {"rope_base": 10_000.0}, False),
+        (None, {"compute_dtype": "bfloat16"}, False),
+        (None, {"seed": 7}, False),
+        ("data", {"cache": "elsewhere", "mirror": "elsewhere", "eval_bundle": "elsewhere", "num_shards": 3}, True),
+        ("eval", {"batch_size": 3}, True),
+        ("base", {"device_batch_size": 3}, True),
+        (None, {"attention": "reference", "loss_chunk": 5}, True),
+    ],
+)
+def test_only_what_decides_the_figures_keeps_them_out_of_the_runs_own(measured, tmp_path, section, change, same):
+    if section:
+        change = {section: replace(getattr(tiny.config, section), **change)}
+    assert measured(replace(tiny.config, **change))["bpb"] == {"val": 1.5}
+    assert (tmp_path / "base" / "eval.json").exists() == same
+
+
+def test_figures_that_cannot_be_written_are_still_given(measured, tmp_path):
+    (tmp_path / "base").write_text("no folder")
+    said = []
+    assert measured(log=said.append)["bpb"] == {"val": 1.5}
+    assert f"{tmp_path / 'base'}: the evaluation cannot be written there" in said[-1]
+
+
+def test_figures_that_are_no_numbers_are_null_and_named(measured, tmp_path):
+    said = []
+    assert measured(bpb=float("nan"), log=said.append)["bpb"] == {"val": None}
+    assert json.loads((tmp_path / "base" / "eval.json").read_text())["bpb"] == {"val": None}
+    assert said[-1].startswith("base bpb val: nan")
+
+
+@pytest.mark.parametrize(("step_tokens", "most"), [(8 * 64, 8), (None, evaluate.MOST_ROWS)])
+def test_validation_takes_no_more_rows_at_once_than_a_step_of_training(run, step_tokens, most):
+    params, cfg, tokenizer, *_ = load_model(run, "base")
+    base = replace(tiny.config.base, device_batch_size=20_000, total_batch_size=step_tokens)
+    config, seen = replace(tiny.config, base=base), set()
+
+    def nats(params, inputs, targets, *, cfg):
+        seen.add(len(inputs))
+        return eval_losses(params, inputs, targets, cfg=cfg)
+
+    model = params, cfg, make_mesh("1"), tokenizer, shard_files(ensure_shards(config.data, quiet))[1], config
+    bpb = evaluate.validation_bpb(*model, nats=nats)
+    assert seen == {most}
+    assert bpb == pytest.approx(evaluate.validation_bpb(*model, rows=3), rel=1e-5)

@@ -290,6 +290,10 @@ def test_gsm8k_holds_out_the_end_of_the_training_rows(tmp_path):
     assert [question(c) for c in load("gsm8k", "train", data, 7)] == order[:-400]
     assert [question(c) for c in load("gsm8k", "val", data, 8)] == order[-400:]
     assert len(load("gsm8k", "test", data)) == 3
+    few = mirrored(tmp_path / "few", "openai/gsm8k/main/train", gsm8k_rows(9))
+    assert len(load("gsm8k", "train", few)) == 9
+    with pytest.raises(UserError, match="gsm8k: 9 training rows, too few"):
+        load("gsm8k", "val", few)
 
 
 def test_gsm8k_answers_become_tool_calls_and_are_graded(tmp_path):

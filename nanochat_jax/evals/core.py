@@ -113,7 +113,9 @@ def evaluate_core(
 def read_bundle(folder: Path) -> list[CoreTask]:
     """The tasks in the order of core.yaml. Raises UserError for what is missing."""
     try:
-        entries = yaml.safe_load((folder / "core.yaml").read_text(encoding="utf-8"))["icl_tasks"]
+        entries = (yaml.safe_load((folder / "core.yaml").read_text(encoding="utf-8")) or {}).get("icl_tasks")
+        if not entries:
+            raise ValueError("core.yaml has no icl_tasks")
         with open(folder / "eval_meta_data.csv", encoding="utf-8") as file:
             baselines = {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in csv.DictReader(file)}
         tasks = []
@@ -127,9 +129,10 @@ def read_bundle(folder: Path) -> list[CoreTask]:
             if len(rows) <= shots:
                 raise ValueError(f"{label} has {len(rows)} rows, too few for {shots} examples beside each")
             tasks.append(CoreTask(label, kind, shots, delimiter, baselines[label], rows))
-    except (OSError, KeyError, ValueError, yaml.YAMLError) as error:
+    except (OSError, LookupError, AttributeError, TypeError, ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())  # YAML's are of several lines
         raise UserError(
-            f"{folder} is not a complete CORE bundle ({type(error).__name__}: {error}); "
+            f"{folder} is not a complete CORE bundle ({type(error).__name__}: {reason}); "
             "it needs core.yaml, eval_meta_data.csv and eval_data/: remove the folder to download it again"
         ) from error
     return tasks

@@ -16,7 +16,8 @@ def wilson(right: int, n: int) -> tuple[float, float]:
     accuracy = right / n
     middle = (accuracy + Z * Z / (2 * n)) / (1 + Z * Z / n)
     half = Z / (1 + Z * Z / n) * math.sqrt(accuracy * (1 - accuracy) / n + Z * Z / (4 * n * n))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    # At the ends the rounding of middle and half would leave a bound just beside 0 or 1.
+    return 0.0 if right == 0 else middle - half, 1.0 if right == n else middle + half
 
 
 def centred_mean(measured: Sequence[tuple[float, int, float]]) -> tuple[float, float, float]:

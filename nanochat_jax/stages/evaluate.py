@@ -6,9 +6,11 @@ python -m nanochat_jax eval --workdir runs/tiny_cpu --source sft --tasks arithme
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -39,6 +41,9 @@ from nanochat_jax.train import eval_losses
 QUANTIZATION_TOKENS = 4096
 """Targets on which quantized weights are compared with exact ones, at most."""
 
+MOST_ROWS = 64
+"""Rows of validation text on a data shard, at most, where it is not known how many a step of training has."""
+
 
 def run(
     config: Config,
@@ -52,7 +57,8 @@ def run(
     """Measure the model of stage `source` on `tasks` ("bpb", "core", task names; None: the configured ones).
 
     Returns {"bpb": {"val"}, "core": {...}, "tasks": {name: {"accuracy", "n", "interval"}}, "chatcore"}. A whole
-    evaluation as the run has it configured, of the newest checkpoint, is also written to the stage's eval.json.
+    evaluation as the run has it configured, of the newest checkpoint, is also written to the stage's eval.json. Where
+    that cannot be written, the figures are returned all the same, and it is said.
     """
     names = tasks if tasks is not None else config.eval.base if source == "base" else config.eval.chat
     mesh = make_mesh(config.mesh)
@@ -79,12 +85,17 @@ def run(
     if source == "rl" and in_pairs and leaders(finished(workdir, "sft_continued")):
         task = loaded[config.rl.task]
         figures["comparison"] = compare(config, workdir, mesh, task, correct[task.name], limit, log)
-    as_configured = replace(config.eval, batch_size=1) == replace(read_config(workdir).eval, batch_size=1)
+    figures = finite(figures, source, log)
+    as_configured = decides(config) == decides(read_config(workdir))
     if tasks is None and max_examples is None and step is None and as_configured and is_leader():
-        write_json(workdir / source / "eval.json", figures)
         # Row by row, so that stages can be compared in pairs without running them again.
         rows = {"step": found, "settings": answered_with(config, limit), "correct": correct}
-        write_json(workdir / source / "correct.json", rows)
+        try:
+            write_json(workdir / source / "eval.json", figures)
+            write_json(workdir / source / "correct.json", rows)
+        except OSError as error:
+            # The figures may have taken hours: they are returned, written or not.
+            log(f"{workdir / source}: the evaluation cannot be written there ({error.strerror}); it is only shown")
     return figures
 
 
@@ -102,8 +113,11 @@ def validation_bpb(
     for "auto" may be as few as one on each data shard. `nats`: as `eval_losses`, of whatever `params` are.
     """
     shards = data_shards(mesh)
-    wanted = config.base.device_batch_size
-    rows = rows or (1 if wanted == "auto" else wanted) * shards
+    wanted = 1 if config.base.device_batch_size == "auto" else config.base.device_batch_size
+    # A microbatch of training has no more rows than its step, whatever is asked for.
+    tokens = config.base.total_batch_size
+    step = tokens // (cfg.sequence_len * shards) if tokens else MOST_ROWS
+    rows = rows or max(1, min(wanted, step)) * shards
     cfg = with_loss_chunk(config, cfg, rows // shards, mesh)
 
     def losses(inputs: object, targets: object) -> jax.Array:
@@ -168,6 +182,25 @@ def measure(
     engine = make_engine(params, cfg, tokenizer, max_rows=settings.batch_size, max_len=cfg.sequence_len, mesh=mesh)
     log(engine.describe())
     return {task.name: evaluate_task(task, engine, tokenizer, settings, limit, log) for task in tasks}
+
+
+def finite(value: Any, name: str, log: Log) -> Any:
+    """`value` with null for every number in it that JSON has no form for, which is said by `name`."""
+    if isinstance(value, dict):
+        return {key: finite(inner, f"{name} {key}", log) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner, name, log) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        log(f"{name}: {value}, written as null; has the model diverged?")
+        return None
+    return value
+
+
+def decides(config: Config) -> tuple:
+    """What the figures follow from; where the same sets lie, and how many rows go through the model at once, is not."""
+    data = replace(config.data, cache="", num_shards=1, mirror=None, eval_bundle=None)
+    settings = replace(config.eval, batch_size=1)
+    return settings, data, config.model, config.seed, config.compute_dtype, config.base.eval_tokens, config.rl.task
 
 
 def answered_with(config: Config, limit: int | None) -> dict:

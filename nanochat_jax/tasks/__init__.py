@@ -14,20 +14,20 @@ from nanochat_jax.errors import UserError
 from nanochat_jax.tasks import arc, arithmetic, choice, gsm8k, humaneval, identity, mmlu, multistep, smoltalk, spelling
 from nanochat_jax.tasks.task import Task
 
-LOADERS: dict[str, Callable[[str, DataConfig, int], Task]] = {
-    "arithmetic": lambda split, data, seed: arithmetic.load(split, seed),
-    "multistep": lambda split, data, seed: multistep.load(split, seed),
-    "simple_spelling": lambda split, data, seed: spelling.load("simple_spelling", split, seed),
-    "spelling_bee": lambda split, data, seed: spelling.load("spelling_bee", split, seed),
-    "choice": lambda split, data, seed: choice.load(split, seed),
-    "identity": lambda split, data, seed: identity.load(split, seed),
-    "smoltalk": lambda split, data, seed: smoltalk.load(split, data),
-    "mmlu": lambda split, data, seed: mmlu.load(split, data),
-    "mmlu_aux": lambda split, data, seed: mmlu.load_auxiliary(split, data),
-    "arc_easy": lambda split, data, seed: arc.load("arc_easy", "ARC-Easy", split, data),
-    "arc_challenge": lambda split, data, seed: arc.load("arc_challenge", "ARC-Challenge", split, data),
-    "gsm8k": lambda split, data, seed: gsm8k.load(split, data),
-    "humaneval": lambda split, data, seed: humaneval.load(split, data),
+LOADERS: dict[str, Callable[[str, DataConfig, int, bool], Task]] = {
+    "arithmetic": lambda split, data, seed, unsafe: arithmetic.load(split, seed),
+    "multistep": lambda split, data, seed, unsafe: multistep.load(split, seed),
+    "simple_spelling": lambda split, data, seed, unsafe: spelling.load("simple_spelling", split, seed),
+    "spelling_bee": lambda split, data, seed, unsafe: spelling.load("spelling_bee", split, seed),
+    "choice": lambda split, data, seed, unsafe: choice.load(split, seed),
+    "identity": lambda split, data, seed, unsafe: identity.load(split, seed),
+    "smoltalk": lambda split, data, seed, unsafe: smoltalk.load(split, data),
+    "mmlu": lambda split, data, seed, unsafe: mmlu.load(split, data),
+    "mmlu_aux": lambda split, data, seed, unsafe: mmlu.load_auxiliary(split, data),
+    "arc_easy": lambda split, data, seed, unsafe: arc.load("arc_easy", "ARC-Easy", split, data),
+    "arc_challenge": lambda split, data, seed, unsafe: arc.load("arc_challenge", "ARC-Challenge", split, data),
+    "gsm8k": lambda split, data, seed, unsafe: gsm8k.load(split, data),
+    "humaneval": lambda split, data, seed, unsafe: humaneval.load(split, data, unsafe),
 }
 
 
@@ -38,9 +38,7 @@ def load(name: str, split: str, data: DataConfig, seed: int = 42, unsafe_sandbox
     """
     if name not in LOADERS:
         raise UserError(f"unknown task {name!r}; there are {', '.join(LOADERS)}")
-    if name == "humaneval":
-        return humaneval.load(split, data, unsafe_sandbox)
-    return LOADERS[name](split, data, seed)
+    return LOADERS[name](split, data, seed, unsafe_sandbox)
 
 
 NOT_TO_LEARN = ("mmlu", "humaneval")

@@ -18,6 +18,8 @@ def load(split: str, data: DataConfig) -> Task:
     one_of("gsm8k", split, SPLITS)
     rows = load_rows(data, "openai/gsm8k", "main", "test" if split == "test" else "train", ("question", "answer"))
     cut = len(rows) - min(HELD_OUT, len(rows) // 10)
+    if split == "val" and cut == len(rows):
+        raise UserError(f"gsm8k: {len(rows)} training rows, too few to hold one out; a file of at least 10 is needed")
     if split == "train":
         rows = rows.select(range(cut))
     elif split == "val":
