@@ -138,6 +138,12 @@ class Checkpointer:
             writer.close()  # waits until every process has written its part
             if not is_leader():
                 return
+            if not (partial / "state" / "manifest.ocdbt").is_file():
+                # orbax only logs that it found nothing to merge: what it leaves can never be read.
+                raise UserError(
+                    f"checkpoint {final} was not written: orbax left no manifest.ocdbt (earlier ones are whole); start "
+                    "again, in a --workdir whose path is of letters and digits if that is the reason"
+                )
             (partial / "meta.json").write_text(meta)
             names = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
             manifest = {"format": FORMAT, "files": _fingerprints(partial, names)}

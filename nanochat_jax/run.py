@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 RUNS = Path("runs")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "rustbpe", "tiktoken")
+PATTERN_CHARACTERS = frozenset("*?[\\")
+"""orbax takes the path of a checkpoint for a pattern: with these it finds no files, or those of another folder."""
 FIXED_DATA = ("packing", "streams", "buffer_docs")
 FREE_IN_STAGE = (
     "device_batch_size",
@@ -250,6 +252,11 @@ def params_target(cfg: GPTConfig, mesh: Mesh) -> dict[str, Any]:
 
 
 def _make_folder(workdir: Path) -> None:
+    if odd := sorted(PATTERN_CHARACTERS.intersection(str(workdir.absolute()))):
+        raise UserError(
+            f"--workdir {workdir.absolute()}: no checkpoint could be read from a path with {' '.join(odd)} in it; "
+            "name one without"
+        )
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -300,6 +300,15 @@ def test_full_disk(tmp_path, monkeypatch):
         assert checkpoints.restore(None, None)[2] == 1
 
 
+def test_what_orbax_has_not_merged_is_no_checkpoint(tmp_path):
+    """It takes the path for a pattern, which this one does not match."""
+    checkpoints = Checkpointer(tmp_path / "a[1]", 1)
+    checkpoints.save(1, state(), {})
+    with pytest.raises(UserError, match=r"step_00000001 was not written: .*manifest\.ocdbt"):
+        checkpoints.wait()
+    assert list(checkpoints.directory.iterdir()) == []
+
+
 def test_other_shapes_and_formats_are_refused(tmp_path):
     checkpoints = saved(tmp_path, 1)
     tree = state()

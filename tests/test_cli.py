@@ -160,6 +160,13 @@ def test_two_processes_do_not_train_in_one_folder(capsys, experiment, trained):
         pass  # it is free again
 
 
+@pytest.mark.parametrize("name", ["a[1]", "a\\b", "a*", "a?"])
+def test_paths_that_checkpoints_could_not_be_read_from(capsys, experiment, tmp_path, name):
+    argv = ["pretrain", "--experiment", experiment, "--workdir", tmp_path / name / "w"]
+    expect_error(capsys, argv, 1, f"{name}/w: no checkpoint could be read", "name one without")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_bad_training_data(capsys, experiment, tmp_path):
     argv = ["pretrain", "--experiment", experiment, "--workdir", tmp_path / "run", "--data.dir"]
     expect_error(capsys, [*argv, tmp_path / "nowhere"], 1, "nowhere")
