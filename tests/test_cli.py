@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -286,6 +287,26 @@ def test_fields_that_may_not_change(tmp_path):
     said = []
     run.open_run(config, tmp_path, force=True, log=said.append)
     assert run.read_config(tmp_path) == config and len(said) == 2
+
+
+def test_a_start_that_fails_leaves_no_values_behind(capsys, experiment, tmp_path, monkeypatch):
+    """Neither the first start of a run nor a later one; but one that has made something does."""
+    workdir, begin = tmp_path / "w", ["pretrain", "--experiment", experiment, "--workdir", tmp_path / "w"]
+    expect_error(capsys, [*begin, "--mesh", "64", "--data.dir", tmp_path / "no"], 1, "no")
+    assert not (workdir / "config.json").exists()
+    config = cli.load_experiment(experiment)
+    run.open_run(config, workdir)
+    again = ["pretrain", "--workdir", workdir]
+    expect_error(capsys, [*again, "--mesh", "64"], 1, "no tokenizer")
+    assert run.read_config(workdir) == config
+
+    def half_done(stage, options, workdir):
+        (workdir / "base" / "checkpoints" / "step_00000001").mkdir(parents=True)
+        raise cli.UserError("the disk is full")
+
+    monkeypatch.setitem(cli.COMMANDS, "pretrain", (cli.TrainOptions, partial(half_done, "base"), ""))
+    expect_error(capsys, [*again, "--mesh", "2"], 1, "full")
+    assert run.read_config(workdir) == replace(config, mesh="2")
 
 
 def test_data_files_of_a_run(tmp_path):
