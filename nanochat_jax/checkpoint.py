@@ -256,7 +256,10 @@ def _undamaged(directory: Path, step: Step) -> int:
         raise UserError(f"no checkpoint of step {step} in {directory}, there: {_listed(directory)}")
     wanted = "" if step is None else f" of step {step}"
     if damaged:
-        raise UserError(f"no undamaged checkpoint{wanted} in {directory}: delete the folder to train the stage again")
+        others = ", ".join(str(other) for other in steps(directory) if other not in damaged)
+        # done.json is in the stage's folder: without the checkpoints alone the stage would still count as finished.
+        way_out = f"name another: {others}" if others else f"delete {directory.parent} to train the stage again"
+        raise UserError(f"no undamaged checkpoint{wanted} in {directory}: {way_out}")
     raise UserError(f"no checkpoint{wanted} in {directory}: train the stage first")
 
 
