@@ -223,7 +223,10 @@ def evaluated(workdir: Path, stage: str) -> bool:
 
 def newest_run(root: Path = RUNS) -> Path:
     """The run under `root` with the newest checkpoint. Raises UserError where there is none."""
-    saved = [(path.stat().st_mtime, path.parents[2]) for path in root.glob("*/*/checkpoints/step_*")]
+    saved: list[tuple[float, Path]] = []
+    for path in root.glob("*/*/checkpoints/step_*"):
+        with contextlib.suppress(OSError):  # pruned meanwhile
+            saved.append((path.stat().st_mtime, path.parents[2]))
     if not saved:
         raise UserError(f"no model under {root}/: train one with `python run_speedrun.py`, or say --workdir")
     return max(saved)[1]

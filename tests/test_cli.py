@@ -348,6 +348,9 @@ def test_newest_model(tmp_path):
         checkpoints = Checkpointer(tmp_path / "runs" / "a" / stage / "checkpoints", 1)
         checkpoints.save(1, {"params": {"w": jax.numpy.ones(2)}}, {})
         checkpoints.wait()
+    (tmp_path / "runs" / "b" / "base" / "checkpoints").mkdir(parents=True)
+    pruned = tmp_path / "runs" / "b" / "base" / "checkpoints" / "step_00000001"
+    pruned.symlink_to(tmp_path / "gone")  # listed, and gone when it is looked at
     assert run.newest_run(tmp_path / "runs") == tmp_path / "runs" / "a"
     assert run.newest_model(tmp_path / "runs" / "a") == "sft"
     assert run.newest_model(tmp_path / "runs" / "a", "base") == "base"
