@@ -200,16 +200,17 @@ def restore_params(
 
 def steps(directory: Path) -> list[int]:
     """The steps that have a checkpoint in `directory`, rising."""
-    return sorted(int(path.name.removeprefix("step_")) for path in Path(directory).glob("step_????????"))
+    # Digits alone: a copy that somebody keeps under another name, such as step_20_saved, is none of ours.
+    return sorted(int(path.name.removeprefix("step_")) for path in Path(directory).glob("step_" + 8 * "[0-9]"))
 
 
 def _best(directory: Path) -> dict[str, Any] | None:
-    """{"step", "value"} of the checkpoint with the best validation, or None."""
+    """{"step", "value"} of the checkpoint with the best validation, or None; a damaged file names none."""
     try:
         best = json.loads((directory / BEST).read_text())
-    except FileNotFoundError:
+        return best if best["step"] in steps(directory) and math.isfinite(best["value"]) else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
-    return best if best["step"] in steps(directory) else None
 
 
 def _restore(
@@ -238,7 +239,9 @@ def _undamaged(directory: Path, step: Step) -> int:
     if step == "best":
         best = _best(directory)
         if best is None:
-            raise UserError(f"no checkpoint in {directory} has a validation: name a step ({_listed(directory)})")
+            raise UserError(
+                f"no checkpoint in {directory} has a validation that {BEST} names: name a step ({_listed(directory)})"
+            )
         step = best["step"]
     damaged: set[int] = set()
     # The list is read again each time: a writer may have pruned the step that was missing and added a newer one.

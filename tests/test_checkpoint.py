@@ -329,6 +329,24 @@ def test_other_shapes_and_formats_are_refused(tmp_path):
         checkpoints.restore(None, None)
 
 
+@pytest.mark.parametrize("contents", [b"", b"\xff{", b"[]", b'{"step": 5}', b'{"step": 5, "value": null}'])
+def test_a_damaged_note_of_the_best_names_none(tmp_path, contents):
+    checkpoints = saved(tmp_path, 4, 5)
+    (tmp_path / "best.json").write_bytes(contents)
+    with pytest.raises(UserError, match=r"has a validation that best\.json names: name a step \(4, 5\)"):
+        restore_params(tmp_path, step="best")
+    checkpoints.note_validation(4, 2.0)  # training goes on
+    assert restore_params(tmp_path, step="best")[2] == 4
+
+
+def test_copies_under_other_names_are_no_checkpoints(tmp_path):
+    checkpoints = saved(tmp_path, 20)
+    (tmp_path / "step_20_saved").mkdir()
+    assert steps(tmp_path) == [20]
+    checkpoints.save(21, state(21), {})
+    assert checkpoints.restore(None, None)[2] == 21 and (tmp_path / "step_20_saved").exists()
+
+
 def test_nothing_to_restore(tmp_path):
     with pytest.raises(UserError, match="no checkpoint in"):
         restore_params(tmp_path)
