@@ -45,7 +45,7 @@ Source = Literal["base", "mid", "sft", "rl"]
 Part = Literal["train", "attention", "loader", "tokenizer", "decode", "server", "sandbox"]
 CONVERSATION_TEMPERATURE = 0.6
 HELP, HELP_ALL = ("-h", "--help"), "--help-all"
-MENDABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+MENDABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
 
 
 class UsageError(UserError):

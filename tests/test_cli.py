@@ -247,6 +247,13 @@ def test_options_of_the_contract(experiment):
     assert options.config.base.num_iterations == 3, "what is not given stays as the experiment has it"
 
 
+def test_a_file_where_a_folder_is_to_be(capsys, experiment, tmp_path):
+    (tmp_path / "climbmix").touch()
+    argv = ["download", "--experiment", experiment, "--data.source", "climbmix", "--data.cache"]
+    expect_error(capsys, [*argv, tmp_path], 1, "File exists", "climbmix")
+    expect_error(capsys, [*argv, tmp_path / "climbmix"], 1, "Not a directory", "climbmix")
+
+
 def test_default_experiment_where_there_is_no_gpu(capsys):
     assert cli.main(["download"]) == 0
     assert "tiny_cpu.py (JAX sees no GPU or TPU)" in capsys.readouterr().err
