@@ -155,6 +155,19 @@ def test_several_stages_of_one_run(home, tmp_path, state, capsys, tokenizer):
     assert convert(sft, workdir, "--stage", "rl", "--tokenizer", home.parents[1] / "tokenizer" / "tokenizer.pkl") == 0
 
 
+def test_a_conversion_that_was_killed_is_made_again(home, tmp_path, capsys):
+    """By whatever checkpoint is named then; what training has made stays."""
+    workdir = tmp_path / "run"
+    assert convert(home, workdir) == 0
+    (workdir / "base" / "done.json").unlink()
+    assert convert(home, workdir, "--step", 7) == 0
+    assert run.finished(workdir, "base")["steps"] == run.load_model(workdir)[4] == 7
+    (workdir / "base" / "done.json").unlink()
+    meta = workdir / "base" / "checkpoints" / "step_00000007" / "meta.json"
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"seconds": 1.0}))
+    assert "has a model already" in refused(capsys, home, workdir)
+
+
 def first_release(w: dict[str, np.ndarray], tokens: np.ndarray, heads: int, kv_heads: int) -> np.ndarray:
     """Logits of nanochat's first release for one row, in float64 NumPy."""
     w = {name: value.astype(np.float64) for name, value in w.items()}
