@@ -1,5 +1,6 @@
 """Checkpoints of nanochat become runs here: the same logits, and nothing that a file says is run."""
 
+import contextlib
 import json
 import os
 import pickle
@@ -421,6 +422,15 @@ def test_archives_that_are_not_torch_files(tmp_path):
         read_state_dict(tmp_path / "absent.pt")
     torch_save(path, {"w": np.zeros(4, np.float32)})
     whole = zipfile.ZipFile(path)
+    with zipfile.ZipFile(tmp_path / "deflated.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in whole.namelist():
+            archive.writestr(name, whole.read(name))
+    deflated = (tmp_path / "deflated.pt").read_bytes()
+    assert read_state_dict(tmp_path / "deflated.pt")["w"].shape == (4,)
+    for at in range(1, 80):  # headers of the first member, and what is deflated in it
+        (tmp_path / "deflated.pt").write_bytes(deflated[:at] + bytes([deflated[at] ^ 0xFF]) + deflated[at + 1 :])
+        with contextlib.suppress(UserError):
+            read_state_dict(tmp_path / "deflated.pt")
     with zipfile.ZipFile(tmp_path / "short.pt", "w") as archive:
         for name in whole.namelist():
             archive.writestr(name, whole.read(name)[: -1 if "/data/" in name else None])
