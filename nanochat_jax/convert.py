@@ -90,8 +90,8 @@ def from_nanochat(
             f"{vocabulary.vocab_size}: name the one it was trained with, --tokenizer DIR"
         )
     model = model_config(found)
-    there = (workdir / stage).glob("checkpoints/step_*")
-    if run.finished(workdir, stage) or not all(map(_left_by_conversion, there)):
+    saved = (workdir / stage).glob("checkpoints/step_*")
+    if run.finished(workdir, stage) or not all(map(_left_by_conversion, saved)):
         raise UserError(f"{workdir / stage} has a model already: use another --workdir, or another --stage")
     there = (workdir / "tokenizer" / FILE_NAME).exists() and Tokenizer.load(workdir / "tokenizer")
     if there and there.fingerprint() != vocabulary.fingerprint():
