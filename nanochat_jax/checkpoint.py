@@ -138,6 +138,12 @@ class Checkpointer:
             writer.close()  # waits until every process has written its part
             if not is_leader():
                 return
+            if not (partial / "state" / "manifest.ocdbt").is_file():
+                # orbax only logs that it found nothing to merge: what it leaves can never be read.
+                raise UserError(
+                    f"checkpoint {final} was not written: orbax left no manifest.ocdbt (earlier ones are whole); start "
+                    "again, in a --workdir whose path is of letters and digits if that is the reason"
+                )
             (partial / "meta.json").write_text(meta)
             names = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
             manifest = {"format": FORMAT, "files": _fingerprints(partial, names)}
@@ -194,16 +200,17 @@ def restore_params(
 
 def steps(directory: Path) -> list[int]:
     """The steps that have a checkpoint in `directory`, rising."""
-    return sorted(int(path.name.removeprefix("step_")) for path in Path(directory).glob("step_????????"))
+    # Digits alone: a copy that somebody keeps under another name, such as step_20_saved, is none of ours.
+    return sorted(int(path.name.removeprefix("step_")) for path in Path(directory).glob("step_" + 8 * "[0-9]"))
 
 
 def _best(directory: Path) -> dict[str, Any] | None:
-    """{"step", "value"} of the checkpoint with the best validation, or None."""
+    """{"step", "value"} of the checkpoint with the best validation, or None; a damaged file names none."""
     try:
         best = json.loads((directory / BEST).read_text())
-    except FileNotFoundError:
+        return best if best["step"] in steps(directory) and math.isfinite(best["value"]) else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
-    return best if best["step"] in steps(directory) else None
 
 
 def _restore(
@@ -232,7 +239,9 @@ def _undamaged(directory: Path, step: Step) -> int:
     if step == "best":
         best = _best(directory)
         if best is None:
-            raise UserError(f"no checkpoint in {directory} has a validation: name a step ({_listed(directory)})")
+            raise UserError(
+                f"no checkpoint in {directory} has a validation that {BEST} names: name a step ({_listed(directory)})"
+            )
         step = best["step"]
     damaged: set[int] = set()
     # The list is read again each time: a writer may have pruned the step that was missing and added a newer one.
@@ -250,7 +259,10 @@ def _undamaged(directory: Path, step: Step) -> int:
         raise UserError(f"no checkpoint of step {step} in {directory}, there: {_listed(directory)}")
     wanted = "" if step is None else f" of step {step}"
     if damaged:
-        raise UserError(f"no undamaged checkpoint{wanted} in {directory}: delete the folder to train the stage again")
+        others = ", ".join(str(other) for other in steps(directory) if other not in damaged)
+        # done.json is in the stage's folder: without the checkpoints alone the stage would still count as finished.
+        way_out = f"name another: {others}" if others else f"delete {directory.parent} to train the stage again"
+        raise UserError(f"no undamaged checkpoint{wanted} in {directory}: {way_out}")
     raise UserError(f"no checkpoint{wanted} in {directory}: train the stage first")
 
 

@@ -45,7 +45,7 @@ Source = Literal["base", "mid", "sft", "rl"]
 Part = Literal["train", "attention", "loader", "tokenizer", "decode", "server", "sandbox"]
 CONVERSATION_TEMPERATURE = 0.6
 HELP, HELP_ALL = ("-h", "--help"), "--help-all"
-MENDABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+MENDABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
 
 
 class UsageError(UserError):
@@ -312,7 +312,7 @@ def run_command(prog: str, kind: type[Options], command: Command, about: str, ar
         if training and distributed.is_leader():
             track.check(options.config.track)
             stack.enter_context(run.locked(workdir, log))
-            run.open_run(options.config, workdir, force=options.force, log=log)
+            stack.enter_context(run.opened(options.config, workdir, force=options.force, log=log))
         distributed.barrier("run opened")
         command(options, workdir)
 

@@ -90,7 +90,8 @@ def from_nanochat(
             f"{vocabulary.vocab_size}: name the one it was trained with, --tokenizer DIR"
         )
     model = model_config(found)
-    if any((workdir / stage).glob("checkpoints/step_*")) or run.finished(workdir, stage):
+    saved = (workdir / stage).glob("checkpoints/step_*")
+    if run.finished(workdir, stage) or not all(map(_left_by_conversion, saved)):
         raise UserError(f"{workdir / stage} has a model already: use another --workdir, or another --stage")
     there = (workdir / "tokenizer" / FILE_NAME).exists() and Tokenizer.load(workdir / "tokenizer")
     if there and there.fingerprint() != vocabulary.fingerprint():
@@ -236,6 +237,14 @@ def read_tokenizer(path: Path) -> Tokenizer:
         return Tokenizer(sorted(ranks, key=ranks.get), fields["pat_str"], sorted(specials, key=specials.get))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} is not a tokenizer of nanochat ({error})") from None
+
+
+def _left_by_conversion(path: Path) -> bool:
+    """Whether the checkpoint at `path` is of a conversion, not of training; the next one may replace it."""
+    try:
+        return set(json.loads((path / "meta.json").read_text(encoding="utf-8"))) == {"nanochat"}
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def _some(names: list[str]) -> str:

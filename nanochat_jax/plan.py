@@ -172,8 +172,9 @@ def _mixture_entry(spec: str, config: Config) -> tuple[int, int, int]:
     if name in PUBLIC_SETS:
         there, length = PUBLIC_SETS[name]
     elif name.endswith(".jsonl"):
-        there = len(read_jsonl(Path(name)))
-        length = Path(name).stat().st_size // 4 // there
+        path = Path(name).expanduser()
+        there = len(read_jsonl(path))
+        length = path.stat().st_size // 4 // there
     else:
         there, length = len(load(name, "train", config.data, config.seed)), MADE_TOKENS
     return there if rows is None else min(rows, there), epochs, length
@@ -183,7 +184,7 @@ def _rl(config: Config, cfg: GPTConfig, per_token: int) -> dict[str, Any]:
     """Every answer as long as allowed, so an upper bound: answers are sampled, then trained on with their questions."""
     rl = config.rl
     questions, _, length = _mixture_entry(rl.task, config)
-    steps = questions // rl.questions_per_step if rl.num_iterations is None else rl.num_iterations
+    steps = rl.num_iterations or max(1, questions // rl.questions_per_step)
     samples = rl.questions_per_step * rl.samples_per_question
     stage = _stage("rl", steps, rl.stop_after, samples * (length + rl.max_new_tokens), per_token)
     # A forward pass is a third of the training FLOPs; so are the ratios that clipping needs.

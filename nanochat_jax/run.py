@@ -4,7 +4,8 @@
 
 config.json is written when the run starts: the configuration, versions, git revision and the data files. A later start
 is compared with it, because a schedule or a model that changes halfway gives a run that nothing describes. Fields of a
-stage are fixed once that stage has begun; paths, devices, logging, evaluation and microbatch size stay free.
+stage are fixed once that stage has begun; paths, devices, logging, evaluation and microbatch size stay free. A start
+that fails before it has made anything leaves no values behind.
 """
 
 from __future__ import annotations
@@ -36,7 +37,10 @@ if TYPE_CHECKING:
 
 RUNS = Path("runs")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "rustbpe", "tiktoken")
+PATTERN_CHARACTERS = frozenset("*?[\\")
+"""orbax takes the path of a checkpoint for a pattern: with these it finds no files, or those of another folder."""
 FIXED_DATA = ("packing", "streams", "buffer_docs")
+MADE = ("done.json", "tokenizer.json", "checkpoints/step_*")
 FREE_IN_STAGE = (
     "device_batch_size",
     "eval_every",
@@ -73,6 +77,28 @@ def open_run(config: Config, workdir: Path, *, force: bool = False, log: Callabl
         _refuse(workdir, before, now, force, log)
         record = old | {"config": record["config"], "later_starts": [*old.get("later_starts", []), environment]}
     _write_record(workdir, record)
+
+
+@contextlib.contextmanager
+def opened(config: Config, workdir: Path, *, force: bool, log: Callable[[str], None]) -> Iterator[None]:
+    """`open_run` for what is done inside; where that fails before it has made anything, config.json is as before.
+
+    Otherwise a mistaken option would be that of every later start, which takes what it is not told from there.
+    """
+    path = workdir / "config.json"
+    before, made = _read_record(workdir) if path.exists() else None, _made(workdir)
+    open_run(config, workdir, force=force, log=log)
+    try:
+        yield
+    except Exception:
+        with contextlib.suppress(OSError):  # what failed is to be said, not this
+            if _made(workdir) == made:
+                log(f"{path}: the values of this start are not kept")
+                if before is None:
+                    path.unlink()
+                else:
+                    _write_record(workdir, before)
+        raise
 
 
 @contextlib.contextmanager
@@ -197,7 +223,10 @@ def evaluated(workdir: Path, stage: str) -> bool:
 
 def newest_run(root: Path = RUNS) -> Path:
     """The run under `root` with the newest checkpoint. Raises UserError where there is none."""
-    saved = [(path.stat().st_mtime, path.parents[2]) for path in root.glob("*/*/checkpoints/step_*")]
+    saved: list[tuple[float, Path]] = []
+    for path in root.glob("*/*/checkpoints/step_*"):
+        with contextlib.suppress(OSError):  # pruned meanwhile
+            saved.append((path.stat().st_mtime, path.parents[2]))
     if not saved:
         raise UserError(f"no model under {root}/: train one with `python run_speedrun.py`, or say --workdir")
     return max(saved)[1]
@@ -250,6 +279,11 @@ def params_target(cfg: GPTConfig, mesh: Mesh) -> dict[str, Any]:
 
 
 def _make_folder(workdir: Path) -> None:
+    if odd := sorted(PATTERN_CHARACTERS.intersection(str(workdir.absolute()))):
+        raise UserError(
+            f"--workdir {workdir.absolute()}: no checkpoint could be read from a path with {' '.join(odd)} in it; "
+            "name one without"
+        )
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -258,9 +292,13 @@ def _make_folder(workdir: Path) -> None:
 
 def _begun(workdir: Path, stage: str) -> bool:
     """Whether a stage has made something that later starts must fit."""
-    folder = workdir / stage
-    made = ("done.json", "tokenizer.json", "checkpoints/step_*")
-    return any(any(folder.glob(pattern)) for pattern in made)
+    return any(any((workdir / stage).glob(pattern)) for pattern in MADE)
+
+
+def _made(workdir: Path) -> set[tuple[Path, int]]:
+    """What the stages have made so far, and when."""
+    paths = [path for pattern in (*MADE, "eval.json") for path in workdir.glob(f"*/{pattern}")]
+    return {(path, path.stat().st_mtime_ns) for path in paths}
 
 
 def _fixed(fields: dict[str, Any], begun: set[str]) -> dict[str, Any]:

@@ -41,8 +41,12 @@ SPECIALS = (
 SPLIT_PATTERN = (
     r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"""
 )
+LARGEST = 2**24
+"""Tokens of a vocabulary, far above any in use; rustbpe counts in 32 bits."""
 BLANKS = 100_000
-"""Characters of white space in a row after which a text is cut: tiktoken's stack ends at about ten times as many."""
+"""Characters of white space in a row after which a text is cut: tiktoken's stack ends at about ten times as many, and
+rustbpe's.
+"""
 FILE_NAME = "tokenizer.json"
 FORMAT = 1
 
@@ -79,14 +83,17 @@ class Tokenizer:
 
         Raises UserError where `vocab_size` is too small to hold those, or too large for the text to fill.
         """
-        pattern = pattern or SPLIT_PATTERN
+        pattern = SPLIT_PATTERN if pattern is None else pattern
         smallest = 256 + len(SPECIALS)
         if vocab_size < smallest:
             raise UserError(
                 f"--tokenizer.vocab-size {vocab_size} is below {smallest}: 256 bytes and {len(SPECIALS)} special tokens"
             )
+        if vocab_size > LARGEST:
+            raise UserError(f"--tokenizer.vocab-size {vocab_size}: at most {LARGEST} can be learned")
         trainer = rustbpe.Tokenizer()
-        trainer.train_from_iterator(iter(texts), vocab_size - len(SPECIALS), pattern=pattern)
+        pieces = (piece for text in texts for piece in _cut(text))
+        trainer.train_from_iterator(pieces, vocab_size - len(SPECIALS), pattern=pattern)
         ranks = [bytes(token) for token, _ in sorted(trainer.get_mergeable_ranks(), key=lambda item: item[1])]
         reached = len(ranks) + len(SPECIALS)
         if reached != vocab_size:
@@ -137,8 +144,7 @@ class Tokenizer:
         """Ids of `text`, special tokens in it taken as ordinary text."""
         if len(text) <= BLANKS:
             return self._encoding.encode_ordinary(text)
-        pieces = re.split(rf"(\s{{{BLANKS}}})", text)
-        return [token for piece in pieces for token in self._encoding.encode_ordinary(piece)]
+        return [token for piece in _cut(text) for token in self._encoding.encode_ordinary(piece)]
 
     def encode_batch(self, texts: list[str], num_threads: int | None = None) -> list[list[int]]:
         """`encode` of each text, over threads; unset: one for each CPU core, at most 16."""
@@ -260,6 +266,11 @@ def check_pattern(pattern: str, texts: Iterable[str]) -> None:
                 f"--tokenizer.pattern {pattern!r} leaves out {lost!r}, which would be lost: "
                 r"let it match every character, for example with |\s+|. at its end"
             )
+
+
+def _cut(text: str) -> list[str]:
+    """`text` in pieces, cut where more than BLANKS characters of white space follow each other."""
+    return [text] if len(text) <= BLANKS else re.split(rf"(\s{{{BLANKS}}})", text)
 
 
 def _fingerprint(ranks: Sequence[bytes], pattern: str, specials: list[str]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import zipfile
+import zlib
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def read_state_dict(path: Path) -> dict[str, np.ndarray]:
             loaded = unpickle(archive.read(pickled), known, path, storage)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from None
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # a wrong method or flag is the last
         raise UserError(f"{path} is no whole file of torch.save since PyTorch 1.6 ({error}): copy it again") from None
     if not isinstance(loaded, dict):
         raise UserError(f"{path} holds a {type(loaded).__name__}, not the state dict of a model")

@@ -224,10 +224,10 @@ def test_damage_is_named_and_the_one_before_used(tmp_path, capsys, how, which):
     tree, meta, step = checkpoints.restore(None, None)
     assert (step, meta, first_weight(tree)) == (1, {"step": 1}, 1.0)
     assert str(newest) in capsys.readouterr().err
-    with pytest.raises(UserError, match="no undamaged checkpoint of step 2"):
+    with pytest.raises(UserError, match=r"no undamaged checkpoint of step 2 in .*: name another: 1$"):
         checkpoints.restore(2, None)
     damage(largest_file(tmp_path / "step_00000001"), how)
-    with pytest.raises(UserError, match="no undamaged checkpoint in"):
+    with pytest.raises(UserError, match=f"no undamaged checkpoint in .*: delete {tmp_path.parent} to train"):
         checkpoints.restore(None, None)
 
 
@@ -300,6 +300,15 @@ def test_full_disk(tmp_path, monkeypatch):
         assert checkpoints.restore(None, None)[2] == 1
 
 
+def test_what_orbax_has_not_merged_is_no_checkpoint(tmp_path):
+    """It takes the path for a pattern, which this one does not match."""
+    checkpoints = Checkpointer(tmp_path / "a[1]", 1)
+    checkpoints.save(1, state(), {})
+    with pytest.raises(UserError, match=r"step_00000001 was not written: .*manifest\.ocdbt"):
+        checkpoints.wait()
+    assert list(checkpoints.directory.iterdir()) == []
+
+
 def test_other_shapes_and_formats_are_refused(tmp_path):
     checkpoints = saved(tmp_path, 1)
     tree = state()
@@ -318,6 +327,24 @@ def test_other_shapes_and_formats_are_refused(tmp_path):
     manifest.write_text(json.dumps(written))
     with pytest.raises(UserError, match="format 99"):
         checkpoints.restore(None, None)
+
+
+@pytest.mark.parametrize("contents", [b"", b"\xff{", b"[]", b'{"step": 5}', b'{"step": 5, "value": null}'])
+def test_a_damaged_note_of_the_best_names_none(tmp_path, contents):
+    checkpoints = saved(tmp_path, 4, 5)
+    (tmp_path / "best.json").write_bytes(contents)
+    with pytest.raises(UserError, match=r"has a validation that best\.json names: name a step \(4, 5\)"):
+        restore_params(tmp_path, step="best")
+    checkpoints.note_validation(4, 2.0)  # training goes on
+    assert restore_params(tmp_path, step="best")[2] == 4
+
+
+def test_copies_under_other_names_are_no_checkpoints(tmp_path):
+    checkpoints = saved(tmp_path, 20)
+    (tmp_path / "step_20_saved").mkdir()
+    assert steps(tmp_path) == [20]
+    checkpoints.save(21, state(21), {})
+    assert checkpoints.restore(None, None)[2] == 21 and (tmp_path / "step_20_saved").exists()
 
 
 def test_nothing_to_restore(tmp_path):

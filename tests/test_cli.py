@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -160,6 +161,13 @@ def test_two_processes_do_not_train_in_one_folder(capsys, experiment, trained):
         pass  # it is free again
 
 
+@pytest.mark.parametrize("name", ["a[1]", "a\\b", "a*", "a?"])
+def test_paths_that_checkpoints_could_not_be_read_from(capsys, experiment, tmp_path, name):
+    argv = ["pretrain", "--experiment", experiment, "--workdir", tmp_path / name / "w"]
+    expect_error(capsys, argv, 1, f"{name}/w: no checkpoint could be read", "name one without")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_bad_training_data(capsys, experiment, tmp_path):
     argv = ["pretrain", "--experiment", experiment, "--workdir", tmp_path / "run", "--data.dir"]
     expect_error(capsys, [*argv, tmp_path / "nowhere"], 1, "nowhere")
@@ -239,6 +247,13 @@ def test_options_of_the_contract(experiment):
     assert options.config.base.num_iterations == 3, "what is not given stays as the experiment has it"
 
 
+def test_a_file_where_a_folder_is_to_be(capsys, experiment, tmp_path):
+    (tmp_path / "climbmix").touch()
+    argv = ["download", "--experiment", experiment, "--data.source", "climbmix", "--data.cache"]
+    expect_error(capsys, [*argv, tmp_path], 1, "File exists", "climbmix")
+    expect_error(capsys, [*argv, tmp_path / "climbmix"], 1, "Not a directory", "climbmix")
+
+
 def test_default_experiment_where_there_is_no_gpu(capsys):
     assert cli.main(["download"]) == 0
     assert "tiny_cpu.py (JAX sees no GPU or TPU)" in capsys.readouterr().err
@@ -281,6 +296,26 @@ def test_fields_that_may_not_change(tmp_path):
     assert run.read_config(tmp_path) == config and len(said) == 2
 
 
+def test_a_start_that_fails_leaves_no_values_behind(capsys, experiment, tmp_path, monkeypatch):
+    """Neither the first start of a run nor a later one; but one that has made something does."""
+    workdir, begin = tmp_path / "w", ["pretrain", "--experiment", experiment, "--workdir", tmp_path / "w"]
+    expect_error(capsys, [*begin, "--mesh", "64", "--data.dir", tmp_path / "no"], 1, "no")
+    assert not (workdir / "config.json").exists()
+    config = cli.load_experiment(experiment)
+    run.open_run(config, workdir)
+    again = ["pretrain", "--workdir", workdir]
+    expect_error(capsys, [*again, "--mesh", "64"], 1, "no tokenizer")
+    assert run.read_config(workdir) == config
+
+    def half_done(stage, options, workdir):
+        (workdir / "base" / "checkpoints" / "step_00000001").mkdir(parents=True)
+        raise cli.UserError("the disk is full")
+
+    monkeypatch.setitem(cli.COMMANDS, "pretrain", (cli.TrainOptions, partial(half_done, "base"), ""))
+    expect_error(capsys, [*again, "--mesh", "2"], 1, "full")
+    assert run.read_config(workdir) == replace(config, mesh="2")
+
+
 def test_data_files_of_a_run(tmp_path):
     run.open_run(Config(), tmp_path / "run")
     a, b = tmp_path / "a.parquet", tmp_path / "b.parquet"
@@ -320,6 +355,9 @@ def test_newest_model(tmp_path):
         checkpoints = Checkpointer(tmp_path / "runs" / "a" / stage / "checkpoints", 1)
         checkpoints.save(1, {"params": {"w": jax.numpy.ones(2)}}, {})
         checkpoints.wait()
+    (tmp_path / "runs" / "b" / "base" / "checkpoints").mkdir(parents=True)
+    pruned = tmp_path / "runs" / "b" / "base" / "checkpoints" / "step_00000001"
+    pruned.symlink_to(tmp_path / "gone")  # listed, and gone when it is looked at
     assert run.newest_run(tmp_path / "runs") == tmp_path / "runs" / "a"
     assert run.newest_model(tmp_path / "runs" / "a") == "sft"
     assert run.newest_model(tmp_path / "runs" / "a", "base") == "base"

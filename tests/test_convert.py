@@ -1,5 +1,6 @@
 """Checkpoints of nanochat become runs here: the same logits, and nothing that a file says is run."""
 
+import contextlib
 import json
 import os
 import pickle
@@ -153,6 +154,19 @@ def test_several_stages_of_one_run(home, tmp_path, state, capsys, tokenizer):
     other = pickled_tokenizer(tmp_path / "other", tokenizer, pattern=r"\S+|\s+")
     assert "another tokenizer" in refused(capsys, sft, workdir, "--stage", "rl", "--tokenizer", other)
     assert convert(sft, workdir, "--stage", "rl", "--tokenizer", home.parents[1] / "tokenizer" / "tokenizer.pkl") == 0
+
+
+def test_a_conversion_that_was_killed_is_made_again(home, tmp_path, capsys):
+    """By whatever checkpoint is named then; what training has made stays."""
+    workdir = tmp_path / "run"
+    assert convert(home, workdir) == 0
+    (workdir / "base" / "done.json").unlink()
+    assert convert(home, workdir, "--step", 7) == 0
+    assert run.finished(workdir, "base")["steps"] == run.load_model(workdir)[4] == 7
+    (workdir / "base" / "done.json").unlink()
+    meta = workdir / "base" / "checkpoints" / "step_00000007" / "meta.json"
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"seconds": 1.0}))
+    assert "has a model already" in refused(capsys, home, workdir)
 
 
 def first_release(w: dict[str, np.ndarray], tokens: np.ndarray, heads: int, kv_heads: int) -> np.ndarray:
@@ -408,6 +422,15 @@ def test_archives_that_are_not_torch_files(tmp_path):
         read_state_dict(tmp_path / "absent.pt")
     torch_save(path, {"w": np.zeros(4, np.float32)})
     whole = zipfile.ZipFile(path)
+    with zipfile.ZipFile(tmp_path / "deflated.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in whole.namelist():
+            archive.writestr(name, whole.read(name))
+    deflated = (tmp_path / "deflated.pt").read_bytes()
+    assert read_state_dict(tmp_path / "deflated.pt")["w"].shape == (4,)
+    for at in range(1, 80):  # headers of the first member, and what is deflated in it
+        (tmp_path / "deflated.pt").write_bytes(deflated[:at] + bytes([deflated[at] ^ 0xFF]) + deflated[at + 1 :])
+        with contextlib.suppress(UserError):
+            read_state_dict(tmp_path / "deflated.pt")
     with zipfile.ZipFile(tmp_path / "short.pt", "w") as archive:
         for name in whole.namelist():
             archive.writestr(name, whole.read(name)[: -1 if "/data/" in name else None])

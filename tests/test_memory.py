@@ -217,6 +217,8 @@ def test_stages_take_the_choice(monkeypatch):
 
 def test_the_limit_is_what_is_stated_or_what_is_free(monkeypatch):
     assert device_limit(auto(device_memory_gb=1.5), make_mesh("8")) == 1.5 * 2**30
+    with pytest.raises(UserError, match=r"--device-memory-gb 1e\+308: at most 1048576"):
+        device_limit(auto(device_memory_gb=1e308), make_mesh("8"))
     monkeypatch.setattr(memory, "free_host_memory", lambda: 80_000)
     assert device_limit(auto(), make_mesh("8")) == 9_000
     monkeypatch.setattr(memory, "gather_json", lambda value: [value, 7_000])

@@ -62,12 +62,14 @@ def test_finetuning_steps_come_from_the_mixture():
     assert stage(plan(tiny(sft=replace(padded, num_iterations=5))), "sft")["tokens"] == 5 * 32 * 128
 
 
-def test_own_conversations_are_counted(tmp_path):
+def test_own_conversations_are_counted(tmp_path, monkeypatch):
     path = tmp_path / "mine.jsonl"
     line = '[{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]'
     path.write_text((line.ljust(399) + "\n") * 64)
     mine = FinetuneConfig(mixture=(f"{path}*2",), val_rows=0)
     assert stage(plan(tiny(sft=mine)), "sft")["steps"] == math.ceil(128 * 100 / (32 * 128))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert plan(tiny(sft=replace(mine, mixture=("~/mine.jsonl*2",)))) == plan(tiny(sft=mine))
     with pytest.raises(UserError, match=r"nowhere\.jsonl"):
         plan(tiny(sft=FinetuneConfig(mixture=("nowhere.jsonl",))))
 
@@ -80,6 +82,8 @@ def test_rl_counts_rollouts_and_the_control():
     assert rl["tokens"] == 3 * 8 * (220 + 256)
     assert rl["flops"] == pytest.approx(per_token * (rl["tokens"] + 3 * (8 * 256 + 4 * 220) / 3))
     assert stage(figures, "sft_continued")["flops"] == rl["flops"]
+    few = replace(config.rl, num_iterations=None, task="gsm8k", questions_per_step=10_000)
+    assert stage(plan(tiny(rl=few)), "rl")["steps"] == 1, "as training has it"
 
 
 def test_memory_is_shared_out_over_the_mesh():

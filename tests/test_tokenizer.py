@@ -121,6 +121,8 @@ def test_vocabularies_that_do_not_fit_are_refused():
         Tokenizer.train(TEXTS, 264)
     with pytest.raises(UserError, match=r"vocab-size 1000 .* end at 275"):
         Tokenizer.train(["hello hello world world"], 1000)
+    with pytest.raises(UserError, match="vocab-size 5000000000: at most 16777216"):
+        Tokenizer.train(TEXTS, 5_000_000_000)
     assert Tokenizer.train(TEXTS, 265).vocab_size == 265
 
 
@@ -232,6 +234,7 @@ def test_an_own_pattern_is_used_and_stored(tmp_path):
         (r"(\w+", "no regular expression"),
         (r"\p{L}+|\s", r"leaves out .* which would be lost"),
         (r"x*", "leaves out"),
+        ("", "leaves out"),
         (r"\X", "no regular expression"),  # Python's engine knows it, that of tokenizers does not
         (r"\p{L}+|\p{N}|\p{M}+|\p{P}|\p{S}|\s+", "leaves out"),  # joiners of Persian words and of emoji
         (r"\w*|[^\w]", "leaves out"),
@@ -248,6 +251,10 @@ def test_white_space_without_end_is_encoded(tokenizer):
         text = f"a{blank * 1_200_000}b"
         assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.encode_batch([text]) == [tokenizer.encode(text)]
+
+
+def test_white_space_without_end_is_learned_from():
+    assert Tokenizer.train([f"a{' ' * 1_200_000}b"], 266).decode([256]) == "  "
 
 
 def test_a_validation_shard_without_text_is_refused_before_learning(tmp_path):

@@ -56,7 +56,7 @@ def learn(
     start = time.perf_counter()
     if not any(read_texts([validation_file])):
         raise UserError(f"{validation_file}, the last shard and so the one to validate on, holds no text: add another")
-    if settings.pattern:
+    if settings.pattern is not None:
         check_pattern(settings.pattern, [validation_text(validation_file), *sample_texts().values()])
     texts = CutTexts(read_texts(train_files), settings.doc_cap, settings.max_chars)
     log(f"tokenizer: learning {settings.vocab_size:,} tokens from up to {settings.max_chars:,} characters")
