@@ -286,7 +286,7 @@ class Link:
     def _newest(self) -> str:
         """The newest checkpoint of the run, in words."""
         saved: list[tuple[float, Path]] = []
-        for path in self._workdir.glob("*/checkpoints/step_*"):
+        for path in self._workdir.glob("*/checkpoints/step_" + 8 * "[0-9]"):
             with contextlib.suppress(OSError):  # pruned meanwhile
                 saved.append((path.stat().st_mtime, path))
         if not saved:
