@@ -289,7 +289,8 @@ def _out_of_memory(error: Exception) -> bool:
 def run_command(prog: str, kind: type[Options], command: Command, about: str, argv: Sequence[str]) -> None:
     """Parses `argv` into `kind` on top of the experiment or the run it names, and calls `command(options, workdir)`."""
     training = issubclass(kind, TrainOptions)
-    config, workdir, origin = _defaults(argv, starts_run=training or command in (download, convert, bench))
+    starts_run = training or command in (download, convert, bench)
+    config, workdir, origin = _defaults(argv, starts_run, tolerant=command is report)
     options = parse(kind, config, argv, prog, f"{about}\n\nDefaults shown are those of {origin}.")
     options.check()
     check_ranges(options.config)
@@ -466,8 +467,10 @@ def bench(options: BenchOptions, workdir: Path) -> None:
         print(json.dumps(figures), flush=True)
 
 
-def _defaults(argv: Sequence[str], starts_run: bool) -> tuple[Config, Path, str]:
-    """(configuration before the options, folder of the run, where the configuration is from)."""
+def _defaults(argv: Sequence[str], starts_run: bool, tolerant: bool = False) -> tuple[Config, Path, str]:
+    """(configuration before the options, folder of the run, where the configuration is from); `tolerant`: that of the
+    folder is not asked for, as it may be missing or damaged.
+    """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for option in ("--workdir", "--experiment", *distributed.VARIABLES):
         early.add_argument(option)
@@ -485,6 +488,8 @@ def _defaults(argv: Sequence[str], starts_run: bool) -> tuple[Config, Path, str]
         return load_experiment(path), workdir or run.RUNS, f"{path.name}; with --experiment FILE, of that file"
     if workdir is None and not starts_run:
         workdir = run.newest_run()
+    if workdir is not None and tolerant:
+        return Config(), workdir, "defaults, which a report does not need"
     if workdir is not None and ((workdir / "config.json").exists() or not starts_run):
         config = run.read_config(workdir)
         check_types(config, f"{workdir / 'config.json'}: ")

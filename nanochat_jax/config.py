@@ -422,5 +422,5 @@ def check_ranges(config: Config) -> None:
         raise UserError(f"--seed {config.seed}: 0 to {2**31 - 1} are seeds")
     if config.loss_chunk != "auto" and config.loss_chunk < 0:
         raise UserError(f"--loss-chunk {config.loss_chunk}: auto, or at least 0 is needed")
-    if config.device_memory_gb is not None and not config.device_memory_gb > 0:
-        raise UserError(f"--device-memory-gb {config.device_memory_gb}: more than 0 is needed")
+    if config.device_memory_gb is not None and not 0 < config.device_memory_gb <= 2**20:
+        raise UserError(f"--device-memory-gb {config.device_memory_gb:g}: more than 0, and at most {2**20}, is needed")

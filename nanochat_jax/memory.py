@@ -30,7 +30,6 @@ from nanochat_jax.train import compiler_options, state_shapes, train_step
 
 HEAD_TOKENS = 512
 """Positions a device puts through the output head at once on a CPU, where large temporaries are slow."""
-MOST_GB = 2**20
 RESERVE = 0.1
 """Share of what is free that a step leaves alone: fragmentation, communication buffers, the host program on a CPU."""
 
@@ -139,8 +138,6 @@ def device_limit(config: Config, mesh: Mesh) -> int:
     Devices of a CPU share what is free of the machine. Several processes take the least that any of them finds.
     """
     if config.device_memory_gb is not None:
-        if config.device_memory_gb > MOST_GB:
-            raise UserError(f"--device-memory-gb {config.device_memory_gb:g}: at most {MOST_GB}, that of one device")
         return int(config.device_memory_gb * 2**30)
     local = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
     if local[0].platform == "cpu":

@@ -415,6 +415,15 @@ def test_interrupt_is_quiet(capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("record", [None, "{", '{"config": {"newfield": 1}}'])
+def test_a_report_needs_no_whole_config(capsys, tmp_path, record):
+    (tmp_path / "base").mkdir()
+    if record is not None:
+        (tmp_path / "config.json").write_text(record)
+    assert cli.main(["report", "--workdir", str(tmp_path)]) == 0
+    assert (tmp_path / "report.html").exists() and capsys.readouterr().out.strip().endswith("report.md")
+
+
 def test_a_full_device_is_one_line_with_ways_out(capsys):
     def full():
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.\nat one place")

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import requests
 
 from nanochat_jax.config import Config, DataConfig, TokenizerConfig
 from nanochat_jax.errors import UserError
@@ -270,6 +271,21 @@ def test_documents_are_cut_at_both_limits():
     texts = CutTexts(["abcdef", "gh", "ijklmn", "opq"], doc_cap=4, max_chars=8)
     assert list(texts) == ["abcd", "gh", "ij"]
     assert (texts.documents, texts.characters) == (3, 8)
+
+
+def test_a_damaged_file_of_another_tokenizer_costs_the_comparison_alone(tmp_path, monkeypatch, tokenizer):
+    """What a captive portal answers, say: tiktoken knows the hash, deletes it and asks the network."""
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    for url in stage.OTHERS["gpt4"][1]:
+        (tmp_path / hashlib.sha1(url.encode()).hexdigest()).write_bytes(b"<html>")
+
+    def unreachable(*_, **__):
+        raise requests.ConnectionError("no network")
+
+    monkeypatch.setattr(requests, "get", unreachable)
+    pq.write_table(pa.table({"text": TEXTS}), tmp_path / "v.parquet")
+    figures = stage.evaluate(tokenizer, tmp_path / "v.parquet", lambda line: None)
+    assert figures["not_compared"].startswith("gpt2, gpt4:") and set(figures["vocab_size"]) == {"ours"}
 
 
 def test_other_tokenizers_are_compared_where_tiktoken_has_them(tmp_path, monkeypatch, tokenizer):

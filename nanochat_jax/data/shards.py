@@ -36,11 +36,12 @@ class Shard:
     def texts(self, row_group: int) -> list[str]:
         """The documents of a row group."""
         try:
-            texts = self._file.read_row_group(row_group, columns=["text"]).column("text").to_pylist()
+            column = self._file.read_row_group(row_group, columns=["text"]).column("text")
+            texts = column.to_pylist()
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise self._damaged(error, f", row group {row_group}") from error
-        if empty := texts.count(None):
-            raise UserError(f"{self.path}, row group {row_group}: {empty} rows have no text; remove them")
+        if column.null_count:
+            raise UserError(f"{self.path}, row group {row_group}: {column.null_count} rows have no text; remove them")
         return texts
 
     def _damaged(self, error: Exception, where: str = "") -> UserError:

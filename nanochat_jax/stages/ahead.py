@@ -13,13 +13,13 @@ from nanochat_jax.optim import horizon
 from nanochat_jax.run import gpt_config
 from nanochat_jax.sharding import check_mesh, data_shards, make_mesh, rows_of_microbatch, rows_of_step
 from nanochat_jax.stages.finetune import check_mixture
-from nanochat_jax.stages.rl import check_updates
+from nanochat_jax.stages.rl import check_settings
 from nanochat_jax.tasks import parse
 
 
 def check_ahead(config: Config, stages: Collection[str], workdir: Path) -> None:
     """UserError for what would end one of these stages, to be run in `workdir`: mesh, batch, conversations, start,
-    updates of rl.
+    rl's settings.
     """
     cfg, mesh = gpt_config(config, config.tokenizer.vocab_size), make_mesh(config.mesh)
     shards = data_shards(mesh)
@@ -38,7 +38,7 @@ def check_ahead(config: Config, stages: Collection[str], workdir: Path) -> None:
                 if file.endswith(".jsonl"):
                     read_jsonl(Path(file))
     if "rl" in stages:
-        check_updates(config.rl)
+        check_settings(config.rl)
     for name in [name for name in MODEL_STAGES if name in stages]:
         if getattr(config, name).init_from is None:
             continue

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from nanochat_jax.checkpoint import Step
 from nanochat_jax.config import Config, GPTConfig
 from nanochat_jax.data.download import ensure_shards, fetch_eval_bundle, prepare_shards
 from nanochat_jax.data.files import write_json
-from nanochat_jax.data.pretrain import validation_batches
+from nanochat_jax.data.pretrain import Batch, validation_batches
 from nanochat_jax.data.shards import shard_files
 from nanochat_jax.distributed import is_leader, leaders
 from nanochat_jax.evals.bpb import bits_per_byte
@@ -31,6 +31,7 @@ from nanochat_jax.inference.sampling import token_nats
 from nanochat_jax.inference.shared import make_engine, own_copy
 from nanochat_jax.memory import with_loss_chunk
 from nanochat_jax.model import Params
+from nanochat_jax.optim import horizon
 from nanochat_jax.run import finished, load_model, read_config, recorded_files
 from nanochat_jax.sharding import data_shards, make_mesh, put_batch
 from nanochat_jax.stages.session import Log
@@ -40,9 +41,6 @@ from nanochat_jax.train import eval_losses
 
 QUANTIZATION_TOKENS = 4096
 """Targets on which quantized weights are compared with exact ones, at most."""
-
-MOST_ROWS = 64
-"""Rows of validation text on a data shard, at most, where it is not known how many a step of training has."""
 
 
 def run(
@@ -115,8 +113,7 @@ def validation_bpb(
     shards = data_shards(mesh)
     wanted = 1 if config.base.device_batch_size == "auto" else config.base.device_batch_size
     # A microbatch of training has no more rows than its step, whatever is asked for.
-    tokens = config.base.total_batch_size
-    step = tokens // (cfg.sequence_len * shards) if tokens else MOST_ROWS
+    step = horizon(config, cfg).batch_tokens // (cfg.sequence_len * shards)
     rows = rows or max(1, min(wanted, step)) * shards
     cfg = with_loss_chunk(config, cfg, rows // shards, mesh)
 
@@ -125,8 +122,13 @@ def validation_bpb(
         with jax.set_mesh(mesh):
             return nats(params, batch["inputs"], batch["targets"], cfg=cfg)
 
-    batches = validation_batches(
-        val_file,
+    return bits_per_byte(losses, validation_set(val_file, tokenizer, config, cfg, rows), tokenizer.token_bytes)
+
+
+def validation_set(file: Path, tokenizer: Tokenizer, config: Config, cfg: GPTConfig, rows: int) -> Iterator[Batch]:
+    """See `validation_batches`, with the run's own settings."""
+    return validation_batches(
+        file,
         tokenizer,
         rows=rows,
         sequence_len=cfg.sequence_len,
@@ -135,7 +137,6 @@ def validation_bpb(
         streams=config.data.streams,
         buffer_docs=config.data.buffer_docs,
     )
-    return bits_per_byte(losses, batches, tokenizer.token_bytes)
 
 
 def quantization_error(

@@ -11,13 +11,13 @@ from pathlib import Path
 
 from nanochat_jax.config import Config
 from nanochat_jax.data.download import fetch_eval_bundle, prepare_shards
-from nanochat_jax.data.pretrain import pretrain_batches, validation_batches
+from nanochat_jax.data.pretrain import pretrain_batches
 from nanochat_jax.errors import UserError
 from nanochat_jax.model import flops_per_token
 from nanochat_jax.optim import base_schedule
 from nanochat_jax.run import record_data, recorded_files
 from nanochat_jax.sharding import data_part
-from nanochat_jax.stages.evaluate import core_metric, validation_bpb
+from nanochat_jax.stages.evaluate import core_metric, validation_bpb, validation_set
 from nanochat_jax.stages.samples import write_samples
 from nanochat_jax.stages.session import Log, initial_params, is_done, open_session, step_batch
 
@@ -51,8 +51,7 @@ def run(config: Config, workdir: Path, log: Log, force: bool = False) -> None:
         process_count=parts,
     )
     # What is missing should be missed now, not after hours.
-    validation = {"packing": config.data.packing, "streams": config.data.streams, "eval_tokens": stage.eval_tokens}
-    next(validation_batches(val_file, session.tokenizer, rows=1, sequence_len=cfg.sequence_len, **validation))
+    next(validation_set(val_file, session.tokenizer, config, cfg, rows=1))
     if stage.core_every:
         fetch_eval_bundle(config.data, log)
     start = functools.partial(initial_params, session, config.seed)

@@ -51,7 +51,7 @@ def run(config: Config, workdir: Path, log: Log, force: bool = False) -> None:
     if is_done(workdir, "rl", log):
         return
     settings = config.rl
-    check_updates(settings)
+    check_settings(settings)
     session = open_session(config, workdir, "rl", settings, log, force)
     train_task = load(settings.task, "train", config.data, config.seed)
     held_out = load(settings.task, "val", config.data, config.seed)
@@ -146,8 +146,8 @@ def run(config: Config, workdir: Path, log: Log, force: bool = False) -> None:
     session.finish(task=settings.task, seconds=seconds)
 
 
-def check_updates(settings: RLConfig) -> None:
-    """UserError where clipping or the number of updates cannot be meant."""
+def check_settings(settings: RLConfig) -> None:
+    """UserError where clipping, the number of updates or the sampling cannot be meant."""
     clip, updates = settings.clip, settings.updates_per_batch
     if not 0 <= clip < 1:
         raise UserError(f"--rl.clip {clip} is outside 0 (off) to below 1; PPO's usual value is 0.2")

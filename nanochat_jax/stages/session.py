@@ -119,12 +119,12 @@ class Session:
         self.metrics.drop_after(self.step)
         records = MetricsLog.read(self.metrics.path) if is_leader() else []
         self.measured = {(kind, step) for kind, step in leaders([[r["kind"], r.get("step")] for r in records])}
-        counts = count_params(self.cfg)
+        counts, device = count_params(self.cfg), self.mesh.devices.flat[0]
         banner(
             self.name,
-            devices=f"{self.mesh.size} x {self.mesh.devices.flat[0].device_kind}",
+            devices=f"{self.mesh.size} x {device.device_kind}",
             mesh=", ".join(f"{axis}={size}" for axis, size in self.mesh.shape.items()),
-            precision=precision(self.cfg, self.mesh.devices.flat[0]),
+            precision=precision(self.cfg, device),
             attention=self.cfg.attention,
             parameters=counts["total"],
             steps=schedule.steps,
@@ -133,7 +133,6 @@ class Session:
             **facts,
             memory_bytes=peak_memory_bytes(),
         )
-        device = self.mesh.devices.flat[0]
         if device.platform != "cpu" and peak_flops(device) is None:
             self.log(f"{self.name}: no peak FLOP/s is known of {device.device_kind}: no MFU")
         self.started = time.perf_counter() - self.meta["seconds"]

@@ -97,10 +97,12 @@ def evaluate(tokenizer: Tokenizer, validation_file: Path, log: Log) -> dict:
     """Bytes of UTF-8 per token, more is better: {"bytes_per_token": {kind of text: {tokenizer: value}}, ...}."""
     encoders, sizes, absent = {"ours": tokenizer.encode}, {"ours": tokenizer.vocab_size}, []
     for name, (encoding_name, urls) in OTHERS.items():
-        if all(_place(url).is_file() for url in urls):
+        try:
+            if not all(_place(url).is_file() for url in urls):
+                raise FileNotFoundError
             encoding = tiktoken.get_encoding(encoding_name)
             encoders[name], sizes[name] = encoding.encode_ordinary, encoding.n_vocab
-        else:
+        except (OSError, ValueError):  # a damaged file is one that tiktoken asks the network for
             absent.append(name)
     figures: dict = {"vocab_size": sizes}
     if absent:
