@@ -4,8 +4,7 @@ Command:  python run_speedrun.py --experiment experiments/nanochat_july.py --sta
 Cost:     eight H100 or H200; --plan says the hours
 Result:   not measured yet
 
-With these stages sft starts from base; unlike the reference's, with fresh optimizer moments, and nothing is in fp8
-(--fp8).
+With these stages sft starts from base, with its optimizer moments; unlike the reference's, nothing is in fp8 (--fp8).
 """
 
 from dataclasses import replace
@@ -31,5 +30,6 @@ config = replace(
         final_lr_frac=0.0,
         momentum_start=0.85,
         momentum_warmup=300,
+        init_optimizer=True,
     ),
 )

@@ -129,7 +129,7 @@ class Checkpointer:
         Raises UserError when nothing undamaged is left or the shapes are not those of `target`.
         """
         self.wait()
-        return _restore(self.directory, step, target)
+        return restore(self.directory, step, target)
 
     def _write(self, step: int, writer: ocp.AsyncCheckpointer, meta: str) -> None:
         """In the background: from files that orbax is writing to a checkpoint."""
@@ -194,28 +194,15 @@ def restore_params(
     `target` as in `Checkpointer.restore`, for the subtree `params` alone. A writer may be at work in the same folder.
     """
     whole = None if target is None else {"params": target}
-    tree, meta, step = _restore(Path(directory).absolute(), step, whole, "params")
+    tree, meta, step = restore(directory, step, whole, "params")
     return tree["params"], meta, step
 
 
-def steps(directory: Path) -> list[int]:
-    """The steps that have a checkpoint in `directory`, rising."""
-    # Digits alone: a copy that somebody keeps under another name, such as step_20_saved, is none of ours.
-    return sorted(int(path.name.removeprefix("step_")) for path in Path(directory).glob("step_" + 8 * "[0-9]"))
-
-
-def _best(directory: Path) -> dict[str, Any] | None:
-    """{"step", "value"} of the checkpoint with the best validation, or None; a damaged file names none."""
-    try:
-        best = json.loads((directory / BEST).read_text())
-        return best if best["step"] in steps(directory) and math.isfinite(best["value"]) else None
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _restore(
+def restore(
     directory: Path, step: Step, target: PyTree | None, only: str | None = None
 ) -> tuple[PyTree, dict[str, Any], int]:
+    """As `Checkpointer.restore`, for a reader: changes nothing on disk. `only`: this subtree alone."""
+    directory = Path(directory).absolute()
     found, error = None, None
     if is_leader():  # one process reads all files; the others take its word
         try:
@@ -232,6 +219,21 @@ def _restore(
         if path.exists():
             raise
         raise UserError(f"{path} was removed while it was read, training goes on there: try again") from error
+
+
+def steps(directory: Path) -> list[int]:
+    """The steps that have a checkpoint in `directory`, rising."""
+    # Digits alone: a copy that somebody keeps under another name, such as step_20_saved, is none of ours.
+    return sorted(int(path.name.removeprefix("step_")) for path in Path(directory).glob("step_" + 8 * "[0-9]"))
+
+
+def _best(directory: Path) -> dict[str, Any] | None:
+    """{"step", "value"} of the checkpoint with the best validation, or None; a damaged file names none."""
+    try:
+        best = json.loads((directory / BEST).read_text())
+        return best if best["step"] in steps(directory) and math.isfinite(best["value"]) else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _undamaged(directory: Path, step: Step) -> int:

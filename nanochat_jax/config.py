@@ -132,6 +132,8 @@ class StageConfig:
     """End the stage early after this many steps, schedules unchanged."""
     init_from: str | None = None
     """WORKDIR/STAGE to take the weights from, instead of the stage before."""
+    init_optimizer: bool = False
+    """Start with the optimizer's moments of where the weights come from as well, instead of fresh ones."""
     sample_tokens: int = 64
     """Length of the samples that a stage writes, tokens."""
 

@@ -5,7 +5,7 @@
 Two architectures are known: that of 14 March 2026 and later, and that of the first release, October 2025, which stood
 until 11 January 2026. Which one a file is of shows in its keys and shapes. The versions between them changed windows,
 gates and scales under the same names, so that nothing in the file tells them apart; they are refused. Left out: the
-optimizer's state, since the stages after base start with fresh moments.
+optimizer's state, so that --sft.init-optimizer is refused after it.
 """
 
 from __future__ import annotations

@@ -2,16 +2,18 @@
 
 import contextlib
 import json
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tiny
-from stage_runs import losses, quiet, start, start_after
+from stage_runs import last_state, losses, quiet, start, start_after
 
 from nanochat_jax.config import DEFAULT_ROWS, MODEL_STAGES
 from nanochat_jax.data.download import ensure_shards
+from nanochat_jax.data.files import write_json
 from nanochat_jax.data.shards import shard_files
 from nanochat_jax.errors import UserError
 from nanochat_jax.metrics import MetricsLog
@@ -262,6 +264,27 @@ def test_weights_can_come_from_another_run(run, tmp_path):
     folder = start(tmp_path, config)
     finetune.run(config, folder, "mid", quiet)
     assert losses(folder, "mid")[0] == losses(run, "mid")[0]
+
+
+def test_the_optimizers_moments_can_come_along(run, tmp_path):
+    config = replace(tiny.config, mid=replace(tiny.config.mid, init_optimizer=True, stop_after=2))
+    folder = start_after(run, tmp_path, "mid", config)
+    finetune.run(config, folder, "mid", quiet)
+    assert losses(folder, "mid")[0] == losses(run, "mid")[0] and losses(folder, "mid")[1] != losses(run, "mid")[1]
+    base, mid = (last_state(where, stage)[0]["optimizer"] for where, stage in ((run, "base"), (folder, "mid")))
+    assert mid["wte/embedding"]["count"] == base["wte/embedding"]["count"] + 2  # Adam's bias correction goes on
+
+
+def test_moments_that_are_nowhere_are_refused(run, tmp_path):
+    config = replace(tiny.config, base=replace(tiny.config.base, init_optimizer=True))
+    with pytest.raises(UserError, match="whose moments"):
+        pretrain.run(config, start(tmp_path / "new", config), quiet)
+    config = replace(tiny.config, mid=replace(tiny.config.mid, init_optimizer=True))
+    folder = start(tmp_path / "converted", config)
+    shutil.copytree(run / "base", folder / "base")
+    write_json(folder / "base" / "done.json", finished(folder, "base") | {"converted_from": "model_000012.pt"})
+    with pytest.raises(UserError, match="holds no moments"):
+        finetune.run(config, folder, "mid", quiet)
 
 
 def test_the_newest_model_is_the_last_stage(run):

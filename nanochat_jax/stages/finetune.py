@@ -3,8 +3,9 @@
     python -m nanochat_jax mid --workdir runs/tiny_cpu
     python -m nanochat_jax sft --workdir runs/tiny_cpu
 
-Both start from the stage before with fresh optimizer moments. `continued` trains sft further, for as much compute as
-reinforcement learning used: the comparison without which a gain of rl says little.
+Both start from the stage before, with fresh optimizer moments unless --sft.init-optimizer asks for those of that stage.
+`continued` trains sft further, for as much compute as reinforcement learning used: the comparison without which a gain
+of rl says little.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from nanochat_jax.optim import Schedule
 from nanochat_jax.run import finished
 from nanochat_jax.sharding import put_batch
 from nanochat_jax.stages.samples import write_samples
-from nanochat_jax.stages.session import Log, Session, is_done, open_session, params_from, step_batch
+from nanochat_jax.stages.session import Log, Session, is_done, open_session, state_from, step_batch
 from nanochat_jax.tasks import Mixture
 from nanochat_jax.train import eval_losses
 
@@ -101,7 +102,7 @@ def train(
         )
     schedule = Schedule(settings, steps, cfg.n_embd, weight_decay=settings.weight_decay)
     batches = conversation_batches(train_set, session.tokenizer, rows=microbatches * rows, **packed)
-    start = functools.partial(params_from, session, workdir, PREVIOUS[name])
+    start = functools.partial(state_from, session, workdir, PREVIOUS[name])
     pace = session.begin(schedule, start, batches, tokens_a_step=batch_tokens)
     pending = None
 

@@ -19,7 +19,7 @@ from nanochat_jax.run import record_data, recorded_files
 from nanochat_jax.sharding import data_part
 from nanochat_jax.stages.evaluate import core_metric, validation_bpb, validation_set
 from nanochat_jax.stages.samples import write_samples
-from nanochat_jax.stages.session import Log, initial_params, is_done, open_session, step_batch
+from nanochat_jax.stages.session import Log, initial_state, is_done, open_session, step_batch
 
 
 def run(config: Config, workdir: Path, log: Log, force: bool = False) -> None:
@@ -54,7 +54,7 @@ def run(config: Config, workdir: Path, log: Log, force: bool = False) -> None:
     next(validation_set(val_file, session.tokenizer, config, cfg, rows=1))
     if stage.core_every:
         fetch_eval_bundle(config.data, log)
-    start = functools.partial(initial_params, session, config.seed)
+    start = functools.partial(initial_state, session, config.seed)
     pace = session.begin(schedule, start, batches, tokens_a_step=horizon.batch_tokens)
     step_flops = horizon.batch_tokens * flops_per_token(cfg)
     first, pending = session.step, None

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from nanochat_jax.checkpoint import Checkpointer, restore_params
+from nanochat_jax.checkpoint import Checkpointer, restore, restore_params
 from nanochat_jax.config import ARCHITECTURE, Config, GPTConfig, StageConfig
 from nanochat_jax.data.files import write_json
 from nanochat_jax.data.pretrain import merge_states
@@ -92,12 +92,12 @@ class Session:
     def begin(
         self,
         schedule: Schedule,
-        start: Callable[[], dict],
+        start: Callable[[], TrainState],
         data: object = None,
         tokens_a_step: int | None = None,
         **facts: object,
     ) -> Pace:
-        """Take the state from the newest checkpoint, or parameters from `start()`; restore `data`'s position.
+        """Take the state from the newest checkpoint, or from `start()`; restore `data`'s position.
 
         `facts` go to the banner. UserError where they, or the horizon, are not those of the checkpoint.
         """
@@ -114,7 +114,7 @@ class Session:
                 self._go_on_reading(data)
             self.log(f"{self.name}: going on from step {self.step}")
         else:
-            self.state = with_optimizer(self.cfg, self.mesh, start())
+            self.state = start()
         self.meta["fixed"] = fixed
         self.metrics.drop_after(self.step)
         records = MetricsLog.read(self.metrics.path) if is_leader() else []
@@ -330,16 +330,27 @@ def is_done(workdir: Path, name: str, log: Log) -> bool:
     return True
 
 
-def params_from(session: Session, workdir: Path, previous: str) -> dict:
-    """The newest parameters of the stage before, or of `init_from` WORKDIR/STAGE, on the session's mesh."""
+def state_from(session: Session, workdir: Path, previous: str) -> TrainState:
+    """The newest model of the stage before, or of `init_from` WORKDIR/STAGE, on the session's mesh.
+
+    Moments are fresh, or with `init_optimizer` those of that stage.
+    """
     source = Path(session.stage.init_from) if session.stage.init_from else workdir / previous
     if not (source / "checkpoints").is_dir():
         raise UserError(f"{session.name} starts from {source}, which has no checkpoint: train {source.name} first")
     if source.parent.resolve() != session.folder.parent.resolve():
         check_origin_of(session, source)
-    if finished(source.parent, source.name) is None:
+    done = finished(source.parent, source.name)
+    if done is None:
         session.log(f"{session.name}: {source} is not finished; starting from it as it is")
-    return restore_params(source / "checkpoints", params_target(session.cfg, session.mesh))[0]
+    elif session.stage.init_optimizer and "converted_from" in done:
+        raise UserError(
+            f"--{session.name}.init-optimizer: {source} was converted and holds no moments: start without the option"
+        )
+    cfg, mesh = session.cfg, session.mesh
+    if session.stage.init_optimizer:
+        return restored_state(cfg, mesh, restore(source / "checkpoints", None, saved_shapes(cfg, mesh))[0])
+    return with_optimizer(cfg, mesh, restore_params(source / "checkpoints", params_target(cfg, mesh))[0])
 
 
 def check_origin_of(session: Session, source: Path) -> None:
@@ -360,11 +371,13 @@ def check_origin_of(session: Session, source: Path) -> None:
         session.log(f"{session.name}: {source} had the windows {was.windows}, from now on {session.cfg.windows}")
 
 
-def initial_params(session: Session, seed: int) -> dict:
-    """New parameters from the run's seed, or those of `init_from`."""
+def initial_state(session: Session, seed: int) -> TrainState:
+    """New parameters from the run's seed, or the model of `init_from`."""
     if session.stage.init_from:
-        return params_from(session, Path(), "")
-    return born_params(session.cfg, session.mesh, seed)
+        return state_from(session, Path(), "")
+    if session.stage.init_optimizer:
+        raise UserError(f"--{session.name}.init-optimizer needs --{session.name}.init-from: whose moments?")
+    return with_optimizer(session.cfg, session.mesh, born_params(session.cfg, session.mesh, seed))
 
 
 def step_batch(
