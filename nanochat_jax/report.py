@@ -144,7 +144,7 @@ def _results(stages: list[Stage]) -> str:
     places |= {name.replace("_", " "): keys for name, keys in tasks.items() if keys not in places.values()}
     rows = []
     for label, keys in places.items():
-        found = [_as_task(dig(stage.eval, *keys)) for stage in stages]
+        found = [_as_task(stage.eval, keys) for stage in stages]
         counts = dict.fromkeys(show(dig(value, "n"), "{:,}") for value in found if dig(value, "n"))
         rows.append((label, *map(_figure, found), " / ".join(counts) or "-"))
     return "\n\n".join(
@@ -270,8 +270,11 @@ def _environment(record: dict, stages: list[Stage]) -> str:
     return bullets(f"{name}: {fact}" for name, fact in facts.items() if fact)
 
 
-def _as_task(value: Any) -> Any:
-    """The figures of CORE in the shape of a task's; others as they are."""
+def _as_task(evaluation: dict, keys: tuple[str, ...]) -> Any:
+    """The figures of CORE and ChatCORE in the shape of a task's; others as they are."""
+    value = dig(evaluation, *keys)
+    if keys == ("chatcore",):
+        return {"accuracy": value, "interval": evaluation.get("chatcore_interval")}
     if dig(value, "core_metric") is None:
         return value
     counts = [number(count) or 0 for count in entries(value, "n").values()]

@@ -160,12 +160,12 @@ def test_chatcore_needs_its_five_tasks():
     }
     results = {name: {"accuracy": accuracy, "n": 100} for name, accuracy in results.items()}
     found = chatcore(results)
-    assert found["accuracy"] == pytest.approx((0 + 0.5 + 1 + 0.1 + 0.2) / 5) and found["n"] == 500
+    assert found["chatcore"] == pytest.approx((0 + 0.5 + 1 + 0.1 + 0.2) / 5)
     # Binomial variances 0.1875 and 0.2344, centred, 0, 0.09 and 0.16, over 100 rows and five tasks.
     spread = (((0.1875 + 0.234375) / 0.75**2 + 0.09 + 0.16) / 100) ** 0.5 / 5
-    assert found["interval"] == pytest.approx([0.36 - 1.959964 * spread, 0.36 + 1.959964 * spread])
+    assert found["chatcore_interval"] == pytest.approx([0.36 - 1.959964 * spread, 0.36 + 1.959964 * spread])
     del results["mmlu"]
-    assert chatcore(results) is None
+    assert chatcore(results) == {"chatcore": None}
 
 
 # CORE

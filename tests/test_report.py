@@ -72,7 +72,8 @@ def run(tmp_path):
     accuracy = {"accuracy": 0.3561, "n": 2376, "interval": [0.337, 0.376]}
     chat = {
         "tasks": {"arc_easy": accuracy, "spelling_bee": accuracy | {"n": 1000}},
-        "chatcore": {"accuracy": 0.0731, "n": 99, "interval": [0.05, 0.09]},
+        "chatcore": 0.0731,
+        "chatcore_interval": [0.05, 0.09],
     }
     write_stage(root, "mid", train, {"bpb": {"val": 1.7}, **chat})
     write_stage(root, "sft", [*train, {"kind": "val", "step": 100, "loss": 1.0}], chat)
@@ -125,7 +126,7 @@ def test_whole_run(run):
     assert row(text.split("For scale")[0], "CORE") == ["0.2219 [0.201, 0.243]", "-", "-", "-", "9,042"]
     assert row(text.split("For scale")[0], "ARC-Easy") == ["-", interval, interval, interval, "2,376"]
     assert row(text.split("For scale")[0], "MMLU") == ["-"] * 5
-    assert row(text.split("For scale")[0], "ChatCORE") == ["-", *["0.0731 [0.050, 0.090]"] * 3, "99"]
+    assert row(text.split("For scale")[0], "ChatCORE") == ["-", *["0.0731 [0.050, 0.090]"] * 3, "-"]
     assert row(text, "spelling bee")[-1] == "1,000"
     assert row(text, "bits per byte") == ["1.6543", "1.7000", "-", "-", "-"]
     base = next(r for r in md_rows(text) if r[0] == "base")

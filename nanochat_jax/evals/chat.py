@@ -86,11 +86,12 @@ def most_likely(logits: np.ndarray, conversations: list[dict], tokenizer: Tokeni
     return answers
 
 
-def chatcore(results: Mapping[str, Mapping]) -> dict | None:
-    """{"accuracy", "n", "interval"}: the five tasks' mean centred accuracy, guessing 0, perfect 1; None without one."""
+def chatcore(results: Mapping[str, Mapping]) -> dict:
+    """{"chatcore", "chatcore_interval"}: the five tasks' mean centred accuracy, guessing 0, perfect 1; {"chatcore":
+    None} where one is missing.
+    """
     if not set(CHATCORE) <= set(results):
-        return None
-    counts = [results[name]["n"] for name in CHATCORE]
-    accuracies = [results[name]["accuracy"] for name in CHATCORE]
-    mean, low, high = centred_mean(list(zip(accuracies, counts, CHATCORE.values(), strict=True)))
-    return {"accuracy": mean, "n": sum(counts), "interval": [low, high]}
+        return {"chatcore": None}
+    measured = [(results[name]["accuracy"], results[name]["n"], chance) for name, chance in CHATCORE.items()]
+    mean, low, high = centred_mean(measured)
+    return {"chatcore": mean, "chatcore_interval": [low, high]}

@@ -54,9 +54,9 @@ def run(
 ) -> dict:
     """Measure the model of stage `source` on `tasks` ("bpb", "core", task names; None: the configured ones).
 
-    Returns {"bpb": {"val"}, "core": {...}, "tasks": {name: {"accuracy", "n", "interval"}}, "chatcore"}. A whole
-    evaluation as the run has it configured, of the newest checkpoint, is also written to the stage's eval.json. Where
-    that cannot be written, the figures are returned all the same, and it is said.
+    Returns {"bpb": {"val"}, "core": {...}, "tasks": {name: {"accuracy", "n", "interval"}}, "chatcore",
+    "chatcore_interval"}. A whole evaluation as the run has it configured, of the newest checkpoint, is also written to
+    the stage's eval.json. Where that cannot be written, the figures are returned all the same, and it is said.
     """
     names = tasks if tasks is not None else config.eval.base if source == "base" else config.eval.chat
     mesh = make_mesh(config.mesh)
@@ -78,7 +78,7 @@ def run(
     if loaded:
         figures["tasks"] = measure((params, cfg, tokenizer), loaded.values(), config, mesh, limit, log)
         correct = {name: result.pop("correct") for name, result in figures["tasks"].items()}
-        figures["chatcore"] = chatcore(figures["tasks"])
+        figures |= chatcore(figures["tasks"])
     in_pairs = len(correct.get(config.rl.task, ())) > 1  # one has no interval
     if source == "rl" and in_pairs and leaders(finished(workdir, "sft_continued")):
         task = loaded[config.rl.task]
