@@ -231,6 +231,12 @@ class EvalConfig:
     """Rows evaluated at once."""
     max_new_tokens: int = 512
     """Longest generated answer, tokens."""
+    temperature: float = 0.0
+    """Of generated answers; 0: greedy."""
+    top_k: int = 50
+    """Tokens considered at each position of an answer that is drawn; 0: all."""
+    num_samples: int = 1
+    """Answers to each question, drawn at a temperature above 0; one that is right is enough (pass@k)."""
 
 
 @dataclass(frozen=True)
@@ -388,7 +394,7 @@ AT_LEAST_ONE = {
     "mid": ("total_batch_size",),
     "sft": ("total_batch_size",),
     "rl": ("questions_per_step", "samples_per_question", "normalize_over", "max_new_tokens", "eval_examples", "pass_k"),
-    "eval": ("batch_size", "max_new_tokens", "max_examples"),
+    "eval": ("batch_size", "max_new_tokens", "max_examples", "num_samples"),
 }
 WITHIN = dict.fromkeys(("momentum_start", "momentum_peak", "momentum_end"), 0.9999)
 WITHIN |= {"warmdown_ratio": 1, "warmup_steps": math.inf, "init_lr_frac": math.inf, "final_lr_frac": math.inf}
@@ -420,6 +426,14 @@ def check_ranges(config: Config) -> None:
     for stage in ("mid", "sft"):
         if getattr(config, stage).val_rows < 0:
             raise UserError(f"--{stage}.val-rows {getattr(config, stage).val_rows}: at least 0 is needed")
+    for name, most in {"temperature": 100, "top_k": 2**31 - 1}.items():
+        value = getattr(config.eval, name)
+        if not 0 <= value <= most:
+            raise UserError(f"--eval.{name.replace('_', '-')} {value}: 0 to {most} can be sampled with")
+    if config.eval.num_samples > 1 and config.eval.temperature <= 0:
+        raise UserError(
+            f"--eval.num-samples {config.eval.num_samples} greedy answers are all the same: give --eval.temperature"
+        )
     if not 0 <= config.seed < 2**31:
         raise UserError(f"--seed {config.seed}: 0 to {2**31 - 1} are seeds")
     if config.loss_chunk != "auto" and config.loss_chunk < 0:

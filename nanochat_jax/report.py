@@ -177,7 +177,7 @@ def _comparison(found: dict) -> str:
     header = ("model", "accuracy", "minus sft", "minus sft continued", "FLOPs after sft", "time after sft")
     return (
         f"{show(found.get('n'), '{:,}')} questions of {plain(str(found.get('task')))} held out from training, the same "
-        f"for all, answered greedily; differences are paired, with 95% intervals.\n\n{table(header, rows)}"
+        f"for all, answered alike; differences are paired, with 95% intervals.\n\n{table(header, rows)}"
     )
 
 

@@ -84,7 +84,7 @@ class FakeEngine:
     def __init__(self, answers, max_len=10_000):
         self.cfg, self.max_len = SimpleNamespace(max_positions=max_len), max_len
         self.answers = {tuple(BYTES.render_for_completion(dialogue(q, ""))): a for q, a in answers.items()}
-        self.batches = []
+        self.batches, self.sampling = [], []
 
     def logits_at(self, prompts):
         self.batches.append(len(prompts))
@@ -95,10 +95,16 @@ class FakeEngine:
             logits[row, ord(self.answers[tuple(prompt)])] = 1.0
         return logits
 
-    def generate(self, prompts, sampling):
+    def generate(self, prompts, sampling, samples):
         self.batches.append(len(prompts))
-        assert sampling.temperature == 0.0 and sampling.max_tokens == 7
-        return [SimpleNamespace(text=self.answers[tuple(prompt)]) for prompt in prompts]
+        assert all(how.max_tokens == 7 for how in sampling)
+        self.sampling += sampling
+        # Of several samples the last one says what the table says.
+        return [
+            SimpleNamespace(text=self.answers[tuple(prompt)] if j == samples - 1 else "no idea")
+            for prompt in prompts
+            for j in range(samples)
+        ]
 
 
 def letters_task(n):
@@ -129,8 +135,21 @@ def test_generative_tasks_are_graded_in_row_order():
     answers = {task[i]["messages"][0]["content"]: f"it is {i + 1 if i in right else 'unknown'}" for i in range(12)}
     result = evaluate_task(task, FakeEngine(answers), BYTES, EvalConfig(batch_size=1, max_new_tokens=7), None, silent)
     assert [i for i, r in enumerate(result["correct"]) if r] == sorted(right) and result["accuracy"] == 0.25
-    cut = evaluate_task(task, FakeEngine(answers), BYTES, EvalConfig(max_new_tokens=7), 4, silent)
+    engine = FakeEngine(answers)
+    cut = evaluate_task(task, engine, BYTES, EvalConfig(max_new_tokens=7), 4, silent)
     assert cut["correct"] == [1, 0, 0, 1] and cut["n"] == 4
+    assert {how.temperature for how in engine.sampling} == {0.0}
+
+
+def test_one_right_answer_of_several_drawn_ones_is_enough():
+    task = sums_task(6)
+    engine = FakeEngine({task[i]["messages"][0]["content"]: str(i + 1 if i % 2 else "unknown") for i in range(6)})
+    settings = EvalConfig(max_new_tokens=7, temperature=0.8, top_k=20, num_samples=3)
+    result = evaluate_task(task, engine, BYTES, settings, None, silent)
+    assert result["correct"] == [0, 1] * 3 and result["n"] == 6
+    assert {(how.temperature, how.top_k) for how in engine.sampling} == {(0.8, 20)}
+    seeds = [how.seed + j for how in engine.sampling for j in range(3)]
+    assert len(set(seeds)) == 18  # no two answers draw alike
 
 
 def test_prompts_that_do_not_fit_count_as_wrong():

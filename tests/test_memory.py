@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from nanochat_jax import memory, run
 from nanochat_jax.cli import TrainOptions, UsageError, parse
-from nanochat_jax.config import BaseConfig, Config, FinetuneConfig, GPTConfig, ModelConfig, check_ranges
+from nanochat_jax.config import BaseConfig, Config, EvalConfig, FinetuneConfig, GPTConfig, ModelConfig, check_ranges
 from nanochat_jax.errors import UserError
 from nanochat_jax.loss import token_losses, weighted_loss
 from nanochat_jax.memory import device_limit, program_bytes, train_bytes, train_rows
@@ -275,6 +275,8 @@ def test_options_reach_the_configuration_and_come_back():
         ({"base": BaseConfig(momentum_peak=2.0)}, "--base.momentum-peak 2.0: 0 to 0.9999 can"),
         ({"base": BaseConfig(warmup_steps=-5)}, "--base.warmup-steps -5: 0 to inf can"),
         ({"mid": FinetuneConfig(val_rows=-1)}, "--mid.val-rows -1"),
+        ({"eval": EvalConfig(temperature=-0.5)}, "--eval.temperature -0.5: 0 to 100"),
+        ({"eval": EvalConfig(num_samples=4)}, "--eval.num-samples 4 greedy answers are all the same"),
     ],
 )
 def test_values_without_meaning_are_errors(change, words):

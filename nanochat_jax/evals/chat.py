@@ -1,7 +1,7 @@
 """Accuracy of a chat model on tasks, and ChatCORE.
 
-Categorical tasks compare the logits of the answer's letters at the place of the answer; generative ones sample
-greedily and are graded by the task.
+Categorical tasks compare the logits of the answer's letters at the place of the answer; the answers to generative ones
+are greedy, or drawn where the settings say so, and graded by the task.
 """
 
 from __future__ import annotations
@@ -52,7 +52,11 @@ def evaluate_task(
         log(f"{task.name}: {n - len(order)} of {n} prompts are longer than {limit} tokens and count as wrong")
     # The engine refills its rows by itself while it has more prompts than rows.
     step = settings.batch_size * (1 if task.kind == "categorical" else 4)
-    sampling = SamplingParams(temperature=0.0, max_tokens=settings.max_new_tokens)
+    samples = settings.num_samples
+    sampling = [
+        SamplingParams(settings.temperature, settings.top_k, max_tokens=settings.max_new_tokens, seed=i * samples)
+        for i in range(n)
+    ]
     correct = [0] * n
     with (
         ThreadPoolExecutor(os.cpu_count()) as graders,
@@ -61,13 +65,16 @@ def evaluate_task(
         for start in range(0, len(order), step):
             chosen = order[start : start + step]
             batch = [conversations[i] for i in chosen]
+            asked = [prompts[i] for i in chosen]
             if task.kind == "categorical":
-                answers = most_likely(engine.logits_at([prompts[i] for i in chosen]), batch, tokenizer)
+                answers = most_likely(engine.logits_at(asked), batch, tokenizer)
             else:
-                answers = [completion.text for completion in engine.generate([prompts[i] for i in chosen], sampling)]
+                drawn = engine.generate(asked, [sampling[i] for i in chosen], samples)
+                answers = [completion.text for completion in drawn]
+                chosen, batch = ([x for x in each for _ in range(samples)] for each in (chosen, batch))
             for i, right in zip(chosen, graders.map(task.grade, batch, answers), strict=True):
-                correct[i] = int(right)
-            bar.update(len(chosen))
+                correct[i] |= int(right)
+            bar.update(len(asked))
     right = sum(correct)
     low, high = wilson(right, n)
     log(f"{task.name}: accuracy {right / n:.4f} (n {n}, 95% {low:.4f} to {high:.4f})")

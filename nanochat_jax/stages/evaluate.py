@@ -207,7 +207,9 @@ def decides(config: Config) -> tuple:
 def answered_with(config: Config, limit: int | None) -> dict:
     """What decides which questions are asked and how they are answered, as JSON has it."""
     settings = {"seed": config.seed, "data": asdict(config.data), "compute_dtype": config.compute_dtype}
-    return json.loads(json.dumps(settings | {"max_new_tokens": config.eval.max_new_tokens, "max_examples": limit}))
+    names = ("max_new_tokens", "temperature", "top_k", "num_samples")
+    how = {name: getattr(config.eval, name) for name in names}
+    return json.loads(json.dumps(settings | how | {"max_examples": limit}))
 
 
 def compare(config: Config, workdir: Path, mesh: Mesh, task: Task, rl: list[int], limit: int | None, log: Log) -> dict:
