@@ -84,10 +84,11 @@ def run(
         task = loaded[config.rl.task]
         figures["comparison"] = compare(config, workdir, mesh, task, correct[task.name], limit, log)
     figures = finite(figures, source, log)
-    as_configured = decides(config) == decides(read_config(workdir))
-    if tasks is None and max_examples is None and step is None and as_configured and is_leader():
+    settings, configured = decides(config, limit), read_config(workdir)
+    as_configured = settings == decides(configured, configured.eval.max_examples)
+    if tasks is None and step is None and as_configured and is_leader():
         # Row by row, so that stages can be compared in pairs without running them again.
-        rows = {"step": found, "settings": answered_with(config, limit), "correct": correct}
+        rows = {"step": found, "settings": settings, "correct": correct}
         try:
             write_json(workdir / source / "eval.json", figures)
             write_json(workdir / source / "correct.json", rows)
@@ -197,19 +198,15 @@ def finite(value: Any, name: str, log: Log) -> Any:
     return value
 
 
-def decides(config: Config) -> tuple:
-    """What the figures follow from; where the same sets lie, and how many rows go through the model at once, is not."""
+def decides(config: Config, limit: int | None) -> dict:
+    """What the figures of `limit` rows a task follow from, as JSON has it: not where the same sets lie, nor how many
+    rows go through the model at once.
+    """
     data = replace(config.data, cache="", num_shards=1, mirror=None, eval_bundle=None)
-    settings = replace(config.eval, batch_size=1)
-    return settings, data, config.model, config.seed, config.compute_dtype, config.base.eval_tokens, config.rl.task
-
-
-def answered_with(config: Config, limit: int | None) -> dict:
-    """What decides which questions are asked and how they are answered, as JSON has it."""
-    settings = {"seed": config.seed, "data": asdict(config.data), "compute_dtype": config.compute_dtype}
-    names = ("max_new_tokens", "temperature", "top_k", "num_samples")
-    how = {name: getattr(config.eval, name) for name in names}
-    return json.loads(json.dumps(settings | how | {"max_examples": limit}))
+    settings = replace(config.eval, batch_size=1, max_examples=limit)
+    parts = {"eval": asdict(settings), "data": asdict(data), "model": asdict(config.model)}
+    others = (config.seed, config.compute_dtype, config.base.eval_tokens, config.rl.task)
+    return json.loads(json.dumps(parts | {"others": others}))
 
 
 def compare(config: Config, workdir: Path, mesh: Mesh, task: Task, rl: list[int], limit: int | None, log: Log) -> dict:
@@ -219,9 +216,7 @@ def compare(config: Config, workdir: Path, mesh: Mesh, task: Task, rl: list[int]
     for source in ("sft", "sft_continued"):
         saved = workdir / source / "correct.json"
         before = leaders(json.loads(saved.read_text(encoding="utf-8")) if saved.exists() else {})
-        same = before.get("step") == done[source].get("steps") and before.get("settings") == answered_with(
-            config, limit
-        )
+        same = before.get("step") == done[source].get("steps") and before.get("settings") == decides(config, limit)
         if same and task.name in before["correct"]:
             right[source] = before["correct"][task.name]
             continue
