@@ -42,7 +42,7 @@ def speedrun(options: SpeedrunOptions, workdir: Path) -> None:
     stages = [name for name in STAGES if name in options.chosen()]
     done = {name: distributed.leaders(run.finished(workdir, name)) for name in stages}
     if todo := [name for name in stages if name in MODEL_STAGES and not done[name]]:
-        check_ahead(options.config, todo, workdir)
+        check_ahead(options.config, todo, workdir, cli.log)
     for stage in stages:
         if done[stage]:
             cli.log(f"{stage}: finished already, skipped")

@@ -20,7 +20,7 @@ import re
 import runpy
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -84,7 +84,8 @@ class SharedOptions(Options):
             return
         log(f"process {member.index} of {member.count}: meeting at {member.host}:{member.port}")
         log(distributed.initialize(member, workdir))
-        made_of = json.dumps(dataclasses.asdict(self.config), sort_keys=True)
+        own = dict.fromkeys(("coordinator", "num_processes", "process_id", "experiment"))
+        made_of = json.dumps(dataclasses.asdict(dataclasses.replace(self, **own)), sort_keys=True)
         if len(set(distributed.gather_json(made_of))) > 1:
             raise UserError("the processes were started with different options: give all of them the same")
 
@@ -125,10 +126,18 @@ class EvalOptions(ModelOptions, SharedOptions):
     """Evaluations, separated by commas: bpb, core, arc_easy, ...; unset: those of the configuration."""
     max_examples: int | None = None
     """Rows of each task; unset: as configured."""
+    json: Flag = False
+    """Nothing changes: the line of JSON is always there."""
 
     def check(self) -> None:
         if self.max_examples is not None and self.max_examples < 1:
             raise UsageError(f"--max-examples {self.max_examples}: at least 1 is needed")
+        if self.tasks is not None and not self.named():
+            raise UsageError("--tasks names nothing: bpb, core, or tasks, separated by commas")
+
+    def named(self) -> tuple[str, ...]:
+        """The names in `tasks`."""
+        return tuple(name.strip() for name in (self.tasks or "").split(",") if name.strip())
 
 
 @dataclass(frozen=True)
@@ -216,7 +225,7 @@ class BenchOptions(Options):
     what: tyro.conf.Positional[Part] = tyro.MISSING
     """The part to measure."""
     json: Flag = False
-    """End stdout with one line of JSON that holds every figure."""
+    """Nothing changes: the line of JSON that ends stdout is always there."""
     repeat: int = 10
     """Repetitions that count, after warm-up."""
     rows: tuple[int, ...] = ()
@@ -293,11 +302,14 @@ def run_command(prog: str, kind: type[Options], command: Command, about: str, ar
     config, workdir, origin = _defaults(argv, starts_run, tolerant=command is report)
     options = parse(kind, config, argv, prog, f"{about}\n\nDefaults shown are those of {origin}.")
     options.check()
-    check_ranges(options.config)
-    if training:
-        from nanochat_jax.tasks import check_names
+    with _usage():
+        check_ranges(options.config)
+        if isinstance(options, SharedOptions):  # those that train or evaluate
+            from nanochat_jax.sharding import parse_mesh
+            from nanochat_jax.tasks import check_names
 
-        check_names(options.config)
+            parse_mesh(options.config.mesh)
+            check_names(options.config, options.named() if isinstance(options, EvalOptions) else ())
     log(f"run {workdir}, configuration from {origin}")
     if training and options.plan:
         from nanochat_jax.plan import format_plan, plan
@@ -318,6 +330,15 @@ def run_command(prog: str, kind: type[Options], command: Command, about: str, ar
         command(options, workdir)
 
 
+@contextlib.contextmanager
+def _usage() -> Iterator[None]:
+    """Around checks of values that were given: what they refuse is a UsageError."""
+    try:
+        yield
+    except UserError as error:
+        raise UsageError(str(error)) from None
+
+
 def parse(kind: type[Options], config: Config, argv: Sequence[str], prog: str, description: str) -> Any:
     """`argv` as an instance of `kind` with `config` as defaults. UsageError with tyro's message in one line."""
     stdout, stderr = io.StringIO(), io.StringIO()
@@ -333,19 +354,19 @@ def parse(kind: type[Options], config: Config, argv: Sequence[str], prog: str, d
 
 
 def load_experiment(path: Path) -> Config:
-    """`config` of an experiment file. UserError where the file is missing, fails or defines none."""
+    """`config` of an experiment file. UsageError where the file is missing, fails or defines none."""
     if not path.is_file():
-        raise UserError(f"--experiment {path}: there is no such file")
+        raise UsageError(f"--experiment {path}: there is no such file")
     try:
         config = runpy.run_path(str(path)).get("config")
     except (Exception, SystemExit) as error:
-        raise UserError(f"--experiment {path}: {type(error).__name__}: {error}") from None
+        raise UsageError(f"--experiment {path}: {type(error).__name__}: {error}") from None
     if not isinstance(config, Config):
-        raise UserError(f"--experiment {path}: it must define `config`, a nanochat_jax.config.Config")
+        raise UsageError(f"--experiment {path}: it must define `config`, a nanochat_jax.config.Config")
     try:
         check_types(config)
     except UserError as error:
-        raise UserError(f"--experiment {path}: {error}") from None
+        raise UsageError(f"--experiment {path}: {error}") from None
     return config
 
 
@@ -395,9 +416,10 @@ def train(stage: str, options: TrainOptions, workdir: Path) -> None:
 def evaluate(options: EvalOptions, workdir: Path) -> None:
     from nanochat_jax.stages import evaluate
 
-    tasks = None if options.tasks is None else tuple(name.strip() for name in options.tasks.split(","))
     source = run.newest_model(workdir, options.source)
-    figures = evaluate.run(options.config, workdir, source, tasks, options.max_examples, log, options.step)
+    figures = evaluate.run(
+        options.config, workdir, source, options.named() or None, options.max_examples, log, options.step
+    )
     if distributed.is_leader():
         print(json.dumps(figures), flush=True)
 
@@ -409,16 +431,17 @@ def chat(options: ChatOptions, workdir: Path) -> None:
     temperature = options.temperature
     if temperature is None:
         temperature = CONVERSATION_TEMPERATURE if options.prompt is None or options.raw else 0.0
-    sampling = SamplingParams(
-        temperature=temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        min_p=options.min_p,
-        repetition_penalty=options.repetition_penalty,
-        stop=options.stop,
-        max_tokens=options.max_tokens,
-        seed=options.config.seed,
-    )
+    with _usage():
+        sampling = SamplingParams(
+            temperature=temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            min_p=options.min_p,
+            repetition_penalty=options.repetition_penalty,
+            stop=options.stop,
+            max_tokens=options.max_tokens,
+            seed=options.config.seed,
+        )
     engine, tokenizer, name = _engine(options, workdir, rows=1)
     if options.prompt is None:
         talk(engine, tokenizer, sampling)
@@ -462,9 +485,7 @@ def bench(options: BenchOptions, workdir: Path) -> None:
     from nanochat_jax.bench import Settings, measured
 
     settings = Settings(options.repeat, options.rows, options.impls, options.step_only)
-    figures = measured(options.what, options.config, settings, log)
-    if options.json:
-        print(json.dumps(figures), flush=True)
+    print(json.dumps(measured(options.what, options.config, settings, log)), flush=True)
 
 
 def _defaults(argv: Sequence[str], starts_run: bool, tolerant: bool = False) -> tuple[Config, Path, str]:
@@ -567,5 +588,5 @@ COMMANDS: dict[str, tuple[type[Options], Command, str]] = {
     "serve": (ServeOptions, serve, "Serve the chat page and the OpenAI-compatible API."),
     "report": (Options, report, "Write report.md and report.html of a run."),
     "convert": (ConvertOptions, convert, "Take over a model of karpathy/nanochat, or hand one to Hugging Face."),
-    "bench": (BenchOptions, bench, "Measure one part on this machine; tables on stderr."),
+    "bench": (BenchOptions, bench, "Measure one part on this machine; tables on stderr, JSON on stdout."),
 }

@@ -440,3 +440,4 @@ def check_ranges(config: Config) -> None:
         raise UserError(f"--loss-chunk {config.loss_chunk}: auto, or at least 0 is needed")
     if config.device_memory_gb is not None and not 0 < config.device_memory_gb <= 2**20:
         raise UserError(f"--device-memory-gb {config.device_memory_gb:g}: more than 0, and at most {2**20}, is needed")
+    GPTConfig.from_depth(config.model, config.tokenizer.vocab_size)

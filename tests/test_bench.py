@@ -24,7 +24,7 @@ def bench(capsys):
     """Runs `bench` and gives its status, its figures and stderr."""
 
     def run(*words):
-        status = cli.main(["bench", *map(str, words), "--experiment", str(TINY), "--json"])
+        status = cli.main(["bench", *map(str, words), "--experiment", str(TINY)])
         out, err = capsys.readouterr()
         return status, json.loads(out.splitlines()[-1]) if out else None, err
 

@@ -92,6 +92,8 @@ def parquet(folder: Path, name: str, column: str = "text") -> Path:
         (["chat", "--source", "tokenizer"], ["--source", "'tokenizer'"]),
         (["chat", "--json"], ["--json needs a prompt"]),
         (["eval", "--max-examples", "0"], ["--max-examples 0", "at least 1"]),
+        (["eval", "--tasks", "bpb,nosuch"], ["--tasks: unknown task 'nosuch'"]),
+        (["eval", "--tasks", ","], ["--tasks names nothing"]),
         (["pretrain", "--workdir"], ["--workdir"]),
     ],
 )
@@ -115,13 +117,13 @@ def test_no_frames_in_errors(capsys, monkeypatch, encoding):
 
 def test_mistakes_in_an_experiment_file(capsys, tmp_path):
     path = tmp_path / "mine.py"
-    expect_error(capsys, ["pretrain", "--experiment", path], 1, "mine.py", "no such file")
+    expect_error(capsys, ["pretrain", "--experiment", path], 2, "mine.py", "no such file")
     path.write_text("config = 3\n")
-    expect_error(capsys, ["pretrain", "--experiment", path], 1, "mine.py", "must define `config`")
+    expect_error(capsys, ["pretrain", "--experiment", path], 2, "mine.py", "must define `config`")
     path.write_text("import nowhere_to_be_found\n")
-    expect_error(capsys, ["pretrain", "--experiment", path], 1, "mine.py", "nowhere_to_be_found")
+    expect_error(capsys, ["pretrain", "--experiment", path], 2, "mine.py", "nowhere_to_be_found")
     path.write_text("raise SystemExit('bye')\n")
-    expect_error(capsys, ["pretrain", "--experiment", path], 1, "mine.py", "bye")
+    expect_error(capsys, ["pretrain", "--experiment", path], 2, "mine.py", "bye")
     for mistake, words in (
         ("mesh=8", "--mesh 8 is not of type str"),
         ('model=replace(c.model, depth="4")', "--model.depth '4' is not of type int"),
@@ -130,7 +132,7 @@ def test_mistakes_in_an_experiment_file(capsys, tmp_path):
         ('eval=replace(c.eval, chat=("gsm8k", 5))', "--eval.chat ('gsm8k', 5) is not of type tuple[str, ...]"),
     ):
         path.write_text(f"{EXPERIMENT}\nconfig = replace(config, {mistake})\n")
-        expect_error(capsys, ["pretrain", "--experiment", path], 1, "mine.py", words)
+        expect_error(capsys, ["pretrain", "--experiment", path], 2, "mine.py", words)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +151,7 @@ def test_mistakes_in_an_experiment_file(capsys, tmp_path):
 def test_mistakes_of_later_stages_are_found_before_anything_is_done(capsys, experiment, tmp_path, options, part):
     for more in ([], ["--plan"]):
         argv = ["pretrain", "--experiment", experiment, "--workdir", tmp_path / "w", *options, *more]
-        expect_error(capsys, argv, 1, part)
+        expect_error(capsys, argv, 2, part)
     assert not (tmp_path / "w").exists()
 
 
@@ -181,19 +183,21 @@ def test_bad_training_data(capsys, experiment, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "parts"),
+    ("options", "status", "parts"),
     [
-        (["--mesh", "tensor=3"], ["tensor=3", "does not divide"]),
-        (["--mesh", "4"], ["total-batch-size", "4"]),
-        (["--mesh", "99"], ["99", "8 found", "xla_force_host_platform_device_count=99"]),
-        (["--mesh", "many"], ["--mesh 'many'"]),
-        (["--attention", "cudnn"], ["cudnn", "--attention auto"]),
-        (["--model.depth", "0", "--force"], ["--model.depth 0"]),
+        (["--mesh", "tensor=3"], 1, ["tensor=3", "does not divide"]),
+        (["--mesh", "4"], 1, ["total-batch-size", "4"]),
+        (["--mesh", "99"], 1, ["99", "8 found", "xla_force_host_platform_device_count=99"]),
+        (["--mesh", "many"], 2, ["--mesh 'many'"]),
+        (["--attention", "cudnn"], 1, ["cudnn", "--attention auto"]),
+        (["--model.depth", "0", "--force"], 2, ["--model.depth 0"]),
+        (["--model.window-pattern", "XYZ"], 2, ["--model.window-pattern 'XYZ'"]),
     ],
 )
-def test_what_cannot_run_here(capsys, experiment, trained, tmp_path, options, parts):
+def test_what_cannot_run(capsys, experiment, trained, tmp_path, options, status, parts):
+    """Anywhere: status 2, as for an unknown option; here: 1."""
     Tokenizer.load(trained / "tokenizer").save(tmp_path / "tokenizer")
-    expect_error(capsys, ["pretrain", "--experiment", experiment, "--workdir", tmp_path, *options], 1, *parts)
+    expect_error(capsys, ["pretrain", "--experiment", experiment, "--workdir", tmp_path, *options], status, *parts)
 
 
 def test_no_model_to_load(capsys, experiment, trained, tmp_path, monkeypatch):
@@ -380,7 +384,7 @@ def test_chat_answers_once(capsys, trained):
     expect_error(capsys, ["chat", "--workdir", trained, "-p", "a", "--step", "4"], 1, "no checkpoint of step 4", ": 3")
     expect_error(capsys, ["chat", "--workdir", trained, "-p", "a", "--step", "best"], 1, "validation")
     expect_error(capsys, ["chat", "--workdir", trained, "--raw", "-p", "dog " * 200], 1, "the context holds 64")
-    expect_error(capsys, ["chat", "--workdir", trained, "-p", "a", "--top-p", "2"], 1, "top_p 2")
+    expect_error(capsys, ["chat", "--workdir", trained, "-p", "a", "--top-p", "2"], 2, "top_p 2")
 
 
 def test_chat_of_several_turns(capsys, trained, monkeypatch):

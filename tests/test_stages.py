@@ -24,7 +24,7 @@ from nanochat_jax.sharding import make_mesh
 from nanochat_jax.stages import evaluate, finetune, pretrain, samples
 from nanochat_jax.stages.ahead import check_ahead
 from nanochat_jax.stages.session import open_session
-from nanochat_jax.tasks import Mixture
+from nanochat_jax.tasks import Mixture, humaneval
 from nanochat_jax.train import eval_losses
 
 
@@ -102,6 +102,13 @@ def test_another_evaluation_than_the_runs_own_leaves_its_figures(run):
             {"sft": replace(tiny.config.sft, init_from="runs/nowhere/other")},
             "--sft.init-from runs/nowhere/other has no",
         ),
+        (
+            {
+                "data": replace(tiny.config.data, mirror="nowhere"),
+                "eval": replace(tiny.config.eval, chat=("arc_easy",)),
+            },
+            "cannot get allenai/ai2_arc ARC-Easy test",
+        ),
         ({"rl": replace(tiny.config.rl, samples_per_question=1)}, "2 samples or more"),
         ({"rl": replace(tiny.config.rl, temperature=0.0)}, "--rl.temperature 0.0"),
         ({"rl": replace(tiny.config.rl, temperature=101.0)}, "temperature 101.0 is outside 0 to 100"),
@@ -113,26 +120,41 @@ def test_another_evaluation_than_the_runs_own_leaves_its_figures(run):
     ],
 )
 def test_what_ends_a_later_stage_is_known_before_the_first(change, words, tmp_path):
-    check_ahead(tiny.config, MODEL_STAGES, tmp_path)
+    check_ahead(tiny.config, MODEL_STAGES, tmp_path, quiet)
     config = replace(tiny.config, **change)
     with pytest.raises(UserError, match=words):
-        check_ahead(config, MODEL_STAGES, tmp_path)
+        check_ahead(config, MODEL_STAGES, tmp_path, quiet)
     if "mesh" not in change:
-        check_ahead(config, ["base"], tmp_path)  # which does not need it
+        check_ahead(config, ["base"], tmp_path, quiet)  # which does not need it
+
+
+def test_what_an_evaluation_needs_is_known_before_the_first_stage(tmp_path, monkeypatch):
+    core = replace(tiny.config, eval=replace(tiny.config.eval, base=("bpb", "core")))
+    with pytest.raises(UserError, match=r"has no core\.yaml"):
+        check_ahead(replace(core, data=replace(core.data, eval_bundle="nowhere")), ["base"], tmp_path, quiet)
+
+    def refuse():
+        raise UserError("no isolation here")
+
+    monkeypatch.setattr(humaneval, "require_isolation", refuse)
+    programs = replace(tiny.config, eval=replace(tiny.config.eval, chat=("humaneval",)))
+    with pytest.raises(UserError, match="no isolation here"):
+        check_ahead(programs, ["mid"], tmp_path, quiet)
+    check_ahead(programs, ["base"], tmp_path, quiet)  # after which no programs are run
 
 
 def test_a_start_may_be_what_the_same_run_makes(tmp_path):
     for folder, there in ((tmp_path, True), (tmp_path / "other", False)):
         config = replace(tiny.config, sft=replace(tiny.config.sft, init_from=str(folder / "base")))
         with contextlib.nullcontext() if there else pytest.raises(UserError, match=r"--sft.init-from .* has no check"):
-            check_ahead(config, MODEL_STAGES, tmp_path)
+            check_ahead(config, MODEL_STAGES, tmp_path, quiet)
 
 
 def test_a_default_batch_is_checked_ahead_too(tmp_path):
     config = replace(tiny.config, mesh="3", sft=replace(tiny.config.sft, total_batch_size=None))
     for stages in (["sft"], ["rl"]):  # rl trains sft on, for comparison
         with pytest.raises(UserError, match=f"--sft.total-batch-size .* is {DEFAULT_ROWS} rows"):
-            check_ahead(config, stages, tmp_path)
+            check_ahead(config, stages, tmp_path, quiet)
 
 
 def test_the_report_shows_all_stages(run):

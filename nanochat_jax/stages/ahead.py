@@ -1,4 +1,4 @@
-"""What would end a later stage when it begins, found before the first: rather than after hours."""
+"""What would end a later stage or its evaluation when it begins, found before the first: rather than after hours."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from nanochat_jax.config import DEFAULT_ROWS, MODEL_STAGES, Config
-from nanochat_jax.data.conversations import read_jsonl
+from nanochat_jax.data.download import fetch_eval_bundle
 from nanochat_jax.errors import UserError
 from nanochat_jax.fp8 import precision
 from nanochat_jax.optim import horizon
@@ -14,12 +14,13 @@ from nanochat_jax.run import gpt_config
 from nanochat_jax.sharding import check_mesh, data_shards, make_mesh, rows_of_microbatch, rows_of_step
 from nanochat_jax.stages.finetune import check_mixture
 from nanochat_jax.stages.rl import check_settings
-from nanochat_jax.tasks import parse
+from nanochat_jax.stages.session import Log
+from nanochat_jax.tasks import Mixture, load
 
 
-def check_ahead(config: Config, stages: Collection[str], workdir: Path) -> None:
-    """UserError for what would end one of these stages, to be run in `workdir`: mesh, batch, conversations, start,
-    rl's settings.
+def check_ahead(config: Config, stages: Collection[str], workdir: Path, log: Log) -> None:
+    """UserError for what would end one of these stages, to be run in `workdir`, or the evaluation after it: mesh,
+    batch, start, rl's settings, sets and CORE, which are fetched where they are not here, the sandbox.
     """
     cfg, mesh = gpt_config(config, config.tokenizer.vocab_size), make_mesh(config.mesh)
     shards = data_shards(mesh)
@@ -34,11 +35,16 @@ def check_ahead(config: Config, stages: Collection[str], workdir: Path) -> None:
             rows_of_microbatch(name, rows, stage.device_batch_size, shards)
         if name != "base":
             check_mixture(name, stage)
-            for file, *_ in map(parse, stage.mixture):
-                if file.endswith(".jsonl"):
-                    read_jsonl(Path(file))
+            Mixture(stage.mixture, "train", config.data, config.seed)
     if "rl" in stages:
         check_settings(config.rl)
+        for split in ("train", "val"):
+            load(config.rl.task, split, config.data, config.seed)
+    measured = {name for stage in stages for name in (config.eval.base if stage == "base" else config.eval.chat)}
+    if "core" in measured:
+        fetch_eval_bundle(config.data, log)
+    for name in sorted(measured - {"bpb", "core"}):
+        load(name, "test", config.data, config.seed, config.unsafe_sandbox)
     for name in [name for name in MODEL_STAGES if name in stages]:
         if getattr(config, name).init_from is None:
             continue

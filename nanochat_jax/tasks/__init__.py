@@ -49,13 +49,15 @@ TO_REINFORCE = ("arithmetic", "multistep", "simple_spelling", "spelling_bee", "g
 """Sets with rows to train on and to hold out whose answers are written, not chosen, and graded."""
 
 
-def check_names(config: Config) -> None:
-    """UserError for a task of a stage or an evaluation that does not exist or cannot be used so. Reads no file."""
+def check_names(config: Config, asked: Sequence[str] = ()) -> None:
+    """UserError for a task of a stage or an evaluation that does not exist or cannot be used so, or is `asked` for by
+    `eval --tasks`. Reads no file.
+    """
     mixtures = {
         f"--{stage}.mixture": [name for name, *_ in map(parse, mixture) if not name.endswith(".jsonl")]
         for stage, mixture in (("mid", config.mid.mixture), ("sft", config.sft.mixture))
     }
-    evaluations = {"--eval.base": config.eval.base, "--eval.chat": config.eval.chat}
+    evaluations = {"--eval.base": config.eval.base, "--eval.chat": config.eval.chat, "--tasks": asked}
     for option, names in (mixtures | {"--rl.task": [config.rl.task]} | evaluations).items():
         if option in evaluations:
             there = [name for name in (*LOADERS, "bpb", "core") if name not in NOT_TO_GRADE]
