@@ -14,4 +14,5 @@ config = replace(
     defaults,
     model=replace(defaults.model, depth=12),
     data=replace(defaults.data, num_shards=40),
+    device_hour_cost=3.0,  # 8 x H100 at about $24 an hour, as the reference reckons
 )

@@ -16,4 +16,5 @@ config = replace(
     data=replace(defaults.data, num_shards=170),
     base=replace(defaults.base, device_batch_size=16),
     mid=replace(defaults.mid, device_batch_size=16),
+    device_hour_cost=3.0,  # 8 x H100 at about $24 an hour, as the reference reckons
 )

@@ -1,6 +1,6 @@
 """All stages on a card of 12 GB: depth 12, width 768, 286M parameters, 1.3B tokens.
 
-Command:  XLA_PYTHON_CLIENT_MEM_FRACTION=0.92 python run_speedrun.py --experiment experiments/gpu_12gb.py
+Command:  python run_speedrun.py --experiment experiments/gpu_12gb.py
 Cost:     estimated, not measured on such a card: about 39 hours on an RTX 3060 (plan's assumptions: 40% of the peak)
 Result:   not measured yet
 

@@ -1,6 +1,6 @@
 """All stages on a card of 24 GB: depth 16, width 1024, 537M parameters, 2.8B tokens.
 
-Command:  XLA_PYTHON_CLIENT_MEM_FRACTION=0.92 python run_speedrun.py --experiment experiments/gpu_24gb.py
+Command:  python run_speedrun.py --experiment experiments/gpu_24gb.py
 Cost:     estimated, not measured on such a card: about 23 hours on an RTX 4090 (plan's assumptions: 40% of the peak)
 Result:   not measured yet
 

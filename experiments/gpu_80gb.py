@@ -1,6 +1,6 @@
 """All stages on a card of 80 GB: depth 20, width 1280, 897M parameters, 5.2B tokens.
 
-Command:  XLA_PYTHON_CLIENT_MEM_FRACTION=0.92 python run_speedrun.py --experiment experiments/gpu_80gb.py
+Command:  python run_speedrun.py --experiment experiments/gpu_80gb.py
 Cost:     estimated, not measured on such a card: about 12 hours on an H100 (plan's assumptions: 40% of the peak)
 Result:   not measured yet
 

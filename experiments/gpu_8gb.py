@@ -1,6 +1,6 @@
 """All stages on a card of 8 GB: depth 10, width 640, 196M parameters, 0.84B tokens.
 
-Command:  XLA_PYTHON_CLIENT_MEM_FRACTION=0.92 python run_speedrun.py --experiment experiments/gpu_8gb.py
+Command:  python run_speedrun.py --experiment experiments/gpu_8gb.py
 Cost:     estimated, not measured on such a card: about 11 hours on an RTX 3070 (plan's assumptions: 40% of the peak)
 Result:   not measured yet
 

@@ -32,4 +32,5 @@ config = replace(
         momentum_warmup=300,
         init_optimizer=True,
     ),
+    device_hour_cost=3.0,  # 8 x H100 at about $24 an hour, as the reference reckons
 )

@@ -16,4 +16,5 @@ config = replace(
     data=replace(defaults.data, source="fineweb-edu", num_shards=170),
     base=replace(defaults.base, target_param_data_ratio=8.0, device_batch_size=16),
     mid=replace(defaults.mid, device_batch_size=16),
+    device_hour_cost=3.0,  # 8 x H100 at about $24 an hour, as the reference reckons
 )

@@ -132,6 +132,8 @@ class StageConfig:
     """End the stage early after this many steps, schedules unchanged."""
     init_from: str | None = None
     """WORKDIR/STAGE to take the weights from, instead of the stage before."""
+    init_step: int | Literal["best"] | None = None
+    """Checkpoint to take them from: a step, or `best`, that of the best validation; unset: the newest."""
     init_optimizer: bool = False
     """Start with the optimizer's moments of where the weights come from as well, instead of fresh ones."""
     sample_tokens: int = 64

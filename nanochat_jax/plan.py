@@ -97,7 +97,7 @@ def plan(config: Config) -> dict[str, Any]:
         "rows": rows,
         "memory": memory,
         "disk": _disk(config, cfg, counts),
-        "assumptions": _assumptions(rates, cfg, attention),
+        "assumptions": _assumptions(rates, cfg, attention, config.device_hour_cost),
     }
 
 
@@ -252,7 +252,7 @@ def _disk(config: Config, cfg: GPTConfig, counts: dict[str, int]) -> dict[str, f
     return disk | {"total": sum(disk.values())}
 
 
-def _assumptions(rates: dict[str, float], cfg: GPTConfig, attention: str) -> list[str]:
+def _assumptions(rates: dict[str, float], cfg: GPTConfig, attention: str, price: float) -> list[str]:
     speeds = ", ".join(f"{name}: {rate / 1e9:,.0f} GFLOP/s" for name, rate in rates.items())
     lengths = ", ".join(f"{name} {length}" for name, (_, length) in PUBLIC_SETS.items())
     return [
@@ -264,5 +264,6 @@ def _assumptions(rates: dict[str, float], cfg: GPTConfig, attention: str) -> lis
         f"and unit of width; with remat {REMAT_VALUES * jnp.dtype(cfg.compute_dtype).itemsize:.0f}, a third more work",
         f"attention {attention} {'keeps' if attention in KEEPS_SCORES else 'does not keep'} its scores",
         f"device-batch-size auto: counted as 1 row; a shard has {SHARD_BYTES / 1e6:.0f} MB",
+        f"a device costs ${price:,.2f} an hour" if price else "no dollars, as --device-hour-cost DOLLARS is not given",
         "not counted: evaluation, downloads, tokenizer training, compilation",
     ]

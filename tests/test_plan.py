@@ -214,7 +214,8 @@ def test_text_says_everything():
         "weights", "optimizer", "activations", "shards", "checkpoints", "estimate", "40% MFU", "smoltalk 800", "not counted",
     ):  # fmt: skip
         assert words in text, words
-    assert "dollars" not in format_plan(plan(Config()))
+    free = format_plan(plan(Config()))
+    assert "dollars on" not in free and "no dollars, as --device-hour-cost" in free
 
 
 def test_nothing_is_downloaded_or_compiled(monkeypatch):

@@ -11,6 +11,7 @@ import pytest
 import tiny
 from stage_runs import last_state, losses, quiet, start, start_after
 
+from nanochat_jax.checkpoint import steps
 from nanochat_jax.config import DEFAULT_ROWS, MODEL_STAGES
 from nanochat_jax.data.download import ensure_shards
 from nanochat_jax.data.files import write_json
@@ -297,9 +298,24 @@ def test_the_optimizers_moments_can_come_along(run, tmp_path):
     assert mid["wte/embedding"]["count"] == base["wte/embedding"]["count"] + 2  # Adam's bias correction goes on
 
 
+def test_a_stage_can_start_from_an_earlier_checkpoint(run, tmp_path):
+    mid, first = replace(tiny.config.mid, stop_after=1), {}
+    earliest, *_, newest = steps(run / "base" / "checkpoints")
+    for step, found in ((None, newest), (earliest, earliest), ("best", newest)):
+        config, said = replace(tiny.config, mid=replace(mid, init_step=step)), []
+        folder = start_after(run, tmp_path / str(step), "mid", config)
+        finetune.run(config, folder, "mid", said.append)
+        assert f"mid: starting from step {found} of {folder / 'base'}" in said
+        first[step] = losses(folder, "mid")[0]
+    assert first["best"] == first[None] != first[earliest]
+    config = replace(tiny.config, mid=replace(mid, init_step=5))
+    with pytest.raises(UserError, match="no checkpoint of step 5"):
+        finetune.run(config, start_after(run, tmp_path / "gone", "mid", config), "mid", quiet)
+
+
 def test_moments_that_are_nowhere_are_refused(run, tmp_path):
     config = replace(tiny.config, base=replace(tiny.config.base, init_optimizer=True))
-    with pytest.raises(UserError, match="whose moments"):
+    with pytest.raises(UserError, match="whose"):
         pretrain.run(config, start(tmp_path / "new", config), quiet)
     config = replace(tiny.config, mid=replace(tiny.config.mid, init_optimizer=True))
     folder = start(tmp_path / "converted", config)

@@ -58,7 +58,7 @@ def continued(config: Config, workdir: Path, flops: float, log: Log, force: bool
         if is_leader():
             shutil.rmtree(workdir / "sft_continued")
         barrier("sft_continued removed")
-    settings = dataclasses.replace(config.sft, init_from=None, stop_after=None)
+    settings = dataclasses.replace(config.sft, init_from=None, init_step=None, init_optimizer=False, stop_after=None)
     train(config, settings, workdir, "sft_continued", log, force, flops)
 
 

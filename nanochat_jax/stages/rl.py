@@ -87,7 +87,7 @@ def run(config: Config, workdir: Path, log: Log, force: bool = False) -> None:
     log(engine.describe())
 
     def measure() -> None:
-        if session.owes("pass_at_k", settings.eval_every):
+        if session.owes("pass_at_k", settings.eval_every, at_first=True):
             engine.use(session.state.params)
             rates = pass_at_k(held_out, engine, session.tokenizer, settings, config.seed)
             session.validated(rates["1"], higher_is_better=True)

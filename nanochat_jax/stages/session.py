@@ -127,6 +127,7 @@ class Session:
             precision=precision(self.cfg, device),
             attention=self.cfg.attention,
             parameters=counts["total"],
+            seed=self.config.seed,
             steps=schedule.steps,
             tokens_a_step=tokens_a_step,
             tokens=tokens_a_step and schedule.steps * tokens_a_step,
@@ -232,9 +233,10 @@ class Session:
         """Whether something that happens every so many steps, 0 meaning only at the end, happens after this one."""
         return self.step == self.last or any(steps > 0 and self.step % steps == 0 for steps in every)
 
-    def owes(self, kind: str, every: int) -> bool:
-        """Whether a measurement is due after this step that no earlier start has made."""
-        return self.step > 0 and self.due(every) and (kind, self.step) not in self.measured
+    def owes(self, kind: str, every: int, *, at_first: bool = False) -> bool:
+        """Whether a measurement is due after this step, or before the first one, that no earlier start has made."""
+        due = self.due(every) if self.step > 0 else at_first and every > 0
+        return due and (kind, self.step) not in self.measured
 
     def spent(self) -> dict[str, float]:
         """What the steps so far took, for a measurement's record; seconds: without each start's first step."""
@@ -244,7 +246,7 @@ class Session:
         """Keep the checkpoint of this step, where there is one, if none has a better `value`. UserError for NaN."""
         if not math.isfinite(value):
             self._end(f"validation is {value} after {self.step} steps", self.step)
-        if self.saved == self.step:
+        if 0 < self.saved == self.step:
             self.checkpoints.note_validation(self.step, value, higher_is_better=higher_is_better)
 
     def checked(self, step: int, metrics: dict, batch: str) -> dict[str, float]:
@@ -331,7 +333,7 @@ def is_done(workdir: Path, name: str, log: Log) -> bool:
 
 
 def state_from(session: Session, workdir: Path, previous: str) -> TrainState:
-    """The newest model of the stage before, or of `init_from` WORKDIR/STAGE, on the session's mesh.
+    """The newest model of the stage before, or of `init_from` WORKDIR/STAGE, or its `init_step`, on the session's mesh.
 
     Moments are fresh, or with `init_optimizer` those of that stage.
     """
@@ -347,10 +349,15 @@ def state_from(session: Session, workdir: Path, previous: str) -> TrainState:
         raise UserError(
             f"--{session.name}.init-optimizer: {source} was converted and holds no moments: start without the option"
         )
-    cfg, mesh = session.cfg, session.mesh
+    cfg, mesh, step = session.cfg, session.mesh, session.stage.init_step
     if session.stage.init_optimizer:
-        return restored_state(cfg, mesh, restore(source / "checkpoints", None, saved_shapes(cfg, mesh))[0])
-    return with_optimizer(cfg, mesh, restore_params(source / "checkpoints", params_target(cfg, mesh))[0])
+        tree, _, found = restore(source / "checkpoints", step, saved_shapes(cfg, mesh))
+        state = restored_state(cfg, mesh, tree)
+    else:
+        params, _, found = restore_params(source / "checkpoints", params_target(cfg, mesh), step)
+        state = with_optimizer(cfg, mesh, params)
+    session.log(f"{session.name}: starting from step {found} of {source}")
+    return state
 
 
 def check_origin_of(session: Session, source: Path) -> None:
@@ -375,8 +382,10 @@ def initial_state(session: Session, seed: int) -> TrainState:
     """New parameters from the run's seed, or the model of `init_from`."""
     if session.stage.init_from:
         return state_from(session, Path(), "")
-    if session.stage.init_optimizer:
-        raise UserError(f"--{session.name}.init-optimizer needs --{session.name}.init-from: whose moments?")
+    if session.stage.init_optimizer or session.stage.init_step is not None:
+        raise UserError(
+            f"--{session.name}.init-optimizer and --{session.name}.init-step need --{session.name}.init-from: whose?"
+        )
     return with_optimizer(session.cfg, session.mesh, born_params(session.cfg, session.mesh, seed))
 
 
