@@ -50,7 +50,7 @@ def speedrun(options: SpeedrunOptions, workdir: Path) -> None:
             cli.train(stage, options, workdir)
             if not distributed.leaders(run.finished(workdir, stage)):
                 return  # stopped, as the stage has said
-        if stage in MODEL_STAGES and not distributed.leaders(run.evaluated(workdir, stage)):
+        if stage in MODEL_STAGES and not distributed.leaders(evaluate.is_current(options.config, workdir, stage)):
             evaluate.run(options.config, workdir, stage, None, None, cli.log)
     if distributed.is_leader():
         cli.log(f"report: {write_report(workdir)}")

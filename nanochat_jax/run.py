@@ -215,12 +215,6 @@ def finished(workdir: Path, stage: str) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def evaluated(workdir: Path, stage: str) -> bool:
-    """Whether eval.json of a complete stage is of its last step; one that was made on the way is not."""
-    path = workdir / stage / "eval.json"
-    return path.exists() and json.loads(path.read_text(encoding="utf-8"))["step"] == finished(workdir, stage)["steps"]
-
-
 def newest_run(root: Path = RUNS) -> Path:
     """The run under `root` with the newest checkpoint. Raises UserError where there is none."""
     saved: list[tuple[float, Path]] = []

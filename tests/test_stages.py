@@ -20,7 +20,7 @@ from nanochat_jax.errors import UserError
 from nanochat_jax.metrics import MetricsLog
 from nanochat_jax.optim import horizon
 from nanochat_jax.report import write_report
-from nanochat_jax.run import evaluated, finished, load_model, open_run
+from nanochat_jax.run import finished, load_model, open_run
 from nanochat_jax.sharding import make_mesh
 from nanochat_jax.stages import evaluate, finetune, pretrain, samples
 from nanochat_jax.stages.ahead import check_ahead
@@ -74,13 +74,18 @@ def test_rl_is_compared_with_answers_that_were_given_alike(run, monkeypatch):
     assert "sft" in compared_with(replace(tiny.config, eval=replace(tiny.config.eval, max_new_tokens=3)))
 
 
-def test_only_the_evaluation_of_the_last_step_counts(run, tmp_path):
+def test_only_the_evaluation_of_the_last_step_and_of_what_is_configured_counts(run, tmp_path):
     (tmp_path / "sft").mkdir()
-    for name in ("done.json", "eval.json"):
+    for name in ("done.json", "eval.json", "correct.json"):
         (tmp_path / "sft" / name).write_text((run / "sft" / name).read_text())
-    assert evaluated(tmp_path, "sft")
+    assert evaluate.is_current(tiny.config, tmp_path, "sft")
+    for change, same in (({"max_examples": 7}, False), ({"chat": ("choice",)}, False), ({"base": ("core",)}, True)):
+        config = replace(tiny.config, eval=replace(tiny.config.eval, **change))
+        assert evaluate.is_current(config, tmp_path, "sft") == same
     (tmp_path / "sft" / "eval.json").write_text(json.dumps({"step": 5}))
-    assert not evaluated(tmp_path, "sft")
+    assert not evaluate.is_current(tiny.config, tmp_path, "sft")
+    (tmp_path / "sft" / "eval.json").write_text("{")
+    assert not evaluate.is_current(tiny.config, tmp_path, "sft")
 
 
 def test_another_evaluation_than_the_runs_own_leaves_its_figures(run):

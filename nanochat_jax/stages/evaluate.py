@@ -84,8 +84,8 @@ def run(
         task = loaded[config.rl.task]
         figures["comparison"] = compare(config, workdir, mesh, task, correct[task.name], limit, log)
     figures = finite(figures, source, log)
-    settings, configured = decides(config, limit), read_config(workdir)
-    as_configured = settings == decides(configured, configured.eval.max_examples)
+    settings, configured = decides(config, source, limit), read_config(workdir)
+    as_configured = settings == decides(configured, source, configured.eval.max_examples)
     if tasks is None and step is None and as_configured and is_leader():
         # Row by row, so that stages can be compared in pairs without running them again.
         rows = {"step": found, "settings": settings, "correct": correct}
@@ -96,6 +96,20 @@ def run(
             # The figures may have taken hours: they are returned, written or not.
             log(f"{workdir / source}: the evaluation cannot be written there ({error.strerror}); it is only shown")
     return figures
+
+
+def is_current(config: Config, workdir: Path, stage: str) -> bool:
+    """Whether eval.json of a complete stage is of its last step and of what is configured: none that was made on the
+    way, or before other tasks or rows were asked for.
+    """
+    folder, steps = workdir / stage, finished(workdir, stage)["steps"]
+    try:
+        figures, rows = (
+            json.loads((folder / name).read_text(encoding="utf-8")) for name in ("eval.json", "correct.json")
+        )
+        return figures["step"] == steps and rows["settings"] == decides(config, stage, config.eval.max_examples)
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
 
 
 def validation_bpb(
@@ -198,15 +212,16 @@ def finite(value: Any, name: str, log: Log) -> Any:
     return value
 
 
-def decides(config: Config, limit: int | None) -> dict:
-    """What the figures of `limit` rows a task follow from, as JSON has it: not where the same sets lie, nor how many
-    rows go through the model at once.
+def decides(config: Config, source: str, limit: int | None) -> dict:
+    """What the figures of a stage, of `limit` rows a task, follow from, as JSON has it: not where the same sets lie,
+    nor how many rows go through the model at once.
     """
     data = replace(config.data, cache="", num_shards=1, mirror=None, eval_bundle=None)
-    settings = replace(config.eval, batch_size=1, max_examples=limit)
+    others = {"chat": ()} if source == "base" else {"base": ()}
+    settings = replace(config.eval, batch_size=1, max_examples=limit, **others)
     parts = {"eval": asdict(settings), "data": asdict(data), "model": asdict(config.model)}
-    others = (config.seed, config.compute_dtype, config.base.eval_tokens, config.rl.task)
-    return json.loads(json.dumps(parts | {"others": others}))
+    rest = (config.seed, config.compute_dtype, config.base.eval_tokens, config.rl.task)
+    return json.loads(json.dumps(parts | {"rest": rest}))
 
 
 def compare(config: Config, workdir: Path, mesh: Mesh, task: Task, rl: list[int], limit: int | None, log: Log) -> dict:
@@ -216,7 +231,9 @@ def compare(config: Config, workdir: Path, mesh: Mesh, task: Task, rl: list[int]
     for source in ("sft", "sft_continued"):
         saved = workdir / source / "correct.json"
         before = leaders(json.loads(saved.read_text(encoding="utf-8")) if saved.exists() else {})
-        same = before.get("step") == done[source].get("steps") and before.get("settings") == decides(config, limit)
+        same = before.get("step") == done[source].get("steps") and before.get("settings") == decides(
+            config, source, limit
+        )
         if same and task.name in before["correct"]:
             right[source] = before["correct"][task.name]
             continue
