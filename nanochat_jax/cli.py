@@ -30,7 +30,7 @@ import typeguard
 import tyro
 
 from nanochat_jax import distributed, run, track
-from nanochat_jax.config import Config, check_ranges
+from nanochat_jax.config import MODEL_STAGES, Config, check_ranges
 from nanochat_jax.errors import UserError
 from nanochat_jax.stopping import ending_at_once
 
@@ -395,8 +395,12 @@ def log(text: str) -> None:
 
 def download(options: Options, workdir: Path) -> None:
     from nanochat_jax.data.download import download
+    from nanochat_jax.stages.ahead import fetch_sets
 
     download(options.config, log)
+    # Programs may be run elsewhere.
+    fetch_sets(dataclasses.replace(options.config, unsafe_sandbox=True), MODEL_STAGES, log)
+    log("the sets of all stages and evaluations are here")
 
 
 def train(stage: str, options: TrainOptions, workdir: Path) -> None:
@@ -577,7 +581,11 @@ def _overview() -> str:
 
 
 COMMANDS: dict[str, tuple[type[Options], Command, str]] = {
-    "download": (Options, download, "Fetch the pretraining shards, the validation shard first."),
+    "download": (
+        Options,
+        download,
+        "Fetch all data of a run: shards, the validation shard first, CORE and the task sets.",
+    ),
     "tokenizer": (TrainOptions, partial(train, "tokenizer"), "Train the tokenizer on the training shards."),
     "pretrain": (TrainOptions, partial(train, "base"), "Train the base model on raw text."),
     "mid": (TrainOptions, partial(train, "mid"), "Teach the base model conversations, tools and multiple choice."),

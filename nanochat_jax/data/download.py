@@ -3,7 +3,7 @@
 A file appears under its name only when it is whole: it grows as `NAME.part`, is resumed there after a break, and is
 checked (size, the hash where the server tells it, the parquet footer) before it is renamed. The validation shard comes
 first. `HF_ENDPOINT` names a mirror of Hugging Face, `EVAL_BUNDLE_URL` one of the bundle, `HF_HUB_OFFLINE=1` forbids the
-network. Task sets are not fetched here: `datasets` keeps its own cache.
+network. Task sets are fetched by `datasets`, see tasks/hub.py.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from nanochat_jax.tasks import Mixture, load
 
 def check_ahead(config: Config, stages: Collection[str], workdir: Path, log: Log) -> None:
     """UserError for what would end one of these stages, to be run in `workdir`, or the evaluation after it: mesh,
-    batch, start, rl's settings, sets and CORE, which are fetched where they are not here, the sandbox.
+    batch, start, rl's settings, and see `fetch_sets`.
     """
     cfg, mesh = gpt_config(config, config.tokenizer.vocab_size), make_mesh(config.mesh)
     shards = data_shards(mesh)
@@ -35,16 +35,8 @@ def check_ahead(config: Config, stages: Collection[str], workdir: Path, log: Log
             rows_of_microbatch(name, rows, stage.device_batch_size, shards)
         if name != "base":
             check_mixture(name, stage)
-            Mixture(stage.mixture, "train", config.data, config.seed)
     if "rl" in stages:
         check_settings(config.rl)
-        for split in ("train", "val"):
-            load(config.rl.task, split, config.data, config.seed)
-    measured = {name for stage in stages for name in (config.eval.base if stage == "base" else config.eval.chat)}
-    if "core" in measured:
-        fetch_eval_bundle(config.data, log)
-    for name in sorted(measured - {"bpb", "core"}):
-        load(name, "test", config.data, config.seed, config.unsafe_sandbox)
     for name in [name for name in MODEL_STAGES if name in stages]:
         if getattr(config, name).init_from is None:
             continue
@@ -52,3 +44,20 @@ def check_ahead(config: Config, stages: Collection[str], workdir: Path, log: Log
         made_here = source.name in stages and source.parent.resolve() == workdir.resolve()
         if not made_here and not (source / "checkpoints").is_dir():
             raise UserError(f"--{name}.init-from {source} has no checkpoint: train {source.name} first")
+    fetch_sets(config, (*stages, *continued), log)
+
+
+def fetch_sets(config: Config, stages: Collection[str], log: Log) -> None:
+    """Bring what these stages learn from and are measured on to this machine, where it is not here, pretraining shards
+    left out. UserError where it cannot be had, or programs of humaneval could not be run.
+    """
+    for name in sorted({"mid", "sft"}.intersection(stages)):
+        Mixture(getattr(config, name).mixture, "train", config.data, config.seed)
+    if "rl" in stages:
+        for split in ("train", "val"):
+            load(config.rl.task, split, config.data, config.seed)
+    measured = {name for stage in stages for name in (config.eval.base if stage == "base" else config.eval.chat)}
+    if "core" in measured:
+        fetch_eval_bundle(config.data, log)
+    for name in sorted(measured - {"bpb", "core"}):
+        load(name, "test", config.data, config.seed, config.unsafe_sandbox)
