@@ -140,6 +140,20 @@ def test_streamed_answer_with_a_tool_call():
     assert chunks[-1]["choices"][0]["finish_reason"] == "stop" and chunks[-1]["usage"]["completion_tokens"] == 3
 
 
+def test_usage_in_a_chunk_of_its_own_where_it_is_asked_for():
+    *chunks, end = chunks_of(
+        ask(client_of(ScriptedEngine(*SCRIPT)), stream=True, stream_options={"include_usage": True})
+    )
+    *said, last = chunks
+    assert end == "DONE" and said[-1]["choices"][0]["finish_reason"] == "stop"
+    assert not any("usage" in chunk for chunk in said), "who adds up what comes must not count it twice"
+    assert last["choices"] == [] and last["usage"] == {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
+    assert (last["id"], last["object"]) == (said[0]["id"], "chat.completion.chunk")
+    for options in (None, {}, {"include_usage": False}):
+        chunks = chunks_of(ask(client_of(ScriptedEngine(*SCRIPT)), stream=True, stream_options=options))
+        assert chunks[-2]["choices"] and chunks[-2]["usage"]["total_tokens"] == 10
+
+
 def test_stop_strings_reach_the_engine():
     engine = ScriptedEngine(*SCRIPT)
     ask(client_of(engine), stop=["STOP", "two"], repetition_penalty=1.5)
@@ -294,6 +308,8 @@ def turn(role, content="hi"):
         ({"stop": 3}, "stop must be"),
         ({"n": 2}, "n must be 1"),
         ({"stream": "yes"}, "stream must be"),
+        ({"stream_options": "all"}, "stream_options must be"),
+        ({"stream_options": {"include_usage": "yes"}}, "stream_options must be"),
         ({"tools": [{}]}, "tools is not supported"),
         ({"messages": [turn("user", "word " * 100)]}, "takes 102 tokens, the context holds 64"),
     ],

@@ -107,7 +107,7 @@ def create_app(
                 return completion(events, prompt, model_name)
             finally:
                 places.put(None)
-        chunks = sse_chunks(events, prompt, model_name)
+        chunks = sse_chunks(events, prompt, model_name, chat_request.usage_apart)
         response = Response(chunks, mimetype="text/event-stream")
         response.headers.update({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         # Once: when closed, or when freed: Werkzeug does not close it where the client's reset comes at the very end.
