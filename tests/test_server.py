@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from werkzeug.serving import make_server
 from werkzeug.test import EnvironBuilder
+from werkzeug.wrappers import Request
 
 import nanochat_jax.server
 from nanochat_jax.config import GPTConfig, ModelConfig
@@ -378,6 +379,39 @@ def test_a_body_that_is_too_long_says_so():
     assert response.status_code == error["code"] == 413 and error["type"] == "invalid_request_error"
     size = response.request.content_length
     assert f"a body of {size} bytes, where at most 262144 are read: shorten it" in error["message"] and size > 2**18
+
+
+def test_a_body_sent_in_pieces_is_held_to_the_same_limit():
+    client = client_of(ScriptedEngine(*SCRIPT))
+
+    def send(**body):
+        environ = EnvironBuilder(method="POST", path="/v1/chat/completions", json=user() | body).get_environ()
+        del environ["CONTENT_LENGTH"]
+        return client.open(Request(environ | {"wsgi.input_terminated": True}))  # as Werkzeug's server hands it over
+
+    assert send().status_code == 200
+    response = send(junk="x" * 2**18)
+    assert response.status_code == 413 and "more than 262144 bytes" in response.get_json()["error"]["message"]
+
+
+def test_a_path_that_is_not_there_is_told_which_are():
+    error = client_of(ScriptedEngine()).post("/v1/completions", json={}).get_json()["error"]
+    assert error["message"] == "there is no /v1/completions; the API is /v1/models and /v1/chat/completions"
+
+
+@pytest.mark.parametrize(("host", "url"), [("127.0.0.1", "http://127.0.0.1:5/"), ("::1", "http://[::1]:5/")])
+def test_the_address_that_is_said_can_be_opened(monkeypatch, capsys, host, url):
+    class Server:
+        port = 5
+
+        def serve_forever(self):
+            pass
+
+        server_close = serve_forever
+
+    monkeypatch.setattr("nanochat_jax.server.app.listening", lambda *_: Server())
+    serve(create_app(ScriptedEngine(), WordTokenizer(), model_name="m"), host)
+    assert f"Chat at {url} " in capsys.readouterr().err
 
 
 def test_an_engine_that_fails_is_reported_in_the_stream():
