@@ -5,6 +5,7 @@ import http.client
 import json
 import shutil
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -405,12 +406,11 @@ def test_the_address_that_is_said_can_be_opened(monkeypatch, capsys, host, url):
         port = 5
 
         def serve_forever(self):
-            pass
-
-        server_close = serve_forever
+            raise KeyboardInterrupt
 
     monkeypatch.setattr("nanochat_jax.server.app.listening", lambda *_: Server())
-    serve(create_app(ScriptedEngine(), WordTokenizer(), model_name="m"), host)
+    with pytest.raises(KeyboardInterrupt):
+        serve(create_app(ScriptedEngine(), WordTokenizer(), model_name="m"), host)
     assert f"Chat at {url} " in capsys.readouterr().err
 
 
@@ -467,6 +467,57 @@ def test_serve_refuses_what_is_unsafe_or_impossible(monkeypatch):
     with pytest.raises(UserError, match="another --port"):
         serve(app, port=taken.port)
     taken.server_close()
+
+
+BUSY = """
+import os, signal, threading, urllib.request
+import jax, jax.numpy as jnp
+from nanochat_jax.server import app
+
+class Engine:
+    max_len, max_rows, compiled = 64, 8, ()
+    answers = 0
+
+    def stream(self, prompt_ids, sampling):
+        while True:
+            jnp.dot(ones, ones).block_until_ready()
+            yield {"type": "text", "text": "word"}
+            self.answers += 1
+            if self.answers == 40:
+                os.kill(os.getpid(), signal.SIGINT)
+
+class Tokenizer:
+    def render_for_completion(self, conversation):
+        return [1]
+
+def ask():
+    body = b'{"messages": [{"role": "user", "content": "hi"}], "stream": true}'
+    headers = {"Content-Type": "application/json"}
+    urllib.request.urlopen(urllib.request.Request(url, body, headers)).read()
+
+ones = jnp.ones((512, 512))
+signal.signal(signal.SIGINT, signal.default_int_handler)
+app.warm_up = lambda engine: None
+listening = app.listening
+
+def and_ask(*args):
+    global url
+    server = listening(*args)
+    url = f"http://127.0.0.1:{server.port}/v1/chat/completions"
+    for _ in range(4):
+        threading.Thread(target=ask, daemon=True).start()
+    return server
+
+app.listening = and_ask
+app.serve(app.create_app(Engine(), Tokenizer(), model_name="m"), port=0)
+"""
+
+
+def test_ctrl_c_while_answers_are_written_ends_it_quietly():
+    done = subprocess.run([sys.executable, "-c", BUSY], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    said, *rest = done.stderr.splitlines()
+    assert "Ctrl-C ends it" in said and not any(rest)
 
 
 def test_with_a_real_engine():

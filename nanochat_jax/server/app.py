@@ -12,6 +12,7 @@ from __future__ import annotations
 import hmac
 import ipaddress
 import logging
+import os
 import queue
 import re
 import socket
@@ -136,17 +137,14 @@ def create_app(
 
 
 def serve(app: Flask, host: str = "127.0.0.1", port: int = 8000) -> None:
-    """Serves until interrupted. Raises UserError as `check_host`, or for a port it cannot have."""
+    """Serves until Ctrl-C, then ends the process. Raises UserError as `check_host`, or for a port it cannot have."""
     check_host(host, app.config["TOKEN"])
     server = listening(app, host, port)
     name = f"[{host}]" if ":" in host else host
     print(f"Chat at http://{name}:{server.port}/ (Ctrl-C ends it)", file=sys.stderr, flush=True)
-    try:
-        server.serve_forever()
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-    finally:
-        server.server_close()
+    server.serve_forever()  # until Ctrl-C, which Werkzeug takes
+    print(file=sys.stderr, flush=True)
+    os._exit(0)  # Python's own end aborts where a thread is inside JAX, writing an answer
 
 
 def listening(app: Flask, host: str, port: int) -> BaseWSGIServer:
