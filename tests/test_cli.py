@@ -1,7 +1,9 @@
 """The command line: options as promised, and one clear line for every mistake a user can make."""
 
+import io
 import json
 import os
+import pty
 import subprocess
 import sys
 from dataclasses import replace
@@ -405,6 +407,55 @@ def test_chat_of_several_turns(capsys, trained, monkeypatch):
     assert captured.out.count("\n") >= 3
     assert lengths == [1, 3, 3, 1]
     assert len(seeds) == 3 and seeds[0] != seeds[1], "one question asked twice is not one sample"
+
+
+def test_chat_goes_on_past_bytes_that_are_no_text(trained, monkeypatch):
+    asked = io.TextIOWrapper(io.BytesIO(b"the \xff cat\nthe dog\nquit\nnever read\n"), "utf-8")
+    shown = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr("sys.stdin", asked)
+    monkeypatch.setattr("sys.stdout", shown)
+    events = [{"type": "text", "text": "caf\u00e9"}, {"type": "done", "finish_reason": "stop", "usage": {}}]
+    prompts = []
+
+    def stream(engine, ids, sampling):
+        prompts.append(engine.tokenizer.decode(ids))
+        yield from events
+
+    monkeypatch.setattr(Engine, "stream", stream)
+    assert cli.main(["chat", "--workdir", str(trained)]) == 0
+    shown.flush()
+    assert shown.buffer.getvalue() == b"caf?\ncaf?\n"
+    assert "the \ufffd cat" in prompts[0] and "the dog" in prompts[1] and asked.read() == "never read\n"
+
+
+TALK = """
+from types import SimpleNamespace
+from nanochat_jax import chat
+from nanochat_jax.inference.requests import SamplingParams
+
+def stream(ids, sampling):
+    yield {"type": "text", "text": f"you said {ids[-1]}"}
+    yield {"type": "done", "finish_reason": "stop", "usage": {}}
+
+tokenizer = SimpleNamespace(render_for_completion=lambda conversation: [conversation["messages"][-1]["content"]])
+chat.talk(SimpleNamespace(max_len=64, stream=stream), tokenizer, SamplingParams())
+"""
+
+
+def test_a_line_can_be_edited_in_a_terminal():
+    pytest.importorskip("readline")
+    ours, theirs = pty.openpty()
+    with subprocess.Popen([sys.executable, "-c", TALK], stdin=theirs, stdout=theirs, stderr=theirs):
+        os.close(theirs)
+        shown = ""
+        while "> " not in shown:
+            shown += os.read(ours, 1000).decode()
+        os.write(ours, b"ac\x1b[Db\n")  # b, after the arrow to the left
+        while "you said" not in shown or "> " not in shown.rpartition("you said")[2]:
+            shown += os.read(ours, 1000).decode()
+        os.write(ours, b"/quit\n")
+    os.close(ours)
+    assert "you said abc\r\n" in shown
 
 
 def test_interrupt_is_quiet(capsys):
