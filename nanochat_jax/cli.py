@@ -394,8 +394,10 @@ def train(stage: str, options: TrainOptions, workdir: Path) -> None:
 
 def evaluate(options: EvalOptions, workdir: Path) -> None:
     from nanochat_jax.stages import evaluate
+    from nanochat_jax.tasks import check_evaluations
 
     tasks = None if options.tasks is None else tuple(name.strip() for name in options.tasks.split(","))
+    check_evaluations("--tasks", tasks or ())
     source = run.newest_model(workdir, options.source)
     figures = evaluate.run(options.config, workdir, source, tasks, options.max_examples, log, options.step)
     if distributed.is_leader():

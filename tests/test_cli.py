@@ -22,6 +22,7 @@ from nanochat_jax.config import Config, GPTConfig
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.model import param_shapes
 from nanochat_jax.server.context import fit
+from nanochat_jax.tasks import LOADERS
 from nanochat_jax.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -363,6 +364,15 @@ def test_newest_model(tmp_path):
     assert run.newest_run(tmp_path / "runs") == tmp_path / "runs" / "a"
     assert run.newest_model(tmp_path / "runs" / "a") == "sft"
     assert run.newest_model(tmp_path / "runs" / "a", "base") == "base"
+
+
+@pytest.mark.parametrize("name", ["smoltalk", "identity", "foo", ""])
+def test_what_cannot_be_evaluated_is_said_before_anything_is_measured(capsys, trained, monkeypatch, name):
+    monkeypatch.setattr("nanochat_jax.stages.evaluate.load_model", None)
+    said = f"{name!r} cannot be used here" if name in LOADERS else f"unknown task {name!r}"
+    expect_error(
+        capsys, ["eval", "--workdir", trained, "--tasks", f"choice, {name}"], 1, f"--tasks: {said}", "bpb, core"
+    )
 
 
 def test_chat_answers_once(capsys, trained):

@@ -56,15 +56,23 @@ def check_names(config: Config) -> None:
         for stage, mixture in (("mid", config.mid.mixture), ("sft", config.sft.mixture))
     }
     evaluations = {"--eval.base": config.eval.base, "--eval.chat": config.eval.chat}
-    for option, names in (mixtures | {"--rl.task": [config.rl.task]} | evaluations).items():
-        if option in evaluations:
-            there = [name for name in (*LOADERS, "bpb", "core") if name not in NOT_TO_GRADE]
-        else:
-            there = TO_REINFORCE if option == "--rl.task" else [name for name in LOADERS if name not in NOT_TO_LEARN]
-        for name in names:
-            if name not in there:
-                what = f"{name!r} cannot be used here" if name in LOADERS else f"unknown task {name!r}"
-                raise UserError(f"{option}: {what}; there are {', '.join(there)}")
+    for option, names in (mixtures | {"--rl.task": [config.rl.task]}).items():
+        there = TO_REINFORCE if option == "--rl.task" else [name for name in LOADERS if name not in NOT_TO_LEARN]
+        _all_in(there, option, names)
+    for option, names in evaluations.items():
+        check_evaluations(option, names)
+
+
+def check_evaluations(option: str, names: Sequence[str]) -> None:
+    """UserError for what cannot be evaluated: unknown, or without right answers."""
+    _all_in([name for name in (*LOADERS, "bpb", "core") if name not in NOT_TO_GRADE], option, names)
+
+
+def _all_in(there: Sequence[str], option: str, names: Sequence[str]) -> None:
+    for name in names:
+        if name not in there:
+            what = f"{name!r} cannot be used here" if name in LOADERS else f"unknown task {name!r}"
+            raise UserError(f"{option}: {what}; there are {', '.join(there)}")
 
 
 class Mixture(Sequence[dict]):
