@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pty
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -501,6 +502,21 @@ def test_a_full_device_is_one_line_with_ways_out(capsys):
 
     with pytest.raises(jax.errors.JaxRuntimeError):
         cli.guarded(broken)
+
+
+LATE = """
+import atexit, os, runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+atexit.register(os.kill, os.getpid(), signal.SIGINT)
+sys.argv = ["nanochat_jax", "sleep"]
+runpy.run_module("nanochat_jax", run_name="__main__")
+"""
+
+
+def test_a_second_ctrl_c_is_quiet_too():
+    """It comes while Python ends, which takes JAX a moment."""
+    done = subprocess.run([sys.executable, "-c", LATE], cwd=ROOT, capture_output=True, text=True)
+    assert len(done.stderr.splitlines()) == 1 and done.returncode == -signal.SIGINT
 
 
 def test_as_programs():
