@@ -6,7 +6,9 @@ python -m nanochat_jax chat -p "Why is the sky blue?"
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import importlib
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -40,8 +42,11 @@ def answer_once(
 def talk(engine: Engine, tokenizer: Tokenizer, sampling: SamplingParams) -> None:
     """Reads messages from stdin and answers each, until /quit or the end of the input."""
     print("/reset starts over, /quit leaves", file=sys.stderr)
+    if sys.stdin.isatty():
+        with contextlib.suppress(ImportError):  # some Pythons are built without it
+            importlib.import_module("readline")  # with it `input` has arrow keys and a history
     messages: list[dict[str, Any]] = []
-    while (text := _read_line()) not in (None, "/quit"):
+    while (text := _read_line()) not in (None, "/quit", "/exit", "quit", "exit"):
         if text == "/reset":
             messages.clear()
             print("(a new conversation)", file=sys.stderr)

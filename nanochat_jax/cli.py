@@ -447,6 +447,9 @@ def chat(options: ChatOptions, workdir: Path) -> None:
             seed=options.config.seed,
         )
     engine, tokenizer, name = _engine(options, workdir, rows=1)
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # what is no text here, or cannot be shown here, ends no conversation
     if options.prompt is None:
         talk(engine, tokenizer, sampling)
         return

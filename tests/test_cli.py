@@ -1,7 +1,10 @@
 """The command line: options as promised, and one clear line for every mistake a user can make."""
 
+import io
 import json
 import os
+import pty
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,6 +23,7 @@ from nanochat_jax.config import Config, GPTConfig
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.model import param_shapes
 from nanochat_jax.server.context import fit
+from nanochat_jax.tasks import LOADERS
 from nanochat_jax.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -92,7 +96,6 @@ def parquet(folder: Path, name: str, column: str = "text") -> Path:
         (["chat", "--source", "tokenizer"], ["--source", "'tokenizer'"]),
         (["chat", "--json"], ["--json needs a prompt"]),
         (["eval", "--max-examples", "0"], ["--max-examples 0", "at least 1"]),
-        (["eval", "--tasks", "bpb,nosuch"], ["--tasks: unknown task 'nosuch'"]),
         (["eval", "--tasks", ","], ["--tasks names nothing"]),
         (["pretrain", "--workdir"], ["--workdir"]),
     ],
@@ -367,6 +370,15 @@ def test_newest_model(tmp_path):
     assert run.newest_model(tmp_path / "runs" / "a", "base") == "base"
 
 
+@pytest.mark.parametrize("name", ["smoltalk", "identity", "foo"])
+def test_what_cannot_be_evaluated_is_said_before_anything_is_measured(capsys, trained, monkeypatch, name):
+    monkeypatch.setattr("nanochat_jax.stages.evaluate.load_model", None)
+    said = f"{name!r} cannot be used here" if name in LOADERS else f"unknown task {name!r}"
+    expect_error(
+        capsys, ["eval", "--workdir", trained, "--tasks", f"choice, {name}"], 2, f"--tasks: {said}", "bpb, core"
+    )
+
+
 def test_chat_answers_once(capsys, trained):
     sampling = ["--max-tokens", "6", "--seed", "1"]
     answers = []
@@ -411,6 +423,55 @@ def test_chat_of_several_turns(capsys, trained, monkeypatch):
     assert len(seeds) == 3 and seeds[0] != seeds[1], "one question asked twice is not one sample"
 
 
+def test_chat_goes_on_past_bytes_that_are_no_text(trained, monkeypatch):
+    asked = io.TextIOWrapper(io.BytesIO(b"the \xff cat\nthe dog\nquit\nnever read\n"), "utf-8")
+    shown = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr("sys.stdin", asked)
+    monkeypatch.setattr("sys.stdout", shown)
+    events = [{"type": "text", "text": "caf\u00e9"}, {"type": "done", "finish_reason": "stop", "usage": {}}]
+    prompts = []
+
+    def stream(engine, ids, sampling):
+        prompts.append(engine.tokenizer.decode(ids))
+        yield from events
+
+    monkeypatch.setattr(Engine, "stream", stream)
+    assert cli.main(["chat", "--workdir", str(trained)]) == 0
+    shown.flush()
+    assert shown.buffer.getvalue() == b"caf?\ncaf?\n"
+    assert "the \ufffd cat" in prompts[0] and "the dog" in prompts[1] and asked.read() == "never read\n"
+
+
+TALK = """
+from types import SimpleNamespace
+from nanochat_jax import chat
+from nanochat_jax.inference.requests import SamplingParams
+
+def stream(ids, sampling):
+    yield {"type": "text", "text": f"you said {ids[-1]}"}
+    yield {"type": "done", "finish_reason": "stop", "usage": {}}
+
+tokenizer = SimpleNamespace(render_for_completion=lambda conversation: [conversation["messages"][-1]["content"]])
+chat.talk(SimpleNamespace(max_len=64, stream=stream), tokenizer, SamplingParams())
+"""
+
+
+def test_a_line_can_be_edited_in_a_terminal():
+    pytest.importorskip("readline")
+    ours, theirs = pty.openpty()
+    with subprocess.Popen([sys.executable, "-c", TALK], stdin=theirs, stdout=theirs, stderr=theirs):
+        os.close(theirs)
+        shown = ""
+        while "> " not in shown:
+            shown += os.read(ours, 1000).decode()
+        os.write(ours, b"ac\x1b[Db\n")  # b, after the arrow to the left
+        while "you said" not in shown or "> " not in shown.rpartition("you said")[2]:
+            shown += os.read(ours, 1000).decode()
+        os.write(ours, b"/quit\n")
+    os.close(ours)
+    assert "you said abc\r\n" in shown
+
+
 def test_interrupt_is_quiet(capsys):
     def interrupted():
         raise KeyboardInterrupt
@@ -444,6 +505,21 @@ def test_a_full_device_is_one_line_with_ways_out(capsys):
 
     with pytest.raises(jax.errors.JaxRuntimeError):
         cli.guarded(broken)
+
+
+LATE = """
+import atexit, os, runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+atexit.register(os.kill, os.getpid(), signal.SIGINT)
+sys.argv = ["nanochat_jax", "sleep"]
+runpy.run_module("nanochat_jax", run_name="__main__")
+"""
+
+
+def test_a_second_ctrl_c_is_quiet_too():
+    """It comes while Python ends, which takes JAX a moment."""
+    done = subprocess.run([sys.executable, "-c", LATE], cwd=ROOT, capture_output=True, text=True)
+    assert len(done.stderr.splitlines()) == 1 and done.returncode == -signal.SIGINT
 
 
 def test_as_programs():

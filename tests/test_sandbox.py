@@ -444,6 +444,27 @@ def test_unsafe_runs_without_isolation_but_with_limits():
     assert time.monotonic() - started < 30
 
 
+LEFT_WRITING = """
+import os, time
+if os.fork() == 0:
+    os.setsid()  # out of the group that is ended
+    for i in range(20_000):
+        try:
+            os.makedirs(f"{i % 50}/sub", exist_ok=True)
+            open(f"{i % 50}/sub/{i}", "w").close()
+        except OSError:
+            pass
+    os._exit(0)
+while not os.path.exists("49"):
+    time.sleep(0.01)
+"""
+
+
+def test_what_an_unsafe_program_leaves_writing_ends_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert run_program(LEFT_WRITING, timeout=20.0, unsafe=True).ok
+
+
 def test_refuses_where_the_kernel_denies_isolation():
     if DENIED:
         with pytest.raises(UserError, match="--unsafe-sandbox"):

@@ -5,6 +5,7 @@ import http.client
 import json
 import shutil
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from werkzeug.serving import make_server
 from werkzeug.test import EnvironBuilder
+from werkzeug.wrappers import Request
 
 import nanochat_jax.server
 from nanochat_jax.config import GPTConfig, ModelConfig
@@ -138,6 +140,20 @@ def test_streamed_answer_with_a_tool_call():
         {},
     ]
     assert chunks[-1]["choices"][0]["finish_reason"] == "stop" and chunks[-1]["usage"]["completion_tokens"] == 3
+
+
+def test_usage_in_a_chunk_of_its_own_where_it_is_asked_for():
+    *chunks, end = chunks_of(
+        ask(client_of(ScriptedEngine(*SCRIPT)), stream=True, stream_options={"include_usage": True})
+    )
+    *said, last = chunks
+    assert end == "DONE" and said[-1]["choices"][0]["finish_reason"] == "stop"
+    assert not any("usage" in chunk for chunk in said), "who adds up what comes must not count it twice"
+    assert last["choices"] == [] and last["usage"] == {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
+    assert (last["id"], last["object"]) == (said[0]["id"], "chat.completion.chunk")
+    for options in (None, {}, {"include_usage": False}):
+        chunks = chunks_of(ask(client_of(ScriptedEngine(*SCRIPT)), stream=True, stream_options=options))
+        assert chunks[-2]["choices"] and chunks[-2]["usage"]["total_tokens"] == 10
 
 
 def test_stop_strings_reach_the_engine():
@@ -294,6 +310,8 @@ def turn(role, content="hi"):
         ({"stop": 3}, "stop must be"),
         ({"n": 2}, "n must be 1"),
         ({"stream": "yes"}, "stream must be"),
+        ({"stream_options": "all"}, "stream_options must be"),
+        ({"stream_options": {"include_usage": "yes"}}, "stream_options must be"),
         ({"tools": [{}]}, "tools is not supported"),
         ({"messages": [turn("user", "word " * 100)]}, "takes 102 tokens, the context holds 64"),
     ],
@@ -364,6 +382,38 @@ def test_a_body_that_is_too_long_says_so():
     assert f"a body of {size} bytes, where at most 262144 are read: shorten it" in error["message"] and size > 2**18
 
 
+def test_a_body_sent_in_pieces_is_held_to_the_same_limit():
+    client = client_of(ScriptedEngine(*SCRIPT))
+
+    def send(**body):
+        environ = EnvironBuilder(method="POST", path="/v1/chat/completions", json=user() | body).get_environ()
+        del environ["CONTENT_LENGTH"]
+        return client.open(Request(environ | {"wsgi.input_terminated": True}))  # as Werkzeug's server hands it over
+
+    assert send().status_code == 200
+    response = send(junk="x" * 2**18)
+    assert response.status_code == 413 and "more than 262144 bytes" in response.get_json()["error"]["message"]
+
+
+def test_a_path_that_is_not_there_is_told_which_are():
+    error = client_of(ScriptedEngine()).post("/v1/completions", json={}).get_json()["error"]
+    assert error["message"] == "there is no /v1/completions; the API is /v1/models and /v1/chat/completions"
+
+
+@pytest.mark.parametrize(("host", "url"), [("127.0.0.1", "http://127.0.0.1:5/"), ("::1", "http://[::1]:5/")])
+def test_the_address_that_is_said_can_be_opened(monkeypatch, capsys, host, url):
+    class Server:
+        port = 5
+
+        def serve_forever(self):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("nanochat_jax.server.app.listening", lambda *_: Server())
+    with pytest.raises(KeyboardInterrupt):
+        serve(create_app(ScriptedEngine(), WordTokenizer(), model_name="m"), host)
+    assert f"Chat at {url} " in capsys.readouterr().err
+
+
 def test_an_engine_that_fails_is_reported_in_the_stream():
     engine = ScriptedEngine(text("So "), RuntimeError("secret detail"))
     chunks = chunks_of(ask(client_of(engine), stream=True))
@@ -417,6 +467,57 @@ def test_serve_refuses_what_is_unsafe_or_impossible(monkeypatch):
     with pytest.raises(UserError, match="another --port"):
         serve(app, port=taken.port)
     taken.server_close()
+
+
+BUSY = """
+import os, signal, threading, urllib.request
+import jax, jax.numpy as jnp
+from nanochat_jax.server import app
+
+class Engine:
+    max_len, max_rows, compiled = 64, 8, ()
+    answers = 0
+
+    def stream(self, prompt_ids, sampling):
+        while True:
+            jnp.dot(ones, ones).block_until_ready()
+            yield {"type": "text", "text": "word"}
+            self.answers += 1
+            if self.answers == 40:
+                os.kill(os.getpid(), signal.SIGINT)
+
+class Tokenizer:
+    def render_for_completion(self, conversation):
+        return [1]
+
+def ask():
+    body = b'{"messages": [{"role": "user", "content": "hi"}], "stream": true}'
+    headers = {"Content-Type": "application/json"}
+    urllib.request.urlopen(urllib.request.Request(url, body, headers)).read()
+
+ones = jnp.ones((512, 512))
+signal.signal(signal.SIGINT, signal.default_int_handler)
+app.warm_up = lambda engine: None
+listening = app.listening
+
+def and_ask(*args):
+    global url
+    server = listening(*args)
+    url = f"http://127.0.0.1:{server.port}/v1/chat/completions"
+    for _ in range(4):
+        threading.Thread(target=ask, daemon=True).start()
+    return server
+
+app.listening = and_ask
+app.serve(app.create_app(Engine(), Tokenizer(), model_name="m"), port=0)
+"""
+
+
+def test_ctrl_c_while_answers_are_written_ends_it_quietly():
+    done = subprocess.run([sys.executable, "-c", BUSY], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    said, *rest = done.stderr.splitlines()
+    assert "Ctrl-C ends it" in said and not any(rest)
 
 
 def test_with_a_real_engine():

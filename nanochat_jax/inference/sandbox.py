@@ -54,7 +54,8 @@ def run_program(source: str, *, timeout: float = 5.0, memory_mb: int = 256, unsa
     each process. Raises UserError where the kernel denies isolation. Safe to call from several threads.
     """
     file = tempfile.TemporaryFile
-    with tempfile.TemporaryDirectory() as folder, file() as stdin, file() as stdout, file() as stderr:
+    home = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)  # what an unsafe program has left may write there
+    with home as folder, file() as stdin, file() as stdout, file() as stderr:
         stdin.write(source.encode(errors="replace") or b"\n")
         stdin.seek(0)
         process = subprocess.Popen(

@@ -31,8 +31,11 @@ def completion(events: Iterator[dict], prompt: Prompt, model_name: str) -> dict:
     }
 
 
-def sse_chunks(events: Iterator[dict], prompt: Prompt, model_name: str) -> Iterator[str]:
-    """`chat.completion.chunk` objects as server-sent events, ended by [DONE]; a failure is an event with an error."""
+def sse_chunks(events: Iterator[dict], prompt: Prompt, model_name: str, usage_apart: bool = False) -> Iterator[str]:
+    """`chat.completion.chunk` objects as server-sent events, ended by [DONE]; a failure is an event with an error.
+
+    The usage is in the last chunk; `usage_apart`: in one more, without choices, as `stream_options` asks for it.
+    """
     envelope = _envelope("chat.completion.chunk", model_name)
 
     def line(delta: dict, finish_reason: str | None = None, **extra: object) -> str:
@@ -47,7 +50,10 @@ def sse_chunks(events: Iterator[dict], prompt: Prompt, model_name: str) -> Itera
             elif event["type"] == "tool":
                 yield line({"tool": {"expression": event["expression"], "result": event["result"]}})
             else:
-                yield line({}, event["finish_reason"], usage=_usage(prompt, event["usage"]["completion_tokens"]))
+                usage = {"usage": _usage(prompt, event["usage"]["completion_tokens"])}
+                yield line({}, event["finish_reason"], **({} if usage_apart else usage))
+                if usage_apart:
+                    yield f"data: {json.dumps({**envelope, 'choices': [], **usage})}\n\n"
     except UserError as error:
         yield f"data: {json.dumps(error_body(str(error), 400))}\n\n"
     except Exception:

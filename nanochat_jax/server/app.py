@@ -12,6 +12,7 @@ from __future__ import annotations
 import hmac
 import ipaddress
 import logging
+import os
 import queue
 import re
 import socket
@@ -22,7 +23,7 @@ from dataclasses import replace
 
 from flask import Flask, Response, jsonify, render_template, request
 from tqdm import tqdm
-from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
+from werkzeug.exceptions import HTTPException, NotFound, RequestEntityTooLarge
 from werkzeug.serving import BaseWSGIServer, make_server
 
 from nanochat_jax.errors import UserError
@@ -94,6 +95,8 @@ def create_app(
             body = request.get_json(silent=True)
         except RecursionError:
             raise ApiError("the body is nested too deeply") from None
+        if body is None and request.content_length is None and len(request.get_data()) >= MAX_BYTES:
+            raise RequestEntityTooLarge  # sent in pieces: Werkzeug has cut it off there
         chat_request = parse_request(body, model_name)
         prompt = fit(chat_request.messages, tokenizer, engine.max_len, chat_request.sampling)
         try:
@@ -107,7 +110,7 @@ def create_app(
                 return completion(events, prompt, model_name)
             finally:
                 places.put(None)
-        chunks = sse_chunks(events, prompt, model_name)
+        chunks = sse_chunks(events, prompt, model_name, chat_request.usage_apart)
         response = Response(chunks, mimetype="text/event-stream")
         response.headers.update({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         # Once: when closed, or when freed: Werkzeug does not close it where the client's reset comes at the very end.
@@ -119,8 +122,11 @@ def create_app(
         if isinstance(error, UserError):
             error = ApiError(str(error))
         elif isinstance(error, RequestEntityTooLarge):
-            sizes = f"a body of {request.content_length} bytes, where at most {MAX_BYTES} are read"
+            size = request.content_length or f"more than {MAX_BYTES}"
+            sizes = f"a body of {size} bytes, where at most {MAX_BYTES} are read"
             error = ApiError(f"{sizes}: shorten it or leave out old messages", status=413)
+        elif isinstance(error, NotFound):
+            error = ApiError(f"there is no {request.path}; the API is /v1/models and /v1/chat/completions", status=404)
         elif not isinstance(error, HTTPException):
             logging.getLogger(__name__).exception("request failed")
             error = ApiError("the request failed; the server log says why", status=500)
@@ -131,16 +137,14 @@ def create_app(
 
 
 def serve(app: Flask, host: str = "127.0.0.1", port: int = 8000) -> None:
-    """Serves until interrupted. Raises UserError as `check_host`, or for a port it cannot have."""
+    """Serves until Ctrl-C, then ends the process. Raises UserError as `check_host`, or for a port it cannot have."""
     check_host(host, app.config["TOKEN"])
     server = listening(app, host, port)
-    print(f"Chat at http://{host}:{server.port}/ (Ctrl-C ends it)", file=sys.stderr, flush=True)
-    try:
-        server.serve_forever()
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-    finally:
-        server.server_close()
+    name = f"[{host}]" if ":" in host else host
+    print(f"Chat at http://{name}:{server.port}/ (Ctrl-C ends it)", file=sys.stderr, flush=True)
+    server.serve_forever()  # until Ctrl-C, which Werkzeug takes
+    print(file=sys.stderr, flush=True)
+    os._exit(0)  # Python's own end aborts where a thread is inside JAX, writing an answer
 
 
 def listening(app: Flask, host: str, port: int) -> BaseWSGIServer:
@@ -151,7 +155,9 @@ def listening(app: Flask, host: str, port: int) -> BaseWSGIServer:
         # Bound here and handed over, because Werkzeug itself ends the process where the port is taken.
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as error:
-        raise UserError(f"--host {host} --port {port}: cannot listen there ({error}); choose another --port") from None
+        raise UserError(
+            f"--host {host} --port {port}: cannot listen there ({error}); choose another --port or --host"
+        ) from None
     with listener:
         warm_up(app.config["ENGINE"])
         server = make_server(host, port, app, threaded=True, fd=listener.fileno())

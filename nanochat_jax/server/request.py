@@ -44,6 +44,8 @@ class ChatRequest:
     messages: list[dict]
     sampling: SamplingParams
     stream: bool
+    usage_apart: bool
+    """The usage of a streamed answer is asked for in a chunk of its own."""
 
 
 def parse_request(body: Any, model_name: str) -> ChatRequest:
@@ -59,6 +61,9 @@ def parse_request(body: Any, model_name: str) -> ChatRequest:
         raise ApiError("n must be 1: ask again for another answer", "n")
     if body.get("stream") not in (None, True, False):
         raise ApiError("stream must be true or false", "stream")
+    options = body.get("stream_options") or {}
+    if not isinstance(options, dict) or options.get("include_usage") not in (None, True, False):
+        raise ApiError('stream_options must be {"include_usage": true or false}', "stream_options")
     limit = "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
     sampling = SamplingParams(
         temperature=_number(body, "temperature", float, 0, 5, 0.8),
@@ -70,7 +75,8 @@ def parse_request(body: Any, model_name: str) -> ChatRequest:
         repetition_penalty=_number(body, "repetition_penalty", float, 0.01, 100, 1.0),
         stop=_stop(body.get("stop")),
     )
-    return ChatRequest(_messages(body.get("messages")), sampling, bool(body.get("stream")))
+    streamed = bool(body.get("stream")), bool(options.get("include_usage"))
+    return ChatRequest(_messages(body.get("messages")), sampling, *streamed)
 
 
 def check_model(name: Any, model_name: str) -> None:
