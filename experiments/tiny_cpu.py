@@ -2,9 +2,9 @@
 sentences and computes with a tool.
 
 Command:  make speedrun
-Cost:     12 to 13 minutes on 2 busy cores, 2.5 GB
-Result:   three seeds in README.md: 1.73 bits per byte, arithmetic at least 99%, multistep up by 22 points and more with
-          rl
+Cost:     6 to 13 minutes on 2 cores, 2.5 GB
+Result:   three seeds on two processors in README.md: 1.72 to 1.73 bits per byte, arithmetic at least 99%, multistep up
+          by 17 to 29 points with rl
 """
 
 from dataclasses import replace

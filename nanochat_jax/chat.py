@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -44,7 +43,7 @@ def talk(engine: Engine, tokenizer: Tokenizer, sampling: SamplingParams) -> None
     print("/reset starts over, /quit leaves", file=sys.stderr)
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):  # some Pythons are built without it
-            importlib.import_module("readline")  # with it `input` has arrow keys and a history
+            import readline  # noqa: F401 - with it `input` has arrow keys and a history
     messages: list[dict[str, Any]] = []
     while (text := _read_line()) not in (None, "/quit", "/exit", "quit", "exit"):
         if text == "/reset":
