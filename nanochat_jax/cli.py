@@ -30,6 +30,7 @@ import typeguard
 import tyro
 
 from nanochat_jax import distributed, run, track
+from nanochat_jax.bench import Settings, measured
 from nanochat_jax.config import Config, check_ranges
 from nanochat_jax.errors import UserError
 from nanochat_jax.stopping import ending_at_once
@@ -210,21 +211,13 @@ class ConvertOptions(Options):
 
 
 @dataclass(frozen=True)
-class BenchOptions(Options):
+class BenchOptions(Settings, Options):
     """Options of `bench`."""
 
     what: tyro.conf.Positional[Part] = tyro.MISSING
     """The part to measure."""
     json: Flag = False
     """End stdout with one line of JSON that holds every figure."""
-    repeat: int = 10
-    """Repetitions that count, after warm-up."""
-    rows: tuple[int, ...] = ()
-    """Rows or clients at once; unset: 16 on a GPU, 2 on a CPU (attention), 1 and 16 (decode), 1 and 8 (server)."""
-    impls: tuple[str, ...] = ()
-    """Implementations of attention to measure; unset: all that run here."""
-    step_only: Flag = False
-    """Leave out what takes long: the parts of a training step, the requests that arrive at random (decode)."""
 
     def check(self) -> None:
         if min((self.repeat, *self.rows)) < 1:
@@ -459,10 +452,7 @@ def convert(options: ConvertOptions, workdir: Path) -> None:
 
 
 def bench(options: BenchOptions, workdir: Path) -> None:
-    from nanochat_jax.bench import Settings, measured
-
-    settings = Settings(options.repeat, options.rows, options.impls, options.step_only)
-    figures = measured(options.what, options.config, settings, log)
+    figures = measured(options.what, options.config, options, log)
     if options.json:
         print(json.dumps(figures), flush=True)
 
