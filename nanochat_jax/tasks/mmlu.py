@@ -7,11 +7,10 @@ from pathlib import Path
 from nanochat_jax.config import DataConfig
 from nanochat_jax.errors import UserError
 from nanochat_jax.tasks.hub import load_rows
-from nanochat_jax.tasks.task import Task, is_letter, multiple_choice, one_of
+from nanochat_jax.tasks.task import LETTERS, Task, is_letter, multiple_choice, one_of
 
 REPO = "cais/mmlu"
 COLUMNS = ("question", "subject", "choices", "answer")
-LETTERS = ("A", "B", "C", "D")
 
 
 def load(split: str, data: DataConfig) -> Task:

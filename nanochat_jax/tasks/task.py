@@ -19,6 +19,8 @@ SPLITS = ("train", "val", "test")
 EVAL_SEED = 42
 """Seed of the rows of val and test, whatever the run's seed, so that runs are compared on the same questions."""
 
+LETTERS = ("A", "B", "C", "D")
+"""Of the choices, where a set has none of its own."""
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 FINAL_ANSWER = re.compile(r"#### (-?[0-9.,]+)")
 
