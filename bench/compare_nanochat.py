@@ -49,6 +49,13 @@ RECIPE = {
 """Of both. With the reference's own rates the losses of small models part at about step 18, whoever computes them
 (docs/NUMERICS.md).
 """
+SHOWN = {
+    "tok_per_sec": ("tokens/s", 1, ",.0f"),
+    "tok_per_cpu_sec": ("tokens/s of CPU time", 1, ",.0f"),
+    "peak_bytes": ("peak MiB", 2**20, ",.0f"),
+    "first_step_seconds": ("seconds to first step", 1, ".1f"),
+}
+"""Figure -> how a person reads it: label, unit, format."""
 
 
 def main() -> None:
@@ -184,27 +191,19 @@ def figures_of(firsts: Sequence[dict], turns: Sequence[Sequence[dict]], tokens: 
 
 def summary(figures: dict[str, Any]) -> str:
     """The figures for people."""
-    names = ("tok_per_sec", "tok_per_cpu_sec", "peak_bytes", "first_step_seconds")
-    speed, cpu, memory, start = (figures[name] for name in names)
-    fa3 = figures["facts"]["reference"].get("USE_FA3")
     lines = [
         f"losses at step {at['step']}: reference {at['reference']:.6f}, ours {at['ours']:.6f}"
         for at in figures["losses"]
     ]
-    return "\n".join(
-        [
-            *lines,
-            f"tokens/s: reference {speed['reference']:,.0f}, ours {speed['ours']:,.0f}, ratio {speed['ratio']:.3f} "
-            f"(rounds {speed['lowest_ratio']:.3f} to {speed['highest_ratio']:.3f})",
-            f"tokens/s of CPU time: reference {cpu['reference']:,.0f}, ours {cpu['ours']:,.0f}, "
-            f"ratio {cpu['ratio']:.3f}",
-            f"peak MiB: reference {memory['reference'] / 2**20:,.0f}, ours {memory['ours'] / 2**20:,.0f}, "
-            f"ratio {memory['ratio']:.3f}",
-            f"seconds to first step: reference {start['reference']:.1f}, ours {start['ours']:.1f}, "
-            f"ratio {start['ratio']:.3f}",
-            f"largest gap of losses {figures['largest_loss_gap']:.6f}; USE_FA3 of the reference: {fa3}",
-        ]
-    )
+    for name, (label, unit, form) in SHOWN.items():
+        both = figures[name]
+        theirs, ours = (format(both[side] / unit, form) for side in ("reference", "ours"))
+        rounds = (
+            f" (rounds {both['lowest_ratio']:.3f} to {both['highest_ratio']:.3f})" if "lowest_ratio" in both else ""
+        )
+        lines.append(f"{label}: reference {theirs}, ours {ours}, ratio {both['ratio']:.3f}{rounds}")
+    gap, fa3 = figures["largest_loss_gap"], figures["facts"]["reference"].get("USE_FA3")
+    return "\n".join([*lines, f"largest gap of losses {gap:.6f}; USE_FA3 of the reference: {fa3}"])
 
 
 def tokens_of(vocab_size: int, rows: int, length: int) -> np.ndarray:

@@ -205,9 +205,6 @@ class ConvertOptions(Options):
             raise UsageError(
                 "convert from-nanochat needs --checkpoint FOLDER, and takes no --out, --dtype nor --step best"
             )
-        words = [f"--workdir={self.workdir}", *([f"--experiment={self.experiment}"] if self.experiment else [])]
-        if self.config.model != _defaults(words, starts_run=True)[0].model:
-            raise UsageError("--model options: the shape of the model is that of the checkpoint; leave them out")
 
 
 @dataclass(frozen=True)
@@ -287,6 +284,8 @@ def run_command(prog: str, kind: type[Options], command: Command, about: str, ar
     options = parse(kind, config, argv, prog, f"{about}\n\nDefaults shown are those of {origin}.")
     options.check()
     check_ranges(options.config)
+    if command is convert and options.config.model != config.model:
+        raise UsageError("--model options: the shape of the model is that of the checkpoint; leave them out")
     if training:
         from nanochat_jax.tasks import check_names
 
