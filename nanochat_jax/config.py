@@ -378,15 +378,15 @@ def windows(pattern: str, n_layer: int, sequence_len: int) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-COUNTS = (
-    *("depth", "aspect_ratio", "head_dim", "n_kv_head", "sequence_len", "vocab_size", "max_chars", "doc_cap"),
-    *("num_shards", "streams", "buffer_docs", "num_iterations", "total_batch_size", "device_batch_size", "batch_size"),
-    *("keep", "stop_after", "eval_tokens", "sample_tokens", "max_new_tokens", "questions_per_step"),
-    *("samples_per_question", "normalize_over", "pass_k", "eval_examples", "max_examples"),
-)
+COUNT, NOT_NEGATIVE = (1, math.inf), (0, math.inf)
 RANGES = (
-    dict.fromkeys(COUNTS, (1, math.inf))
-    | dict.fromkeys(("warmup_steps", "init_lr_frac", "final_lr_frac", "val_rows", "loss_chunk"), (0, math.inf))
+    dict.fromkeys(("depth", "aspect_ratio", "head_dim", "n_kv_head", "sequence_len"), COUNT)
+    | dict.fromkeys(("vocab_size", "max_chars", "doc_cap", "num_shards", "streams", "buffer_docs"), COUNT)
+    | dict.fromkeys(("num_iterations", "total_batch_size", "device_batch_size", "batch_size"), COUNT)
+    | dict.fromkeys(("keep", "stop_after", "eval_tokens", "sample_tokens", "max_new_tokens"), COUNT)
+    | dict.fromkeys(("questions_per_step", "samples_per_question", "normalize_over", "pass_k"), COUNT)
+    | dict.fromkeys(("eval_examples", "max_examples"), COUNT)
+    | dict.fromkeys(("warmup_steps", "init_lr_frac", "final_lr_frac", "val_rows", "loss_chunk"), NOT_NEGATIVE)
     | dict.fromkeys(("momentum_start", "momentum_peak", "momentum_end"), (0, 0.9999))
     | {"warmdown_ratio": (0, 1), "seed": (0, 2**31 - 1), "device_memory_gb": (0, 2**20)}
 )

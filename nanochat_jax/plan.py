@@ -206,7 +206,7 @@ def step_memory(config: Config, cfg: GPTConfig, rows: int, platform: str, attent
     """Bytes that a step with microbatches of `rows` rows takes on a device, by what they are for; an estimate."""
     axes = parse_mesh(config.mesh)
     parameter_parts, all_parts = axes["fsdp"] * axes["tensor"], math.prod(axes.values())
-    dtype = cfg.compute_dtype
+    dtype, low = cfg.compute_dtype, jnp.dtype(cfg.compute_dtype).itemsize
     tokens = rows * cfg.sequence_len / axes["tensor"]
     chunk = loss_chunk(config, rows, platform)
     head_tokens = rows * min(chunk or cfg.sequence_len, cfg.sequence_len) / axes["tensor"]
@@ -220,9 +220,7 @@ def step_memory(config: Config, cfg: GPTConfig, rows: int, platform: str, attent
     activations = sum(layers)
     if cfg.remat:
         # One layer's activations are there again when the logits are not any more.
-        activations = REMAT_VALUES * jnp.dtype(dtype).itemsize * tokens * cfg.n_embd * cfg.n_layer + max(
-            0.0, max(layers) - logits
-        )
+        activations = REMAT_VALUES * low * tokens * cfg.n_embd * cfg.n_layer + max(0.0, max(layers) - logits)
     # Gradients are float32: the step's sum and a microbatch's, or in the update what that works on.
     weights, optimizer = state_bytes(cfg)
     memory = {

@@ -23,7 +23,7 @@ import regex
 import rustbpe
 import tiktoken
 
-from nanochat_jax.data.files import write_json
+from nanochat_jax.data.files import read_json, write_json
 from nanochat_jax.data.turns import check_turns
 from nanochat_jax.errors import UserError
 
@@ -111,7 +111,7 @@ class Tokenizer:
         if not path.is_file():
             raise UserError(f"no tokenizer at {path}; the tokenizer stage makes it")
         try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
+            stored = read_json(path)
             version, pattern, specials = stored["format"], stored["pattern"], stored["specials"]
             ranks = [base64.b64decode(token, validate=True) for token in stored["ranks"]]
             intact = stored["fingerprint"] == _fingerprint(ranks, pattern, specials)

@@ -13,7 +13,16 @@ from jax.sharding import PartitionSpec as P
 
 from nanochat_jax import memory, run
 from nanochat_jax.cli import TrainOptions, UsageError, parse
-from nanochat_jax.config import BaseConfig, Config, FinetuneConfig, GPTConfig, ModelConfig, check_ranges
+from nanochat_jax.config import (
+    ABOVE_ZERO,
+    RANGES,
+    BaseConfig,
+    Config,
+    FinetuneConfig,
+    GPTConfig,
+    ModelConfig,
+    check_ranges,
+)
 from nanochat_jax.errors import UserError
 from nanochat_jax.loss import token_losses, weighted_loss
 from nanochat_jax.memory import device_limit, program_bytes, train_bytes, train_rows
@@ -281,6 +290,12 @@ def test_values_without_meaning_are_errors(change, words):
     check_ranges(replace(Config(), base=BaseConfig(target_param_data_ratio=0.5)))
     with pytest.raises(UserError, match=words):
         check_ranges(replace(Config(), **change))
+
+
+def test_every_range_is_that_of_a_field():
+    fields = asdict(Config())
+    names = set(fields).union(*(section for section in fields.values() if isinstance(section, dict)))
+    assert {*RANGES, *ABOVE_ZERO} <= names
 
 
 def test_memory_may_change_when_a_run_goes_on():
