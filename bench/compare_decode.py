@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -32,7 +31,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from turns import Child, check_counts, check_reference
+from turns import Child, check, environments, parser
 
 HERE = Path(__file__).resolve().parent
 SAMPLING = {"temperature": 1.0, "top_k": 50}
@@ -83,18 +82,12 @@ def main() -> None:
 
 def parse(words: list[str]) -> argparse.Namespace:
     """The options. Exits with one line where one cannot be."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nanochat", type=Path, required=True, help="checkout of karpathy/nanochat")
-    parser.add_argument("--python", type=Path, default=Path(sys.executable), help="python of its environment")
-    parser.add_argument("--depth", type=int, default=4, help="layers; width is 64 for each, in heads of 128 (4)")
-    parser.add_argument("--vocab-size", type=int, default=8192, help="tokens in the vocabulary (8192)")
-    parser.add_argument("--threads", type=int, default=2, help="CPUs of each (2)")
-    parser.add_argument("--rounds", type=int, default=5, help="times that each has its turn (5)")
-    parser.add_argument("--what", nargs="+", choices=(names := [*measures(1), "greedy"]), default=names)
-    parser.add_argument("--json", action="store_true", help="print every figure as a line of JSON on stdout")
-    options = parser.parse_args(words)
-    check_reference(options, "nanochat/engine.py")
-    check_counts(options, "depth", "vocab_size", "threads", "rounds")
+    what = [*measures(1), "greedy"]
+    known = parser(__doc__, rounds=5)
+    known.add_argument("--threads", type=int, default=2, help="CPUs of each (2)")
+    known.add_argument("--what", nargs="+", choices=what, default=what)
+    options = known.parse_args(words)
+    check(options, "nanochat/engine.py")
     return options
 
 
@@ -132,21 +125,9 @@ def children(options: argparse.Namespace, folder: Path) -> tuple[list[Any], ...]
     spec.write_text(
         json.dumps(paths | {"model": model, "threads": options.threads, "sampling": SAMPLING, "samples": SAMPLES})
     )
-    common = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "RANK", "XLA_FLAGS")}
-    reference = common | {
-        "NANOCHAT_BASE_DIR": str(folder / "reference" / "base"),
-        "NANOCHAT_DTYPE": "float32",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    ours = common | {
-        "PYTHONPATH": str(HERE.parent),
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
-    }
-    sys.path.append(str(HERE.parent))
-    from nanochat_jax.process import environment  # needs no JAX, which this process never imports
-
-    ours |= environment(ours)
+    reference, ours = environments(
+        folder, {"NANOCHAT_DTYPE": "float32", "CUDA_VISIBLE_DEVICES": ""}, {"JAX_PLATFORMS": "cpu"}
+    )
     return (
         ["reference", [options.python, HERE / "decode_reference.py", spec], folder / "reference", reference],
         ["ours", [sys.executable, HERE / "decode_ours.py", spec], folder / "ours", ours],

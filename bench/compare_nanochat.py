@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -33,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from turns import Child, check_counts, check_reference
+from turns import Child, check, environments, parser
 
 HERE = Path(__file__).resolve().parent
 BATCHES = 64
@@ -50,6 +49,13 @@ RECIPE = {
 """Of both. With the reference's own rates the losses of small models part at about step 18, whoever computes them
 (docs/NUMERICS.md).
 """
+SHOWN = {
+    "tok_per_sec": ("tokens/s", 1, ",.0f"),
+    "tok_per_cpu_sec": ("tokens/s of CPU time", 1, ",.0f"),
+    "peak_bytes": ("peak MiB", 2**20, ",.0f"),
+    "first_step_seconds": ("seconds to first step", 1, ".1f"),
+}
+"""Figure -> how a person reads it: label, unit, format."""
 
 
 def main() -> None:
@@ -68,25 +74,18 @@ def main() -> None:
 
 def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Our options, and those of this project's side. Exits with one line where one cannot be."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nanochat", type=Path, required=True, help="checkout of karpathy/nanochat")
-    parser.add_argument("--python", type=Path, default=Path(sys.executable), help="python of its environment")
-    parser.add_argument("--depth", type=int, default=4, help="layers; width is 64 for each, in heads of 128 (4)")
-    parser.add_argument("--seq-len", type=int, default=512, help="context, tokens (512)")
-    parser.add_argument("--batch", type=int, default=8, help="rows of a step (8)")
-    parser.add_argument("--vocab-size", type=int, default=8192, help="tokens in the vocabulary (8192)")
-    parser.add_argument("--window-pattern", default="SSSL", help="windows of the layers (SSSL, the reference's own)")
-    parser.add_argument("--rounds", type=int, default=8, help="times that each has its turn (8)")
-    parser.add_argument("--steps", type=int, default=4, help="steps of a turn (4)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where both train (cpu)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="precision (float32 on cpu, else bfloat16)")
-    parser.add_argument("--tolerance", type=float, default=0.02, help="largest gap of the losses, nats (0.02)")
-    parser.add_argument("--json", action="store_true", help="print every figure as a line of JSON on stdout")
+    known = parser(__doc__, rounds=8)
+    known.add_argument("--seq-len", type=int, default=512, help="context, tokens (512)")
+    known.add_argument("--batch", type=int, default=8, help="rows of a step (8)")
+    known.add_argument("--window-pattern", default="SSSL", help="windows of the layers (SSSL, the reference's own)")
+    known.add_argument("--steps", type=int, default=4, help="steps of a turn (4)")
+    known.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where both train (cpu)")
+    known.add_argument("--dtype", choices=("float32", "bfloat16"), help="precision (float32 on cpu, else bfloat16)")
+    known.add_argument("--tolerance", type=float, default=0.02, help="largest gap of the losses, nats (0.02)")
     at = words.index("--") if "--" in words else len(words)
-    options = parser.parse_args(words[:at])
-    check_reference(options, "scripts/base_train.py")
+    options = known.parse_args(words[:at])
+    check(options, "scripts/base_train.py")
     options.dtype = options.dtype or ("float32" if options.device == "cpu" else "bfloat16")
-    check_counts(options, "depth", "seq_len", "batch", "vocab_size", "rounds", "steps")
     return options, words[at + 1 :]
 
 
@@ -96,50 +95,38 @@ def children(options: argparse.Namespace, words: list[str], folder: Path) -> tup
     np.save(batches, tokens_of(options.vocab_size, options.batch, options.seq_len + 1))
     arguments = {
         "depth": options.depth,
-        "max-seq-len": options.seq_len,
-        "window-pattern": options.window_pattern,
-        "device-batch-size": options.batch,
-        "total-batch-size": options.batch * options.seq_len,
+        "max_seq_len": options.seq_len,
+        "window_pattern": options.window_pattern,
+        "device_batch_size": options.batch,
+        "total_batch_size": options.batch * options.seq_len,
+        **RECIPE,
+        **dict.fromkeys(("eval_every", "core_metric_every", "sample_every"), -1),
     }
-    recipe = {name.replace("_", "-"): value for name, value in RECIPE.items()}
-    off = ("eval-every", "core-metric-every", "sample-every")
-    spec.write_text(
-        json.dumps(
-            {
-                "nanochat": str(options.nanochat),
-                "arguments": [
-                    f"--{name}={value}" for name, value in (arguments | recipe | dict.fromkeys(off, -1)).items()
-                ],
-                "checkpoint": str(checkpoint),
-                "batches": str(batches),
-                "vocab_size": options.vocab_size,
-                "batch": options.batch,
-                "recipe": RECIPE,
-                "device": options.device,
-                "dtype": options.dtype,
-            }
-        )
+    told = {
+        "nanochat": str(options.nanochat),
+        "arguments": [f"--{name.replace('_', '-')}={value}" for name, value in arguments.items()],
+        "checkpoint": str(checkpoint),
+        "batches": str(batches),
+        "vocab_size": options.vocab_size,
+        "batch": options.batch,
+        "recipe": RECIPE,
+        "device": options.device,
+        "dtype": options.dtype,
+    }
+    spec.write_text(json.dumps(told))
+    reference, ours = environments(
+        folder,
+        {
+            "NANOCHAT_DTYPE": options.dtype,
+            "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
+            "TRITON_CACHE_DIR": str(folder / "triton"),
+        },
+        {
+            "JAX_COMPILATION_CACHE_DIR": str(folder / "xla"),
+            "JAX_PLATFORMS": options.device,
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        },
     )
-    common = {
-        k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TORCHDYNAMO_DISABLE", "RANK", "XLA_FLAGS")
-    }
-    reference = common | {
-        "NANOCHAT_BASE_DIR": str(folder / "reference" / "base"),
-        "NANOCHAT_DTYPE": options.dtype,
-        "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
-        "TRITON_CACHE_DIR": str(folder / "triton"),
-    }
-    ours = common | {
-        "PYTHONPATH": str(HERE.parent),
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "xla"),
-        "JAX_PLATFORMS": options.device,
-        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
-        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-    }
-    sys.path.append(str(HERE.parent))
-    from nanochat_jax.process import environment  # needs no JAX, which this process never imports
-
-    ours |= environment(ours)
     return (
         ["the reference", [options.python, HERE / "compare_reference.py", spec], folder / "reference", reference],
         ["this project", [sys.executable, HERE / "compare_ours.py", spec, *words], folder / "ours", ours],
@@ -204,32 +191,24 @@ def figures_of(firsts: Sequence[dict], turns: Sequence[Sequence[dict]], tokens: 
 
 def summary(figures: dict[str, Any]) -> str:
     """The figures for people."""
-    names = ("tok_per_sec", "tok_per_cpu_sec", "peak_bytes", "first_step_seconds")
-    speed, cpu, memory, start = (figures[name] for name in names)
-    fa3 = figures["facts"]["reference"].get("USE_FA3")
     lines = [
         f"losses at step {at['step']}: reference {at['reference']:.6f}, ours {at['ours']:.6f}"
         for at in figures["losses"]
     ]
-    return "\n".join(
-        [
-            *lines,
-            f"tokens/s: reference {speed['reference']:,.0f}, ours {speed['ours']:,.0f}, ratio {speed['ratio']:.3f} "
-            f"(rounds {speed['lowest_ratio']:.3f} to {speed['highest_ratio']:.3f})",
-            f"tokens/s of CPU time: reference {cpu['reference']:,.0f}, ours {cpu['ours']:,.0f}, "
-            f"ratio {cpu['ratio']:.3f}",
-            f"peak MiB: reference {memory['reference'] / 2**20:,.0f}, ours {memory['ours'] / 2**20:,.0f}, "
-            f"ratio {memory['ratio']:.3f}",
-            f"seconds to first step: reference {start['reference']:.1f}, ours {start['ours']:.1f}, "
-            f"ratio {start['ratio']:.3f}",
-            f"largest gap of losses {figures['largest_loss_gap']:.6f}; USE_FA3 of the reference: {fa3}",
-        ]
-    )
+    for name, (label, unit, form) in SHOWN.items():
+        both = figures[name]
+        theirs, ours = (format(both[side] / unit, form) for side in ("reference", "ours"))
+        rounds = (
+            f" (rounds {both['lowest_ratio']:.3f} to {both['highest_ratio']:.3f})" if "lowest_ratio" in both else ""
+        )
+        lines.append(f"{label}: reference {theirs}, ours {ours}, ratio {both['ratio']:.3f}{rounds}")
+    gap, fa3 = figures["largest_loss_gap"], figures["facts"]["reference"].get("USE_FA3")
+    return "\n".join([*lines, f"largest gap of losses {gap:.6f}; USE_FA3 of the reference: {fa3}"])
 
 
-def tokens_of(vocab_size: int, rows: int, length: int, seed: int = 0) -> np.ndarray:
+def tokens_of(vocab_size: int, rows: int, length: int) -> np.ndarray:
     """int32 [BATCHES, rows, length]: words as frequent as one over their rank, or what follows the one before."""
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(0)
     frequency = 1 / (np.arange(vocab_size) + 3.0)
     drawn = random.choice(vocab_size, size=(BATCHES, rows, length), p=frequency / frequency.sum()).astype(np.int32)
     follows = random.permutation(vocab_size).astype(np.int32)

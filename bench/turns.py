@@ -10,6 +10,7 @@ library only: the child of the reference has an environment of its own.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -75,22 +76,44 @@ def held_to(threads: int) -> None:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
 
 
-def check_reference(options: Any, file: str) -> None:
-    """Makes --nanochat and --python absolute. Exits with one line where the checkout has no `file`, or where python is
-    no program.
+def parser(description: str, rounds: int) -> argparse.ArgumentParser:
+    """The options that every comparison has; `rounds` unless told otherwise."""
+    options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--nanochat", type=Path, required=True, help="checkout of karpathy/nanochat")
+    options.add_argument("--python", type=Path, default=Path(sys.executable), help="python of its environment")
+    options.add_argument("--depth", type=int, default=4, help="layers; width is 64 for each, in heads of 128 (4)")
+    options.add_argument("--vocab-size", type=int, default=8192, help="tokens in the vocabulary (8192)")
+    options.add_argument("--rounds", type=int, default=rounds, help=f"times that each has its turn ({rounds})")
+    options.add_argument("--json", action="store_true", help="print every figure as a line of JSON on stdout")
+    return options
+
+
+def check(options: argparse.Namespace, file: str) -> None:
+    """Makes --nanochat and --python absolute. Exits with one line where the checkout has no `file`, where python is no
+    program, or where a number is below 1.
     """
     options.nanochat, options.python = options.nanochat.resolve(), options.python.absolute()
     if not (options.nanochat / file).is_file():
         sys.exit(f"error: --nanochat {options.nanochat}: no {file} there; name a checkout of nanochat")
     if not os.access(options.python, os.X_OK):
         sys.exit(f"error: --python {options.python}: no such program; name the python of the reference's environment")
+    for name, value in vars(options).items():
+        if type(value) is int and value < 1:
+            sys.exit(f"error: --{name.replace('_', '-')} {value}: at least 1 is needed")
 
 
-def check_counts(options: Any, *names: str) -> None:
-    """Exits with one line where an option is below 1."""
-    for name in names:
-        if getattr(options, name) < 1:
-            sys.exit(f"error: --{name.replace('_', '-')} {getattr(options, name)}: at least 1 is needed")
+def environments(
+    folder: Path, reference: dict[str, str], ours: dict[str, str]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Those of the reference, which writes below `folder`, and of ours, each with what is its own."""
+    root = str(Path(__file__).resolve().parent.parent)
+    sys.path.append(root)
+    from nanochat_jax.process import environment  # needs no JAX, which this process never imports
+
+    left_out = ("PYTHONPATH", "TORCHDYNAMO_DISABLE", "RANK", "XLA_FLAGS")
+    common = {name: value for name, value in os.environ.items() if name not in left_out}
+    ours = common | {"PYTHONPATH": root, "XLA_FLAGS": os.environ.get("XLA_FLAGS", "")} | ours
+    return common | {"NANOCHAT_BASE_DIR": str(folder / "reference" / "base")} | reference, ours | environment(ours)
 
 
 class Child:

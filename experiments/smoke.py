@@ -10,6 +10,8 @@ from dataclasses import replace
 from nanochat_jax.config import Config
 
 defaults = Config()
+few = {"total_batch_size": 1024, "device_batch_size": 1, "save_every": 5, "sample_tokens": 16}
+conversations = {"num_iterations": 10, "val_rows": 16, "eval_every": 5}
 config = replace(
     defaults,
     model=replace(defaults.model, depth=2, aspect_ratio=32, head_dim=32, sequence_len=128),
@@ -18,36 +20,13 @@ config = replace(
     base=replace(
         defaults.base,
         num_iterations=20,
-        total_batch_size=1024,
-        device_batch_size=1,
         warmup_steps=4,
         eval_every=10,
         eval_tokens=8192,
-        save_every=5,
-        sample_tokens=16,
+        **few,
     ),
-    mid=replace(
-        defaults.mid,
-        mixture=("arithmetic:200", "choice:100", "identity"),
-        num_iterations=10,
-        total_batch_size=1024,
-        device_batch_size=1,
-        val_rows=16,
-        eval_every=5,
-        save_every=5,
-        sample_tokens=16,
-    ),
-    sft=replace(
-        defaults.sft,
-        mixture=("arithmetic:200", "choice:100"),
-        num_iterations=10,
-        total_batch_size=1024,
-        device_batch_size=1,
-        val_rows=16,
-        eval_every=5,
-        save_every=5,
-        sample_tokens=16,
-    ),
+    mid=replace(defaults.mid, mixture=("arithmetic:200", "choice:100", "identity"), **conversations, **few),
+    sft=replace(defaults.sft, mixture=("arithmetic:200", "choice:100"), **conversations, **few),
     rl=replace(
         defaults.rl,
         task="arithmetic",

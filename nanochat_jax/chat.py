@@ -35,7 +35,8 @@ def answer_once(
     else:
         fitted = fit([{"role": "user", "content": prompt}], tokenizer, engine.max_len, sampling)
         ids, sampling = fitted.ids, fitted.sampling
-    return collected(_shown(engine.stream(ids, sampling), show))
+    events = engine.stream(ids, sampling)
+    return collected(_shown(events) if show else events)
 
 
 def talk(engine: Engine, tokenizer: Tokenizer, sampling: SamplingParams) -> None:
@@ -76,7 +77,7 @@ def _parts(events: Iterator[dict]) -> list[dict[str, str]]:
     """Shows an answer and returns it as message parts; Ctrl-C ends it where it is."""
     parts: list[dict[str, str]] = [{"type": "text", "text": ""}]
     try:
-        for event in _shown(events, True):
+        for event in _shown(events):
             if event["type"] == "text":
                 parts[-1]["text"] += event["text"]
             elif event["type"] == "tool":
@@ -89,15 +90,15 @@ def _parts(events: Iterator[dict]) -> list[dict[str, str]]:
     return parts
 
 
-def _shown(events: Iterator[dict], show: bool) -> Iterator[dict]:
+def _shown(events: Iterator[dict]) -> Iterator[dict]:
     """Passes the engine's events on, printing them; stopping early cancels the generation."""
     try:
         for event in events:
-            if show and event["type"] == "text":
+            if event["type"] == "text":
                 print(event["text"], end="", flush=True)
-            elif show and event["type"] == "tool":
+            elif event["type"] == "tool":
                 print(f"[{event['expression']} = {event['result'] or '?'}]", end="", flush=True)
-            elif show:
+            else:
                 print(flush=True)
             yield event
     finally:

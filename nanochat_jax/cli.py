@@ -30,6 +30,7 @@ import typeguard
 import tyro
 
 from nanochat_jax import distributed, run, track
+from nanochat_jax.bench import Settings, measured
 from nanochat_jax.config import MODEL_STAGES, Config, check_ranges
 from nanochat_jax.errors import UserError
 from nanochat_jax.stopping import ending_at_once
@@ -213,27 +214,16 @@ class ConvertOptions(Options):
             raise UsageError(
                 "convert from-nanochat needs --checkpoint FOLDER, and takes no --out, --dtype nor --step best"
             )
-        words = [f"--workdir={self.workdir}", *([f"--experiment={self.experiment}"] if self.experiment else [])]
-        if self.config.model != _defaults(words, starts_run=True)[0].model:
-            raise UsageError("--model options: the shape of the model is that of the checkpoint; leave them out")
 
 
 @dataclass(frozen=True)
-class BenchOptions(Options):
+class BenchOptions(Settings, Options):
     """Options of `bench`."""
 
     what: tyro.conf.Positional[Part] = tyro.MISSING
     """The part to measure."""
     json: Flag = False
     """Nothing changes: the line of JSON that ends stdout is always there."""
-    repeat: int = 10
-    """Repetitions that count, after warm-up."""
-    rows: tuple[int, ...] = ()
-    """Rows or clients at once; unset: 16 on a GPU, 2 on a CPU (attention), 1 and 16 (decode), 1 and 8 (server)."""
-    impls: tuple[str, ...] = ()
-    """Implementations of attention to measure; unset: all that run here."""
-    step_only: Flag = False
-    """Leave out what takes long: the parts of a training step, the requests that arrive at random (decode)."""
 
     def check(self) -> None:
         if min((self.repeat, *self.rows)) < 1:
@@ -310,6 +300,8 @@ def run_command(prog: str, kind: type[Options], command: Command, about: str, ar
 
             parse_mesh(options.config.mesh)
             check_names(options.config, options.named() if isinstance(options, EvalOptions) else ())
+    if command is convert and options.config.model != config.model:
+        raise UsageError("--model options: the shape of the model is that of the checkpoint; leave them out")
     log(f"run {workdir}, configuration from {origin}")
     if training and options.plan:
         from nanochat_jax.plan import format_plan, plan
@@ -489,10 +481,7 @@ def convert(options: ConvertOptions, workdir: Path) -> None:
 
 
 def bench(options: BenchOptions, workdir: Path) -> None:
-    from nanochat_jax.bench import Settings, measured
-
-    settings = Settings(options.repeat, options.rows, options.impls, options.step_only)
-    print(json.dumps(measured(options.what, options.config, settings, log)), flush=True)
+    print(json.dumps(measured(options.what, options.config, options, log)), flush=True)
 
 
 def _defaults(argv: Sequence[str], starts_run: bool, tolerant: bool = False) -> tuple[Config, Path, str]:

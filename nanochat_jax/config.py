@@ -388,58 +388,41 @@ def windows(pattern: str, n_layer: int, sequence_len: int) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-AT_LEAST_ONE = {
-    "model": ("depth", "aspect_ratio", "head_dim", "n_kv_head", "sequence_len"),
-    "tokenizer": ("vocab_size", "max_chars", "doc_cap"),
-    "data": ("num_shards", "streams", "buffer_docs"),
-    "base": ("total_batch_size", "eval_tokens"),
-    "mid": ("total_batch_size",),
-    "sft": ("total_batch_size",),
-    "rl": ("questions_per_step", "samples_per_question", "normalize_over", "max_new_tokens", "eval_examples", "pass_k"),
-    "eval": ("batch_size", "max_new_tokens", "max_examples", "num_samples"),
-}
-WITHIN = dict.fromkeys(("momentum_start", "momentum_peak", "momentum_end"), 0.9999)
-WITHIN |= {"warmdown_ratio": 1, "warmup_steps": math.inf, "init_lr_frac": math.inf, "final_lr_frac": math.inf}
-"""The most that a value of every stage can be; the least is 0."""
-EVERY_STAGE = ("num_iterations", "device_batch_size", "keep", "stop_after", "sample_tokens")
+COUNT, NOT_NEGATIVE = (1, math.inf), (0, math.inf)
+RANGES = (
+    dict.fromkeys(("depth", "aspect_ratio", "head_dim", "n_kv_head", "sequence_len"), COUNT)
+    | dict.fromkeys(("vocab_size", "max_chars", "doc_cap", "num_shards", "streams", "buffer_docs"), COUNT)
+    | dict.fromkeys(("num_iterations", "total_batch_size", "device_batch_size", "batch_size"), COUNT)
+    | dict.fromkeys(("keep", "stop_after", "eval_tokens", "sample_tokens", "max_new_tokens"), COUNT)
+    | dict.fromkeys(("questions_per_step", "samples_per_question", "num_samples", "pass_k"), COUNT)
+    | dict.fromkeys(("normalize_over", "eval_examples", "max_examples"), COUNT)
+    | dict.fromkeys(("warmup_steps", "init_lr_frac", "final_lr_frac", "val_rows", "loss_chunk"), NOT_NEGATIVE)
+    | dict.fromkeys(("momentum_start", "momentum_peak", "momentum_end"), (0, 0.9999))
+    | {"warmdown_ratio": (0, 1), "seed": (0, 2**31 - 1), "device_memory_gb": (0, 2**20)}
+    | {"temperature": (0, 100), "top_k": (0, 2**31 - 1)}
+)
+"""The least and the most that a field can be, in whatever section it is, where it is a number."""
+ABOVE_ZERO = ("target_param_data_ratio", "target_flops", "device_memory_gb")
 
 
 def check_ranges(config: Config) -> None:
-    """UserError naming the first value that is no number, or a count below 1 where 0 or less means nothing."""
+    """UserError naming the first value that is no number that can be computed with, or one that means nothing."""
     sections = {f"{name}.": value for name, value in vars(config).items() if is_dataclass(value)}
     for prefix, section in ({"": config} | sections).items():
         for name, value in vars(section).items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise UserError(f"--{prefix}{name.replace('_', '-')} {value} is no number that can be computed with")
-    for section, names in AT_LEAST_ONE.items():
-        for name in (*names, *(EVERY_STAGE if section in MODEL_STAGES else ())):
-            value = getattr(getattr(config, section), name)
-            if value not in (None, "auto") and value < 1:
-                raise UserError(f"--{section}.{name.replace('_', '-')} {value}: at least 1 is needed")
-    for section in MODEL_STAGES:
-        for name, most in WITHIN.items():
-            value = getattr(getattr(config, section), name)
-            if not 0 <= value <= most:
-                raise UserError(f"--{section}.{name.replace('_', '-')} {value}: 0 to {most:g} can be trained with")
-    for name in ("target_param_data_ratio", "target_flops"):
-        value = getattr(config.base, name)
-        if value is not None and value <= 0:
-            raise UserError(f"--base.{name.replace('_', '-')} {value}: more than 0 is needed")
-    for stage in ("mid", "sft"):
-        if getattr(config, stage).val_rows < 0:
-            raise UserError(f"--{stage}.val-rows {getattr(config, stage).val_rows}: at least 0 is needed")
-    for name, most in {"temperature": 100, "top_k": 2**31 - 1}.items():
-        value = getattr(config.eval, name)
-        if not 0 <= value <= most:
-            raise UserError(f"--eval.{name.replace('_', '-')} {value}: 0 to {most} can be sampled with")
+            if not isinstance(value, int | float):
+                continue
+            option = f"--{prefix}{name.replace('_', '-')} {value}"
+            if not math.isfinite(value):
+                raise UserError(f"{option} is no number that can be computed with")
+            least, most = RANGES.get(name, (-math.inf, math.inf))
+            if not least <= value <= most:
+                needed = f"at least {least}" if most == math.inf else f"{least} to {most}"
+                raise UserError(f"{option}: {needed} is needed")
+            if name in ABOVE_ZERO and value <= 0:
+                raise UserError(f"{option}: more than 0 is needed")
     if config.eval.num_samples > 1 and config.eval.temperature <= 0:
         raise UserError(
             f"--eval.num-samples {config.eval.num_samples} greedy answers are all the same: give --eval.temperature"
         )
-    if not 0 <= config.seed < 2**31:
-        raise UserError(f"--seed {config.seed}: 0 to {2**31 - 1} are seeds")
-    if config.loss_chunk != "auto" and config.loss_chunk < 0:
-        raise UserError(f"--loss-chunk {config.loss_chunk}: auto, or at least 0 is needed")
-    if config.device_memory_gb is not None and not 0 < config.device_memory_gb <= 2**20:
-        raise UserError(f"--device-memory-gb {config.device_memory_gb:g}: more than 0, and at most {2**20}, is needed")
     GPTConfig.from_depth(config.model, config.tokenizer.vocab_size)

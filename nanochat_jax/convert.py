@@ -10,7 +10,6 @@ optimizer's state, so that --sft.init-optimizer is refused after it.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -25,7 +24,7 @@ import numpy as np
 from nanochat_jax import run
 from nanochat_jax.checkpoint import Checkpointer
 from nanochat_jax.config import MODEL_STAGES, Config, GPTConfig, ModelConfig
-from nanochat_jax.data.files import write_json
+from nanochat_jax.data.files import read_json, write_json
 from nanochat_jax.errors import UserError
 from nanochat_jax.model import count_params, param_shapes
 from nanochat_jax.sharding import by_path, path_of
@@ -129,7 +128,7 @@ def open_checkpoint(folder: Path, step: int | None) -> NanochatCheckpoint:
         raise UserError(f"--step {step}: {folder} has {', '.join(map(str, sorted(steps)))}")
     meta_path = folder / steps[step].name.replace("model_", "meta_").replace(".pt", ".json")
     try:
-        meta = json.loads(meta_path.read_text(encoding="utf-8"))
+        meta = read_json(meta_path)
         sizes = meta["model_config"]
         if wrong := [n for n in SIZES if type(sizes.get(n)) is not int or sizes[n] < 1]:
             raise ValueError(f"{wrong[0]} is {sizes.get(wrong[0])!r}")
@@ -242,7 +241,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
 def _left_by_conversion(path: Path) -> bool:
     """Whether the checkpoint at `path` is of a conversion, not of training; the next one may replace it."""
     try:
-        return set(json.loads((path / "meta.json").read_text(encoding="utf-8"))) == {"nanochat"}
+        return set(read_json(path / "meta.json")) == {"nanochat"}
     except (OSError, ValueError, TypeError):
         return False
 

@@ -88,7 +88,8 @@ def _weighted_forward(
     cfg: GPTConfig, x_BTD: jax.Array, kernel_DV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """The loss, and its gradients with respect to hidden states, head and weights."""
-    by_kernel = _fits_kernel(cfg)
+    # Devices that have only some of the vocabulary do not know what its softmax is divided by.
+    by_kernel = "tensor" not in cut_axes() and kernel_takes(cfg)
 
     def step(dkernel_DV: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         x_BCD, targets_BC, weights_BC = chunk
@@ -129,11 +130,6 @@ def _by_xla(
     dlogits_BCV = dcapped_BCV * (1.0 - jnp.square(capped_BCV / SOFTCAP))  # the derivative of the cap
     padding = [(0, 0), (0, 0), (0, cfg.padded_vocab_size - cfg.vocab_size)]
     return losses_BC, jnp.pad(dlogits_BCV.astype(logits_BCV.dtype), padding)
-
-
-def _fits_kernel(cfg: GPTConfig) -> bool:
-    # Devices that have only some of the vocabulary do not know what its softmax is divided by.
-    return "tensor" not in cut_axes() and kernel_takes(cfg)
 
 
 def kernel_takes(cfg: GPTConfig) -> bool:

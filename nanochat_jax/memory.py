@@ -127,7 +127,6 @@ def account(program: jax.stages.Compiled) -> dict[str, float | None]:
     return {
         "bytes": kept + memory.temp_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
-        "code_bytes": memory.generated_code_size_in_bytes,
         "flops": (cost or {}).get("flops"),
     }
 

@@ -19,6 +19,7 @@ from jax.sharding import AbstractMesh
 from kernels.attention import GPU_IMPLEMENTATIONS
 from nanochat_jax.config import DEFAULT_ROWS, Config, FinetuneConfig, GPTConfig
 from nanochat_jax.data.conversations import read_jsonl
+from nanochat_jax.data.download import SHARD_BYTES
 from nanochat_jax.loss import kernel_takes
 from nanochat_jax.memory import loss_chunk
 from nanochat_jax.metrics import duration, gib, peak_flops, si
@@ -43,7 +44,6 @@ LOGIT_BYTES = {"cpu": {"float32": 15, "bfloat16": 11}, "gpu": {"float32": 4, "bf
 KEEPS_SCORES = ("reference", "xla_blocked")
 REMAT_VALUES = 3.5
 """Values per token, layer and unit of width that rematerialisation leaves kept."""
-SHARD_BYTES = 100e6
 # Training rows (of GSM8K without the 400 held out) and tokens a conversation; other sets are counted.
 PUBLIC_SETS = {
     "smoltalk": (460_341, 800),
@@ -96,7 +96,7 @@ def plan(config: Config) -> dict[str, Any]:
         "total": total,
         "rows": rows,
         "memory": memory,
-        "disk": _disk(config, cfg, counts),
+        "disk": _disk(config, cfg),
         "assumptions": _assumptions(rates, cfg, attention, config.device_hour_cost),
     }
 
@@ -206,10 +206,7 @@ def step_memory(config: Config, cfg: GPTConfig, rows: int, platform: str, attent
     """Bytes that a step with microbatches of `rows` rows takes on a device, by what they are for; an estimate."""
     axes = parse_mesh(config.mesh)
     parameter_parts, all_parts = axes["fsdp"] * axes["tensor"], math.prod(axes.values())
-    counts, dtype = count_params(cfg), cfg.compute_dtype
-    low = jnp.dtype(dtype).itemsize
-    embedding = (counts["wte"] + counts["value_embeds"]) * low
-    blocks, rest = 4 * counts["blocks"], 4 * (counts["lm_head"] + counts["scalars"])
+    dtype, low = cfg.compute_dtype, jnp.dtype(cfg.compute_dtype).itemsize
     tokens = rows * cfg.sequence_len / axes["tensor"]
     chunk = loss_chunk(config, rows, platform)
     head_tokens = rows * min(chunk or cfg.sequence_len, cfg.sequence_len) / axes["tensor"]
@@ -224,16 +221,24 @@ def step_memory(config: Config, cfg: GPTConfig, rows: int, platform: str, attent
     if cfg.remat:
         # One layer's activations are there again when the logits are not any more.
         activations = REMAT_VALUES * low * tokens * cfg.n_embd * cfg.n_layer + max(0.0, max(layers) - logits)
-    # Two moments for AdamW, one for Muon; its second moments are vectors. Gradients are float32: the step's sum and
-    # a microbatch's, or in the update what that works on.
+    # Gradients are float32: the step's sum and a microbatch's, or in the update what that works on.
+    weights, optimizer = state_bytes(cfg)
     memory = {
-        "weights": (embedding + blocks + rest) / parameter_parts,
-        "gradients": 2 * 4 * counts["total"] / parameter_parts,
-        "optimizer": (2 * embedding + blocks + 2 * rest) / all_parts,
+        "weights": weights / parameter_parts,
+        "gradients": 2 * 4 * count_params(cfg)["total"] / parameter_parts,
+        "optimizer": optimizer / all_parts,
         "activations": activations,
         "logits": logits,
     }
     return memory | {"total": sum(memory.values())}
+
+
+def state_bytes(cfg: GPTConfig) -> tuple[int, int]:
+    """Bytes of parameters and of optimizer: two moments for AdamW, one for Muon, whose second moments are vectors."""
+    counts = count_params(cfg)
+    embedding = (counts["wte"] + counts["value_embeds"]) * jnp.dtype(cfg.compute_dtype).itemsize
+    blocks, rest = 4 * counts["blocks"], 4 * (counts["lm_head"] + counts["scalars"])
+    return embedding + blocks + rest, 2 * embedding + blocks + 2 * rest
 
 
 def _kind(attention: str) -> str:
@@ -241,14 +246,13 @@ def _kind(attention: str) -> str:
     return "gpu" if attention in GPU_IMPLEMENTATIONS else "cpu"
 
 
-def _disk(config: Config, cfg: GPTConfig, counts: dict[str, int]) -> dict[str, float]:
+def _disk(config: Config, cfg: GPTConfig) -> dict[str, float]:
     """Bytes of shards to download and of the checkpoints of all stages."""
     downloads = config.data.dir is None and config.data.source != "embedded"
-    embedding = (counts["wte"] + counts["value_embeds"]) * jnp.dtype(cfg.compute_dtype).itemsize
-    checkpoint = 3 * embedding + 2 * 4 * counts["blocks"] + 3 * 4 * counts["lm_head"]
     continued = [config.sft] if config.rl.control else []
     kept = sum(stage.keep + 1 for stage in (config.base, config.mid, config.sft, config.rl, *continued))
-    disk = {"shards": (config.data.num_shards + 1) * SHARD_BYTES * downloads, "checkpoints": float(kept * checkpoint)}
+    shards = (config.data.num_shards + 1) * SHARD_BYTES * downloads
+    disk = {"shards": float(shards), "checkpoints": float(kept * sum(state_bytes(cfg)))}
     return disk | {"total": sum(disk.values())}
 
 
@@ -263,7 +267,7 @@ def _assumptions(rates: dict[str, float], cfg: GPTConfig, attention: str, price:
         f"activations, as XLA keeps them: {ACTIVATION_BYTES[_kind(attention)][cfg.compute_dtype]} bytes a token, layer "
         f"and unit of width; with remat {REMAT_VALUES * jnp.dtype(cfg.compute_dtype).itemsize:.0f}, a third more work",
         f"attention {attention} {'keeps' if attention in KEEPS_SCORES else 'does not keep'} its scores",
-        f"device-batch-size auto: counted as 1 row; a shard has {SHARD_BYTES / 1e6:.0f} MB",
+        f"device-batch-size auto: counted as 1 row; a shard has up to {SHARD_BYTES / 1e6:.0f} MB",
         f"a device costs ${price:,.2f} an hour" if price else "no dollars, as --device-hour-cost DOLLARS is not given",
         "not counted: evaluation, downloads, tokenizer training, compilation",
     ]

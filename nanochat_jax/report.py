@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat_jax.config import MODEL_STAGES, GPTConfig
+from nanochat_jax.data.files import read_json
 from nanochat_jax.errors import UserError
 from nanochat_jax.metrics import MetricsLog, duration, gib, si
 from nanochat_jax.model import count_params, flops_per_token, scaling_params
@@ -59,7 +60,7 @@ def write_report(workdir: Path) -> Path:
         raise UserError(f"{workdir} is not the folder of a run: there is no config.json and no stage in it")
     problems: list[str] = []
 
-    def read(name: str, empty: Any, parse: Callable[[Path], Any] = _json, needed: bool = True) -> Any:
+    def read(name: str, empty: Any, parse: Callable[[Path], Any] = read_json, needed: bool = True) -> Any:
         """What is in a file; `empty` and a sentence in `problems` where it is damaged, or missing though `needed`."""
         try:
             value = parse(workdir / name)
@@ -119,10 +120,6 @@ def write_report(workdir: Path) -> Path:
     (workdir / "report.md").write_text(markdown, encoding="utf-8")
     (workdir / "report.html").write_text(to_html(markdown, workdir, title), encoding="utf-8")
     return workdir / "report.md"
-
-
-def _json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _summary(stages: list[Stage]) -> str:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanochat_jax.config import MODEL_STAGES, STAGES, Config, DataConfig, GPTConfig
-from nanochat_jax.data.files import write_json
+from nanochat_jax.data.files import read_json, write_json
 from nanochat_jax.distributed import is_leader
 from nanochat_jax.errors import UserError
 
@@ -212,7 +212,7 @@ def gpt_config(config: Config, vocab_size: int, platform: str | None = None) -> 
 def finished(workdir: Path, stage: str) -> dict[str, Any] | None:
     """What done.json of a stage says, or None where the stage is not complete."""
     path = workdir / stage / "done.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    return read_json(path) if path.exists() else None
 
 
 def newest_run(root: Path = RUNS) -> Path:
@@ -330,7 +330,7 @@ def _write_record(workdir: Path, record: dict[str, Any]) -> None:
 def _read_record(workdir: Path) -> dict[str, Any]:
     path = workdir / "config.json"
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path)
         return {"config": record["config"], "data": record.get("data")} | record
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{workdir} is not the folder of a run: there is no config.json in it") from None

@@ -23,7 +23,8 @@ import regex
 import rustbpe
 import tiktoken
 
-from nanochat_jax.data.files import write_json
+from nanochat_jax.data.files import read_json, write_json
+from nanochat_jax.data.turns import check_turns
 from nanochat_jax.errors import UserError
 
 SPECIALS = (
@@ -110,7 +111,7 @@ class Tokenizer:
         if not path.is_file():
             raise UserError(f"no tokenizer at {path}; the tokenizer stage makes it")
         try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
+            stored = read_json(path)
             version, pattern, specials = stored["format"], stored["pattern"], stored["specials"]
             ranks = [base64.b64decode(token, validate=True) for token in stored["ranks"]]
             intact = stored["fingerprint"] == _fingerprint(ranks, pattern, specials)
@@ -127,7 +128,6 @@ class Tokenizer:
             "pattern": self.pattern,
             "specials": list(self.specials),
             "ranks": [base64.b64encode(token).decode("ascii") for token in self.ranks],
-            "token_bytes": self.token_bytes.tolist(),
             "fingerprint": self.fingerprint(),
         }
         write_json(Path(directory) / FILE_NAME, stored)
@@ -168,16 +168,16 @@ class Tokenizer:
         """Bytes of `ids`, as they are; for streaming, where a character may be split between tokens."""
         return self._encoding.decode_bytes(ids)
 
-    def render(self, conversation: dict, max_tokens: int | None = None) -> tuple[list[int], list[int]]:
-        """Ids of a conversation and, for each, 1 if the assistant is to learn to write it; cut to `max_tokens`.
+    def render(self, conversation: dict) -> tuple[list[int], list[int]]:
+        """Ids of a conversation and, for each, 1 if the assistant is to learn to write it.
 
         Learned are the assistant's text, its python with both markers and its assistant_end; not what others write,
         nor the outputs of its tools. Raises UserError where the turns are out of order.
         """
-        return self.render_batch([conversation], max_tokens, num_threads=1)[0]
+        return self.render_batch([conversation], num_threads=1)[0]
 
     def render_batch(
-        self, conversations: Sequence[dict], max_tokens: int | None = None, num_threads: int | None = None
+        self, conversations: Sequence[dict], num_threads: int | None = None
     ) -> list[tuple[list[int], list[int]]]:
         """`render` of each conversation; all their texts are encoded together, over threads."""
         all_pieces = [self._pieces(turns(conversation)) for conversation in conversations]
@@ -191,7 +191,7 @@ class Tokenizer:
                 tokens = next(encoded) if isinstance(piece, str) else [piece]
                 ids += tokens
                 mask += [learned] * len(tokens)
-            rendered.append((ids[:max_tokens], mask[:max_tokens]))
+            rendered.append((ids, mask))
         return rendered
 
     def render_for_completion(self, conversation: dict) -> list[int]:
@@ -216,32 +216,21 @@ class Tokenizer:
                     pieces.append((part["text"], 1))
                 elif part["type"] == "python":
                     pieces += [(special("<|python_start|>"), 1), (part["text"], 1), (special("<|python_end|>"), 1)]
-                elif part["type"] == "python_output":
-                    pieces += [(special("<|output_start|>"), 0), (part["text"], 0), (special("<|output_end|>"), 0)]
                 else:
-                    raise UserError(f"part of type {part['type']!r}: only text, python and python_output are known")
+                    pieces += [(special("<|output_start|>"), 0), (part["text"], 0), (special("<|output_end|>"), 0)]
             pieces.append((special("<|assistant_end|>"), 1))
         return pieces
 
 
 def turns(conversation: dict) -> list[dict]:
-    """The messages with a leading system message joined to the first of the user, who always begins.
-
-    Raises UserError where user and assistant do not alternate from there.
-    """
+    """The messages with a leading system message joined to the first of the user. UserError as `check_turns`."""
     messages = conversation["messages"]
-    if messages and messages[0]["role"] == "system":
-        if len(messages) < 2 or messages[1]["role"] != "user":
-            raise UserError("a system message must be followed by one of the user")
-        joined = f"{messages[0]['content']}\n\n{messages[1]['content']}"
-        messages = [{"role": "user", "content": joined}, *messages[2:]]
-    if not messages:
+    check_turns(messages, "conversation")
+    system = [message["content"] for message in messages[:1] if message["role"] == "system"]
+    if len(messages) == len(system):
         raise UserError("a conversation needs at least one message of the user")
-    for i, message in enumerate(messages):
-        expected = "assistant" if i % 2 else "user"
-        if message["role"] != expected:
-            raise UserError(f"message {i + 1} is of role {message['role']!r} where the {expected}'s turn is")
-    return messages
+    first, *rest = messages[len(system) :]
+    return [{"role": "user", "content": "\n\n".join([*system, first["content"]])}, *rest]
 
 
 def check_pattern(pattern: str, texts: Iterable[str]) -> None:

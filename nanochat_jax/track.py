@@ -7,7 +7,6 @@ goes on. The packages are imported only where they are asked for; of several pro
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -16,7 +15,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from nanochat_jax.config import Config
-from nanochat_jax.data.files import write_json
+from nanochat_jax.data.files import read_json, write_json
 from nanochat_jax.distributed import barrier, is_leader
 from nanochat_jax.errors import UserError
 
@@ -100,7 +99,7 @@ def _wandb(log: MetricsLog, config: Config, step: int) -> Sink:
     import wandb
 
     folder, kept = log.path.parent, log.path.with_name("wandb.json")
-    known = json.loads(kept.read_text(encoding="utf-8"))["id"] if kept.exists() else None
+    known = read_json(kept)["id"] if kept.exists() else None
     group = folder.parent.resolve().name
     run = wandb.init(
         project=os.environ.get("WANDB_PROJECT", "nanochat-jax"),

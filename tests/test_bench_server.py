@@ -95,8 +95,9 @@ def test_the_server_and_the_engine_answer_the_same_requests_whole(bench, monkeyp
 
 def test_a_ratio_is_of_the_same_round(bench, monkeypatch):
     """The machine is slower in every round than in the one before; the server takes twice as long as the engine."""
-    seconds = iter([9, 9, 2, 1, 20, 10, 800, 400])
-    monkeypatch.setattr(server, "at_once", lambda ask, count: server.Round(next(seconds), [ask(0)] * count))
+    seconds, answer = iter([9, 9, 2, 1, 20, 10, 800, 400]), server.Answer(0.5, 0.1)
+    monkeypatch.setattr(server, "at_once", lambda ask, count: server.Round(next(seconds), [answer] * count))
+    monkeypatch.setattr(served, "warm_up", lambda engine: None)
     _, figures, _ = bench("--rows", 2, "--repeat", 3)
     slow, fast = figures["speeds"]
     assert (slow["ratio"], slow["lowest_ratio"], slow["highest_ratio"]) == (0.5, 0.5, 0.5)
@@ -105,6 +106,7 @@ def test_a_ratio_is_of_the_same_round(bench, monkeypatch):
 
 def test_a_server_that_refuses_is_one_line(bench, monkeypatch):
     monkeypatch.setattr(server, "create_app", partial(create_app, max_requests=0))
+    monkeypatch.setattr(served, "warm_up", lambda engine: None)
     status, figures, err = bench("--rows", 2)
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert status == 1 and figures is None and len(errors) == 1 and "Traceback" not in err

@@ -9,7 +9,7 @@ import pytest
 
 from nanochat_jax import model as gpt
 from nanochat_jax.config import GPTConfig, ModelConfig
-from nanochat_jax.loss import _fits_kernel, token_losses, weighted_loss
+from nanochat_jax.loss import kernel_takes, token_losses, weighted_loss
 from nanochat_jax.sharding import make_mesh
 
 CFG = GPTConfig.from_depth(ModelConfig(depth=1, aspect_ratio=32, head_dim=16, sequence_len=48), 500)
@@ -78,8 +78,8 @@ def test_no_array_of_all_logits_is_kept_or_made_in_chunks(params, batch):
 
 
 def test_not_by_the_kernel_where_its_threads_would_share_logits():
-    assert _fits_kernel(dataclasses.replace(CFG, attention="cudnn")) and not _fits_kernel(CFG)
-    assert not _fits_kernel(dataclasses.replace(CFG, attention="cudnn", vocab_size=50257))  # padded to 50,304
+    assert kernel_takes(dataclasses.replace(CFG, attention="cudnn")) and not kernel_takes(CFG)
+    assert not kernel_takes(dataclasses.replace(CFG, attention="cudnn", vocab_size=50257))  # padded to 50,304
 
 
 @pytest.mark.parametrize(("mesh", "kernels"), [("fsdp=2", True), ("tensor=2", False)])

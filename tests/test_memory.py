@@ -13,7 +13,17 @@ from jax.sharding import PartitionSpec as P
 
 from nanochat_jax import memory, run
 from nanochat_jax.cli import TrainOptions, UsageError, parse
-from nanochat_jax.config import BaseConfig, Config, EvalConfig, FinetuneConfig, GPTConfig, ModelConfig, check_ranges
+from nanochat_jax.config import (
+    ABOVE_ZERO,
+    RANGES,
+    BaseConfig,
+    Config,
+    EvalConfig,
+    FinetuneConfig,
+    GPTConfig,
+    ModelConfig,
+    check_ranges,
+)
 from nanochat_jax.errors import UserError
 from nanochat_jax.loss import token_losses, weighted_loss
 from nanochat_jax.memory import device_limit, program_bytes, train_bytes, train_rows
@@ -266,14 +276,14 @@ def test_options_reach_the_configuration_and_come_back():
     "change, words",
     [
         ({"loss_chunk": -1}, "--loss-chunk -1"),
-        ({"device_memory_gb": 0.0}, "--device-memory-gb 0"),
-        ({"device_memory_gb": 1e308}, r"--device-memory-gb 1e\+308: more than 0, and at most 1048576"),
+        ({"device_memory_gb": 0.0}, "--device-memory-gb 0.0: more than 0 is needed"),
+        ({"device_memory_gb": 1e308}, r"--device-memory-gb 1e\+308: 0 to 1048576 is needed"),
         ({"base": BaseConfig(device_batch_size=0)}, "--base.device-batch-size 0"),
         ({"base": BaseConfig(target_param_data_ratio=0)}, "--base.target-param-data-ratio 0: more than 0"),
         ({"base": BaseConfig(warmdown_ratio=float("nan"))}, "--base.warmdown-ratio nan is no number"),
-        ({"base": BaseConfig(warmdown_ratio=-1.0)}, "--base.warmdown-ratio -1.0: 0 to 1 can"),
-        ({"base": BaseConfig(momentum_peak=2.0)}, "--base.momentum-peak 2.0: 0 to 0.9999 can"),
-        ({"base": BaseConfig(warmup_steps=-5)}, "--base.warmup-steps -5: 0 to inf can"),
+        ({"base": BaseConfig(warmdown_ratio=-1.0)}, "--base.warmdown-ratio -1.0: 0 to 1 is needed"),
+        ({"base": BaseConfig(momentum_peak=2.0)}, "--base.momentum-peak 2.0: 0 to 0.9999 is needed"),
+        ({"base": BaseConfig(warmup_steps=-5)}, "--base.warmup-steps -5: at least 0 is needed"),
         ({"mid": FinetuneConfig(val_rows=-1)}, "--mid.val-rows -1"),
         ({"eval": EvalConfig(temperature=-0.5)}, "--eval.temperature -0.5: 0 to 100"),
         ({"eval": EvalConfig(num_samples=4)}, "--eval.num-samples 4 greedy answers are all the same"),
@@ -283,6 +293,12 @@ def test_values_without_meaning_are_errors(change, words):
     check_ranges(replace(Config(), base=BaseConfig(target_param_data_ratio=0.5)))
     with pytest.raises(UserError, match=words):
         check_ranges(replace(Config(), **change))
+
+
+def test_every_range_is_that_of_a_field():
+    fields = asdict(Config())
+    names = set(fields).union(*(section for section in fields.values() if isinstance(section, dict)))
+    assert {*RANGES, *ABOVE_ZERO} <= names
 
 
 def test_memory_may_change_when_a_run_goes_on():

@@ -11,6 +11,7 @@ import pytest
 from nanochat_jax import plan as plan_module
 from nanochat_jax.cli import EXPERIMENTS, load_experiment
 from nanochat_jax.config import BaseConfig, Config, FinetuneConfig, GPTConfig, ModelConfig
+from nanochat_jax.data.download import SHARD_BYTES
 from nanochat_jax.errors import UserError
 from nanochat_jax.memory import train_bytes
 from nanochat_jax.model import count_params, flops_per_token, param_shapes
@@ -186,7 +187,7 @@ def test_presets_fit_their_cards(card):
 def test_disk():
     embedded = replace(tiny(), data=replace(Config().data, source="embedded"))
     assert plan(embedded)["disk"]["shards"] == 0
-    assert plan(tiny())["disk"]["shards"] == 241e8
+    assert plan(tiny())["disk"]["shards"] == 241 * SHARD_BYTES
     twice = {name: replace(getattr(embedded, name), keep=5) for name in ("base", "mid", "sft", "rl")}
     assert plan(replace(embedded, **twice))["disk"]["checkpoints"] == plan(embedded)["disk"]["checkpoints"] * 2
 

@@ -87,8 +87,6 @@ def test_save_and_load(tokenizer, tmp_path):
     assert loaded.fingerprint() == tokenizer.fingerprint()
     assert loaded.vocab_size == VOCAB and loaded.bos_id == tokenizer.bos_id
     assert [loaded.encode(text) for text in TEXTS] == [tokenizer.encode(text) for text in TEXTS]
-    stored = json.loads((tmp_path / "tokenizer" / "tokenizer.json").read_text())
-    assert stored["token_bytes"] == tokenizer.token_bytes.tolist()
     assert [path.name for path in (tmp_path / "tokenizer").iterdir()] == ["tokenizer.json"]
 
 
@@ -161,7 +159,6 @@ def test_render_marks_what_the_assistant_writes(tokenizer):
         "<|user_start|>thanks<|user_end|><|assistant_start|>WELCOME<|ASSISTANT_END|>"
     )
     assert conversation["messages"][1]["content"] == "two and two?"
-    assert tokenizer.render(conversation, max_tokens=7) == (ids[:7], mask[:7])
     assert tokenizer.render_batch([conversation] * 3, num_threads=2) == [(ids, mask)] * 3
 
 
@@ -178,10 +175,11 @@ def test_render_for_completion_ends_where_the_answer_begins(tokenizer):
     ("roles", "message"),
     [
         ((), "at least one"),
-        (("assistant",), "message 1 is of role 'assistant'"),
-        (("user", "user"), "message 2 is of role 'user'"),
-        (("system", "assistant"), "system message must be followed"),
-        (("user", "system"), "message 2 is of role 'system'"),
+        (("system",), "at least one"),
+        (("assistant",), "message 1: role 'assistant' where \"user\""),
+        (("user", "user"), "message 2: role 'user' where \"assistant\""),
+        (("system", "assistant"), "message 2: role 'assistant' where \"user\""),
+        (("user", "system"), "message 2: role 'system' where \"assistant\""),
     ],
 )
 def test_turns_out_of_order_are_refused(tokenizer, roles, message):

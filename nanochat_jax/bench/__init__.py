@@ -9,23 +9,25 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from nanochat_jax.bench.tables import table
 from nanochat_jax.config import Config
 
 
-class Settings(NamedTuple):
+@dataclass(frozen=True)
+class Settings:
     """How to measure."""
 
     repeat: int = 10
-    """Repetitions that count."""
+    """Repetitions that count, after warm-up."""
     rows: tuple[int, ...] = ()
-    """Rows or clients at once, each measured; empty: as the part has it."""
+    """Rows or clients at once; unset: 16 on a GPU, 2 on a CPU (attention), 1 and 16 (decode), 1 and 8 (server)."""
     impls: tuple[str, ...] = ()
-    """Implementations of attention; empty: all that run here."""
+    """Implementations of attention to measure; unset: all that run here."""
     step_only: bool = False
-    """Of a training step only the whole, not its parts; of generation no requests that arrive at random."""
+    """Leave out what takes long: the parts of a training step, the requests that arrive at random (decode)."""
 
 
 def measured(what: str, config: Config, settings: Settings, log: Callable[[str], None]) -> dict[str, Any]:

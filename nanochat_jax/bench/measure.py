@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 SAMPLE_SECONDS = 0.01
 """Calls that take less are timed several at once, so that neither the clock nor the dispatch is what is measured."""
@@ -28,9 +29,8 @@ class Timing(NamedTuple):
     @classmethod
     def of(cls, samples: Sequence[float]) -> Timing:
         """The median of samples, and the samples that a tenth of them lie below and above."""
-        rising = sorted(samples)
-        last = len(rising) - 1
-        return cls(statistics.median(rising), rising[round(0.1 * last)], rising[round(0.9 * last)])
+        low, high = np.percentile(samples, (10, 90), method="nearest").tolist()
+        return cls(statistics.median(samples), low, high)
 
     def ms(self) -> dict[str, float]:
         """In milliseconds, for JSON."""

@@ -21,14 +21,13 @@ from jax.sharding import Mesh
 from nanochat_jax.bench import Settings
 from nanochat_jax.bench.measure import timed
 from nanochat_jax.config import Config, GPTConfig
-from nanochat_jax.errors import UserError
 from nanochat_jax.fp8 import check_compiled, fp8_products, precision
 from nanochat_jax.memory import account, train_rows, with_loss_chunk
 from nanochat_jax.metrics import mfu, peak_memory_bytes
 from nanochat_jax.model import Params, attend, count_params, flops_per_token, hidden
 from nanochat_jax.optim import Hyper, Schedule, base_schedule
 from nanochat_jax.run import gpt_config
-from nanochat_jax.sharding import check_mesh, data_shards, make_mesh, put_batch
+from nanochat_jax.sharding import check_mesh, data_shards, make_mesh, put_batch, rows_of_microbatch, rows_of_step
 from nanochat_jax.train import (
     TrainState,
     apply_gradients,
@@ -62,14 +61,10 @@ def prepared(config: Config, log: Log) -> Setup:
     check_mesh(mesh, cfg)
     log(f"precision: {precision(cfg, mesh.devices.flat[0])}")
     schedule, horizon = base_schedule(config, cfg)
-    shards, step_rows = data_shards(mesh), horizon.batch_tokens // cfg.sequence_len
-    rows = train_rows(config, config.base, "base", cfg, mesh, step_rows // shards, log)
-    rows = min(rows * shards, step_rows)
-    if not rows or step_rows % rows or rows % shards or horizon.batch_tokens % cfg.sequence_len:
-        raise UserError(
-            f"--base.total-batch-size {horizon.batch_tokens} is not microbatches of --base.device-batch-size rows of "
-            f"{cfg.sequence_len} tokens on each of {shards} data shards: change one of them"
-        )
+    shards = data_shards(mesh)
+    step_rows = rows_of_step("base", horizon.batch_tokens, cfg.sequence_len, shards)
+    on_a_shard = train_rows(config, config.base, "base", cfg, mesh, step_rows // shards, log)
+    rows = rows_of_microbatch("base", step_rows, on_a_shard, shards)
     return Setup(with_loss_chunk(config, cfg, rows // shards, mesh), mesh, schedule, step_rows // rows, rows)
 
 

@@ -20,17 +20,15 @@ import numpy as np
 
 from nanochat_jax.data.packing import BestFitBuffer
 from nanochat_jax.data.position import check_origin, digest
+from nanochat_jax.data.pretrain import PREFETCH, Batch
 from nanochat_jax.data.turns import check_turns
 from nanochat_jax.errors import UserError
 from nanochat_jax.tokenizer import Tokenizer
 
-Batch = dict[str, np.ndarray]
-"""inputs, targets: int32 [rows, T]; a target of -1 is not counted."""
 Packing = Literal["bestfit", "pad"]
 LossOn = Literal["all", "assistant"]
 
 BUFFER = 100  # conversations to choose from
-PREFETCH = 2  # batches made ahead
 RENDER_AHEAD = 64  # conversations tokenized together
 
 

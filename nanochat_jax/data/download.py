@@ -38,7 +38,7 @@ WORKERS = 8
 RETRIES = 5
 TIMEOUT = (10, 60)  # seconds to connect, and between two pieces of the body
 LONGEST_WAIT = 600  # seconds
-SHARD_BYTES = 110_000_000  # a rough upper estimate, to see a full disk before it is full
+SHARD_BYTES = 110_000_000  # a rough upper estimate: a full disk is to be seen before it is full
 
 
 @dataclass(frozen=True)

@@ -18,3 +18,8 @@ def write_json(path: Path, value: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
+
+
+def read_json(path: Path) -> Any:
+    """What is in a file of JSON. OSError where it cannot be read, ValueError where it is none."""
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -25,17 +25,16 @@ WORDS = {"+": "plus", "-": "minus", "*": "times"}
 def load(split: str, seed: int) -> Task:
     """Every pair of the split, in both orders, with each sign, shuffled."""
     one_of("arithmetic", split, SPLITS)
-    rows = [
-        (a, b, sign)
-        for a in range(100)
-        for b in range(100)
-        if split_of(f"arithmetic {min(a, b)} {max(a, b)}") == split
-        for sign in OPERATIONS
-    ]
+    rows = [(a, b, sign) for a in range(100) for b in range(100) if split_of_pair(a, b) == split for sign in OPERATIONS]
     rng = row_rng("arithmetic", split, seed, "order")
     rng.shuffle(rows)
     rows = [(*row, rng.choice(WORDINGS)) for row in rows]
     return Task("arithmetic", "generative", rows, conversation, is_number)
+
+
+def split_of_pair(a: int, b: int) -> str:
+    """The split that a pair of operands belongs to, in any order and task."""
+    return split_of(f"arithmetic {min(a, b)} {max(a, b)}")
 
 
 def conversation(row: tuple[int, int, str, str]) -> dict:

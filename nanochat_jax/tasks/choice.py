@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import random
 
-from nanochat_jax.tasks.task import SPLITS, Task, is_letter, multiple_choice, one_of, row_rng, split_of
+from nanochat_jax.tasks.task import LETTERS, SPLITS, Task, is_letter, multiple_choice, one_of, row_rng, split_of
 
-LETTERS = ("A", "B", "C", "D")
 TRAIN_ROWS = 20_000
 EVAL_ROWS = 1_000
 OPPOSITES = (

@@ -7,11 +7,10 @@ from pathlib import Path
 from nanochat_jax.config import DataConfig
 from nanochat_jax.errors import UserError
 from nanochat_jax.tasks.hub import load_rows
-from nanochat_jax.tasks.task import Task, is_letter, multiple_choice, one_of
+from nanochat_jax.tasks.task import LETTERS, Task, is_letter, multiple_choice, one_of
 
 REPO = "cais/mmlu"
-COLUMNS = ("question", "subject", "choices", "answer")
-LETTERS = ("A", "B", "C", "D")
+COLUMNS = ("question", "choices", "answer")
 
 
 def load(split: str, data: DataConfig) -> Task:
@@ -37,4 +36,4 @@ def conversation(row: dict) -> dict:
         raise UserError(
             f"mmlu: {len(choices)} choices and answer {answer!r}, 4 and 0 to 3 are needed, at {row['question'][:60]!r}"
         )
-    return multiple_choice(row["question"], LETTERS, choices, LETTERS[answer], subject=row["subject"])
+    return multiple_choice(row["question"], LETTERS, choices, LETTERS[answer])

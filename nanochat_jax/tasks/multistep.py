@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import random
 
-from nanochat_jax.tasks.task import SPLITS, Task, dialogue, is_final_answer, one_of, row_rng, split_of
+from nanochat_jax.tasks.arithmetic import split_of_pair
+from nanochat_jax.tasks.task import SPLITS, Task, dialogue, is_final_answer, one_of, row_rng
 
 ROWS = {"train": 100_000, "val": 1_000, "test": 1_000}
 STEPS = (2, 3, 4, 5)
@@ -67,5 +68,5 @@ def neighbour(split: str, operand: int, rng: random.Random) -> int:
     """An operand below 100 whose pair with `operand` belongs to the split."""
     while True:
         other = rng.randrange(1, 100)
-        if split_of(f"arithmetic {min(operand, other)} {max(operand, other)}") == split:
+        if split_of_pair(operand, other) == split:
             return other

@@ -19,6 +19,8 @@ SPLITS = ("train", "val", "test")
 EVAL_SEED = 42
 """Seed of the rows of val and test, whatever the run's seed, so that runs are compared on the same questions."""
 
+LETTERS = ("A", "B", "C", "D")
+"""Of the choices, where a set has none of its own."""
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 FINAL_ANSWER = re.compile(r"#### (-?[0-9.,]+)")
 
@@ -70,14 +72,14 @@ def dialogue(question: str, reply: str | list[dict], **extra: Any) -> dict:
     return {"messages": messages, **extra}
 
 
-def multiple_choice(question: str, letters: Sequence[str], choices: Sequence[str], answer: str, **extra: Any) -> dict:
+def multiple_choice(question: str, letters: Sequence[str], choices: Sequence[str], answer: str) -> dict:
     """A multiple-choice conversation.
 
     The letter follows its choice without a space, so that its token in the question is that of the answer.
     """
     lines = "".join(f"- {choice}={letter}\n" for letter, choice in zip(letters, choices, strict=True))
     text = f"Multiple Choice question: {question}\n{lines}\nRespond only with the letter of the correct answer."
-    return dialogue(text, answer, letters=tuple(letters), **extra)
+    return dialogue(text, answer, letters=tuple(letters))
 
 
 def is_letter(conversation: dict, completion: str) -> bool:
