@@ -19,7 +19,7 @@ from nanochat_jax.config import GPTConfig, ModelConfig
 from nanochat_jax.errors import UserError
 from nanochat_jax.inference import engine as engine_module
 from nanochat_jax.inference import sampling as steps
-from nanochat_jax.inference.buckets import bucket, decode_buckets, prompt_bucket, prompts_at_once
+from nanochat_jax.inference.buckets import bucket, decode_buckets, prompt_bucket, prompts_at_once, reach_buckets
 from nanochat_jax.inference.decoding import prepare
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.inference.requests import Row, SamplingParams
@@ -143,6 +143,30 @@ def test_rows_that_nobody_uses_are_not_decoded(model, tokenizer, prompts):
     rounded = replace(cfg, compute_dtype="bfloat16")
     for other, options in ((rounded, {}), (cfg, {"quantize": "int8"}), (cfg, {"mesh": make_mesh("2")})):
         assert Engine(params, other, tokenizer, max_rows=8, **options).decode_sizes == [8]
+
+
+def test_slots_that_no_row_has_reached_are_not_read(model, tokenizer, prompts):
+    """Nothing changes but that: past a window, over the reach of a decode, with joins and leaves, shared prompts."""
+    params, cfg = model[0], replace(model[1], sequence_len=384, windows=(128, 384))
+    long = [(prompt * 30)[:length] for prompt, length in zip(prompts, (120, 128, 150, 20), strict=False)]
+    how = [SamplingParams(1.0, top_k=20, max_tokens=n, seed=n) for n in (40, 2, 10, 150)]
+    engine, whole = (Engine(params, cfg, tokenizer, max_rows=2) for _ in range(2))
+    assert engine.reaches == [144, 384]
+    whole.reaches = [384]
+    want = [answer.ids for answer in whole.generate(long, how)]
+    assert [answer.ids for answer in engine.generate(long, how)] == want and max(map(len, want)) > 125
+    assert reaches_decoded(engine) == {144, 384} and reaches_decoded(whole) == {384}
+    together = Engine(params, cfg, tokenizer, max_rows=2, samples=2, max_new=360)
+    want = [answer.ids for answer in whole.generate(long[2:], how[2:], samples=2)]
+    assert [answer.ids for answer in together.generate(long[2:], how[2:], samples=2)] == want
+    assert reaches_decoded(together) == {135, 360}
+    rounded = replace(cfg, compute_dtype="bfloat16")  # where rounding would tell a row how far its neighbours are
+    assert Engine(params, rounded, tokenizer, max_rows=2).reaches == [384]
+
+
+def reaches_decoded(engine):
+    """Numbers of slots for which decoding was compiled."""
+    return {name[2] for name in engine.compiled if name[0] == "decode"}
 
 
 def test_the_last_row_of_a_full_batch_goes_on_alone(model, tokenizer, prompts):
@@ -655,6 +679,11 @@ def test_buckets():
 def test_numbers_of_rows_that_are_decoded():
     sizes = {1: [1], 2: [1, 2], 7: [1, 7], 8: [1, 4, 8], 20: [1, 4, 20], 32: [1, 4, 16, 32]}
     assert {most: decode_buckets(most) for most in sizes} == sizes
+
+
+def test_how_far_a_decode_reads():
+    reaches = {96: [96], 341: [128, 341], 340: [128, 340], 338: [338], 512: [192, 512], 2048: [288, 768, 2048]}
+    assert {longest: reach_buckets(longest) for longest in reaches} == reaches
 
 
 def test_prompts_are_read_together_with_little_padding():

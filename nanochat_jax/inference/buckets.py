@@ -46,6 +46,14 @@ def decode_buckets(most: int) -> list[int]:
     return sizes if most == 1 else [*sizes, most]
 
 
+def reach_buckets(longest: int) -> list[int]:
+    """How many slots of each row a decode reads, ascending: of `longest`, 3/8, 3/8 of that, ..., not below 128."""
+    reaches = [longest]
+    while (shorter := -(-3 * reaches[0] // 8)) >= 128:
+        reaches.insert(0, shorter)
+    return reaches
+
+
 def padded(prompts: Sequence[Sequence[int]], rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
     """Prompts as int32 [rows, length], padded on the right with 0, and their lengths [rows]."""
     tokens, counts = np.zeros((rows, length), np.int32), np.zeros(rows, np.int32)

@@ -5,8 +5,9 @@ product is then weight [out, in] @ x [in, columns]. A CPU reads each weight once
 in training, it repacks the weights for every token); a GPU does not mind. Weights are cast to the compute dtype once,
 or quantized to int8, instead of at every token.
 
-What a layer keeps of a row is a ring: position p stands in slot p mod S, S being the window and one, or the longest
-row. Rows that continue one prompt can share its keys and values ("shared", see `empty_cache`).
+What a layer keeps of a row is a ring: its token p stands in slot p mod S, S being the window and one, or the longest
+row. Rows that continue one prompt can share its keys and values ("shared", see `empty_cache`), and count their own
+tokens from the end of it.
 """
 
 from __future__ import annotations
@@ -140,30 +141,41 @@ def cache_spec(path: str) -> P:
     return P(BATCH_AXES, "tensor") if path[-2:] in ("/k", "/v") else P(BATCH_AXES)
 
 
-def rows_of(cache: Cache, slots_R: jax.Array) -> Cache:
-    """The cache of these rows alone; where rows share prompts, of whole groups of them."""
+def part_of(cache: Cache, slots_R: jax.Array, reach: int) -> Cache:
+    """The cache of these rows alone (where rows share prompts, of whole groups of them) and of their first `reach`
+    slots, beyond which none of them has or gets a token. The cache itself, where that is all of it.
+    """
+    every = len(slots_R) == len(cache["prev"])
 
     def taken(arrays: Any, at: jax.Array) -> Any:
+        if every:
+            return arrays
         return jax.tree.map(lambda x: x.at[at].get(mode="promise_in_bounds", unique_indices=True), arrays)
 
     part = {name: taken(cache[name], slots_R) for name in ("prev", "seen", "own")}
+    part["own"] = jax.tree.map(lambda panel_RKSH: panel_RKSH[:, :, :reach], part["own"])
     if "shared" in cache:
         together = len(cache["prev"]) // len(cache["shared"][0]["k"])
         part["shared"] = taken(cache["shared"], slots_R[::together] // together)
     return part
 
 
-def with_rows(cache: Cache, part: Cache, slots_R: jax.Array) -> Cache:
-    """The cache after a decode of these rows alone, which leaves shared prompts as they were."""
+def with_part(cache: Cache, part: Cache, slots_R: jax.Array) -> Cache:
+    """The cache after a decode of this part of it, which leaves shared prompts as they were."""
+    every = len(slots_R) == len(cache["prev"])
 
     def put_back(x: jax.Array, new: jax.Array) -> jax.Array:
-        return x.at[slots_R].set(new, mode="promise_in_bounds", unique_indices=True)
+        if every:
+            return jax.lax.dynamic_update_slice(x, new, [0] * x.ndim)
+        if x.shape[1:] == new.shape[1:]:
+            return x.at[slots_R].set(new, mode="promise_in_bounds", unique_indices=True)
+        return x.at[slots_R, :, : new.shape[2]].set(new, mode="promise_in_bounds", unique_indices=True)
 
     return cache | {name: jax.tree.map(put_back, cache[name], part[name]) for name in ("prev", "seen", "own")}
 
 
 def ring_positions(last_B: jax.Array, slots: int) -> jax.Array:
-    """The position in each slot of a ring whose newest is last_B: int32 [B, S], below 0 where there is none yet."""
+    """The token in each slot of a ring whose newest is last_B: int32 [B, S], below 0 where there is none yet."""
     last_B1 = last_B[:, None]
     return last_B1 - (last_B1 - jnp.arange(slots)[None]) % slots
 
@@ -317,7 +329,7 @@ def attend_cache(
         return x.reshape(batch, kv_heads, per_kv, -1)
 
     of_own = scores(q_BKGH[0], own["k"])[None] if alone else scores(q_BKGH, own["k"])
-    of_own = masked(of_own, ring_positions(positions_B, slots), first_B)
+    of_own = masked(of_own, first_B[:, None] + ring_positions(positions_B - first_B, slots), first_B)
     if shared is None:
         weights_BKGS = jax.nn.softmax(of_own, axis=-1).astype(own["v"].dtype)
     else:
@@ -349,7 +361,7 @@ def step(
     shared = cache.get("shared", [None] * cfg.n_layer)
 
     def attention(i: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        slots_B = positions_B % own[i]["k"].shape[-2]
+        slots_B = (positions_B - first_B) % own[i]["k"].shape[-2]
         new = {"k": k.transpose(2, 0, 1), "v": v.transpose(2, 0, 1)}
         own[i] = {name: put(panel, new[name], slots_B) for name, panel in own[i].items()}
         y_BKGH = attend_cache(q.transpose(3, 0, 1, 2), own[i], shared[i], positions_B, first_B, cfg.windows[i])

@@ -15,7 +15,7 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
 from typing import NamedTuple
@@ -28,7 +28,7 @@ from jax.sharding import PartitionSpec as P
 
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.errors import UserError
-from nanochat_jax.inference.buckets import bucket, decode_buckets, padded, prompt_bucket, prompts_at_once
+from nanochat_jax.inference.buckets import bucket, decode_buckets, padded, prompt_bucket, prompts_at_once, reach_buckets
 from nanochat_jax.inference.decoding import cache_spec, empty_cache, prepare
 from nanochat_jax.inference.requests import Completion, Row, SamplingParams
 from nanochat_jax.inference.sampling import (
@@ -41,6 +41,7 @@ from nanochat_jax.inference.sampling import (
     Written,
     decode,
     last_logits,
+    nobodys_rows,
     prefill,
 )
 from nanochat_jax.inference.text import TextStream
@@ -96,13 +97,16 @@ class Engine:
         self._shards = shards
         self._lone_prompts = lone_prompts
         self._groups = self.max_rows // samples
-        # Rounding differs with the number of rows. Where that shows in what a row says (16 bits, int8, TF32), all are
-        # decoded always, which costs a GPU little; also where they are cut over data shards.
+        # Rounding differs with the number of rows and of slots. Where that shows in what a row says (16 bits, int8,
+        # TF32), all are decoded always, which costs a GPU little; also where they are cut over data shards.
         device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
         exact = device.platform == "cpu" and cfg.compute_dtype == "float32" and quantize == "none"
         few = decode_buckets(self._groups) if exact and shards == 1 else [self._groups]
         self.decode_sizes = [size * samples for size in few]
         """Numbers of rows that are decoded at once."""
+        own = self.max_new if samples > 1 else self.max_len
+        self.reaches = reach_buckets(own) if exact and shards == 1 else [own]
+        """Numbers of slots of a row that a decode reads."""
         self._lock = threading.RLock()
         self._waiting: deque[list[Row]] = deque()
         self._drivers: set[int] = set()
@@ -130,8 +134,10 @@ class Engine:
             rows += f", {self.samples} samples of a prompt together"
         kind = " (int8)" if self._quantize == "int8" else ""
         mib = f"KV cache {self.cache_bytes / 2**20:,.0f} MiB, weights {weights / 2**20:,.0f} MiB{kind}"
-        if few := self.decode_sizes[:-1]:
-            mib += f", up to {self.cache_bytes * few[-1] / self.max_rows / 2**20:,.0f} MiB while few rows are in use"
+        shares = [size / self.max_rows for size in self.decode_sizes[:-1]]
+        shares += [reach / self.reaches[-1] for reach in self.reaches[:-1]]
+        if shares:
+            mib += f", up to {self.cache_bytes * max(shares) / 2**20:,.0f} MiB while part of it is in use"
         return f"engine: {rows}, {mib}; more wait"
 
     def most_compilations(self) -> int:
@@ -139,7 +145,7 @@ class Engine:
         most = 1 if self._lone_prompts else self._groups
         counts = len({self._round(bucket(prompts, limit=most)) for prompts in range(1, most + 1)})
         into = 1 if self._lone_prompts and self.samples == 1 else 2
-        return len(self.prompt_lengths()) * counts * into + METHODS * len(self.decode_sizes)
+        return len(self.prompt_lengths()) * counts * into + METHODS * len(self.decode_sizes) * len(self.reaches)
 
     def prompt_lengths(self) -> list[int]:
         """The lengths that prompts without their last token are padded to, ascending."""
@@ -222,6 +228,12 @@ class Engine:
             out = last_logits(self.weights, self._place(tokens), self._place(np.maximum(counts, 1)), cfg=self.cfg)
         return np.asarray(out)[: len(prompts)]
 
+    def compile_decode(self, sampling: SamplingParams, rows: int, reach: int) -> None:
+        """Compile decoding `rows` rows that draw so and reach so far: of `decode_sizes` and `reaches`."""
+        nobodys = jax.tree.map(self._place, nobodys_rows(np.arange(rows, dtype=np.int32)))
+        with self._lock:
+            self._decode(nobodys, 0, self._method([sampling]), reach)
+
     def step(self) -> None:
         """Let waiting requests join where rows are free, then take in what all running rows have written.
 
@@ -246,7 +258,7 @@ class Engine:
         flight, self._flight = self._flight, None
         written, active = jax.device_get((flight.written, flight.rows["active"]))
         if not self._may_join() and all(active[at] and not row.done for at, row in flight.owners.items()):
-            self._flight = self._launch(flight)
+            self._flight = self._launch(flight, int(written.count))
         arrays = (written.tokens, written.drawn, written.logprobs)
         for tokens, drawn, logprobs in zip(*(array[: written.count].tolist() for array in arrays), strict=True):
             for at, row in flight.owners.items():
@@ -322,8 +334,8 @@ class Engine:
     def _length(self, longest: int) -> int:
         return prompt_bucket(max(longest, 1), max(self.max_len - 1, 1))
 
-    def _launch(self, before: Flight | None) -> Flight:
-        """Begin to decode: from where the host has the rows, or from where the device left them."""
+    def _launch(self, before: Flight | None, ahead: int = 0) -> Flight:
+        """Begin to decode: from where the host has the rows, or from where the device left them, `ahead` tokens on."""
         limit = CHUNK
         if before is None:
             owners, rows = self._host_rows()
@@ -332,9 +344,13 @@ class Engine:
             limit = 1 if any(not row.completion.ids for row in owners.values()) else CHUNK
         else:
             owners, rows = before.owners, before.rows
-        method = self._method()
+        reach = self._reach(owners.values(), ahead + CHUNK)
+        written, rows = self._decode(rows, limit, self._method([row.sampling for row in self._rows.values()]), reach)
+        return Flight(written, rows, owners)
+
+    def _decode(self, rows: Rows, limit: int, method: Method, reach: int) -> tuple[Written, Rows]:
         ends = np.asarray([self._token["assistant_end"], self._token["bos"]], np.int32)
-        self.compiled.add(("decode", method, len(rows["slot"])))
+        self.compiled.add(("decode", method, reach, len(rows["slot"])))
         with self._context():
             written, rows, self._cache = decode(
                 self.weights,
@@ -346,12 +362,12 @@ class Engine:
                 np.int32(self._token["python_end"]),
                 cfg=self.cfg,
                 method=method,
+                reach=reach,
             )
-        return Flight(written, rows, owners)
+        return written, rows
 
-    def _method(self) -> Method:
-        """What sampling has to be able to do for the rows at hand."""
-        hows = [row.sampling for row in self._rows.values()]
+    def _method(self, hows: Sequence[SamplingParams]) -> Method:
+        """What sampling has to be able to do for rows that draw so."""
         drawing = [how for how in hows if how.temperature > 0]
         restricted = [how for how in drawing if how.top_k > 0 or np.float32(how.top_p) < 1]  # as the device sees it
         few = all(0 < how.top_k <= FEW for how in restricted)
@@ -362,6 +378,15 @@ class Engine:
             logprobs=self._logprobs,
         )
 
+    def _reach(self, rows: Iterable[Row], tokens: int) -> int:
+        """Slots that hold all that these rows have in the cache as their own, and get with so many tokens more."""
+        longest = max(row.position - self._first(row) for row in rows) + tokens
+        return next((reach for reach in self.reaches if reach >= longest), self.reaches[-1])
+
+    def _first(self, row: Row) -> int:
+        """Where the row's own slots begin."""
+        return len(row.prompt) - 1 if self.samples > 1 else 0
+
     def _slots_to_decode(self) -> np.ndarray:
         """Of the rows in use, with free ones up to a size that is compiled for, ascending; whole groups of samples."""
         running, free = self._groups_by_use()
@@ -369,22 +394,17 @@ class Engine:
         groups = sorted([*running, *free][: size // self.samples])
         return (np.asarray(groups)[:, None] * self.samples + np.arange(self.samples)).reshape(-1).astype(np.int32)
 
-    def _host_rows(self) -> tuple[dict[int, Row], dict[str, np.ndarray]]:
+    def _host_rows(self) -> tuple[dict[int, Row], Rows]:
         """The rows to decode, as numpy arrays, and by column whose they are; those of nobody are not active."""
         slots = self._slots_to_decode()
-        size = len(slots)
-        ints = ("token", "position", "first", "budget", "taken", "owed", "top_k", "seed")
-        rows = {"slot": slots} | {name: np.zeros(size, np.int32) for name in ints}
-        rows |= {name: np.ones(size, np.float32) for name in ("top_p", "penalty")}
-        rows |= {name: np.zeros(size, np.float32) for name in ("temperature", "min_p")}
-        rows |= {"active": np.zeros(size, bool), "forced": np.zeros((size, FORCED), np.int32)}
+        rows = nobodys_rows(slots)
         owners = {at: self._rows[slot] for at, slot in enumerate(slots.tolist()) if slot in self._rows}
         for at, row in owners.items():
             how, done = row.sampling, row.completion.ids
             values = {
                 "token": done[-1] if done else row.prompt[-1],
                 "position": row.position,
-                "first": len(row.prompt) - 1 if self.samples > 1 else 0,
+                "first": self._first(row),
                 "budget": self._most(row) - len(done),
                 "owed": len(row.forced),
                 "top_k": min(how.top_k, self.cfg.vocab_size),
@@ -489,11 +509,10 @@ class Engine:
 
     def _empty_cache(self) -> dict:
         sharing = self.samples > 1
-        own = self.max_new if sharing else self.max_len
         return empty_cache(
             self.cfg,
             self.max_rows,
-            own,
+            self.reaches[-1],
             self._groups if sharing else 0,
             self.max_len if sharing else 0,
         )

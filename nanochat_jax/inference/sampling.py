@@ -12,19 +12,20 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.inference.decoding import (
     Cache,
     Weights,
     logits_of,
+    part_of,
     read,
     ring_positions,
-    rows_of,
     squeezed,
     step,
     unsqueezed,
-    with_rows,
+    with_part,
 )
 
 FEW = 50
@@ -187,6 +188,16 @@ at "position" int32, "first" int32 (see `decoding.step`), "budget" int32 tokens 
 """
 
 
+def nobodys_rows(slots_B: np.ndarray) -> Rows:
+    """Rows in these slots, none of them active, as numpy arrays."""
+    batch = len(slots_B)
+    ints = ("token", "position", "first", "budget", "taken", "owed", "top_k", "seed")
+    rows = {"slot": slots_B} | {name: np.zeros(batch, np.int32) for name in ints}
+    rows |= {name: np.ones(batch, np.float32) for name in ("top_p", "penalty")}
+    rows |= {name: np.zeros(batch, np.float32) for name in ("temperature", "min_p")}
+    return rows | {"active": np.zeros(batch, bool), "forced": np.zeros((batch, FORCED), np.int32)}
+
+
 class Written(NamedTuple):
     """What `decode` wrote: how many tokens at most, and of each [CHUNK, B]: the token (-1: nothing), whether the model
     drew it, and its log-probability (0 where not asked for, or not drawn).
@@ -198,7 +209,7 @@ class Written(NamedTuple):
     logprobs: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "method"), donate_argnames=("cache", "rows"))
+@functools.partial(jax.jit, static_argnames=("cfg", "method", "reach"), donate_argnames=("cache", "rows"))
 def decode(
     weights: Weights,
     cache: Cache,
@@ -210,8 +221,10 @@ def decode(
     *,
     cfg: GPTConfig,
     method: Method,
+    reach: int,
 ) -> tuple[Written, Rows, Cache]:
-    """Up to `limit` <= CHUNK tokens in every one of `rows`, which may be fewer than the cache has.
+    """Up to `limit` <= CHUNK tokens in every one of `rows`, which may be fewer than the cache has, and none of which
+    gets to more than `reach` tokens of its own: what is beyond in the cache is not read.
 
     A row stops after one of the tokens `ends` or when its budget is spent, and pauses after the token `marker`, which
     the host has to look at. All stop early when an eighth of the running rows wait for that, or, in a `hurry`, when a
@@ -264,12 +277,12 @@ def decode(
             ended + jnp.sum(over | (wrote & (budget <= 0))),
         )
 
-    slots, part = rows["slot"], cache if batch == len(cache["prev"]) else rows_of(cache, rows["slot"])
+    slots, part = rows["slot"], part_of(cache, rows["slot"], reach)
     alone = batch == 1 and "shared" not in cache
     carry = (written, rows, squeezed(part) if alone else part, jnp.int32(0), jnp.int32(0))
     written, rows, part, _, _ = jax.lax.while_loop(proceed, one, carry)
     part = unsqueezed(part) if alone else part
-    return written, rows, part if batch == len(cache["prev"]) else with_rows(cache, part, slots)
+    return written, rows, with_part(cache, part, slots)
 
 
 @functools.partial(jax.jit, static_argnames="cfg")

@@ -179,14 +179,18 @@ def check_host(host: str, token: str | None) -> None:
 
 def warm_up(engine: Engine) -> None:
     """Compiles what most requests need before anyone waits: every length of prompt and every number of rows with top-k,
-    as the page asks; the whole vocabulary, top-p, greedy and repetition penalty for a lone row. Others compile when
-    they first happen.
+    as the page asks; the whole vocabulary, top-p, greedy and repetition penalty for a lone short row. Others compile
+    when they first happen.
     """
     sampling = SamplingParams(temperature=0.8, top_k=50, max_tokens=2)
     kinds = ({"top_k": 0}, {"top_p": 0.9, "top_k": 0}, {"temperature": 0.0}, {"repetition_penalty": 1.2})
-    work = [([[0] * min(length + 1, engine.max_len - 1)], sampling) for length in engine.prompt_lengths()]
-    work += [([[0]] * size, sampling) for size in engine.decode_sizes]
-    work += [([[0]], replace(sampling, **kind)) for kind in kinds]
-    for prompts, how in tqdm(work, desc="compiling", disable=None):
-        engine.generate(prompts, how)
+    sizes = [(sampling, rows, reach) for rows in engine.decode_sizes for reach in engine.reaches]
+    sizes += [(replace(sampling, **kind), engine.decode_sizes[0], engine.reaches[0]) for kind in kinds]
+    with tqdm(total=len(engine.prompt_lengths()) + len(sizes), desc="compiling", disable=None) as bar:
+        for length in engine.prompt_lengths():
+            engine.generate([[0] * min(length + 1, engine.max_len - 1)], sampling)
+            bar.update()
+        for size in sizes:
+            engine.compile_decode(*size)
+            bar.update()
     print(f"{len(engine.compiled)} compilations, {engine.most_compilations()} at most", file=sys.stderr)
