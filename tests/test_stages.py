@@ -230,6 +230,17 @@ def test_rows_to_validate_on_are_missed_before_training(tmp_path):
     assert not any("compiled" in line for line in said)
 
 
+def test_best_fit_from_few_documents_is_said(tmp_path):
+    base, few = replace(tiny.config.base, eval_tokens=10), {}
+    for packing in ("bestfit", "stream"):
+        config = replace(tiny.config, base=base, data=replace(tiny.config.data, packing=packing, buffer_docs=5000))
+        said = few[packing] = []
+        with pytest.raises(UserError, match="gives no row"):
+            pretrain.run(config, start(tmp_path / packing, config), said.append)
+    assert any("--data.packing stream is for few documents" in line for line in few["bestfit"])
+    assert not any("few documents" in line for line in few["stream"])
+
+
 def test_a_finished_stage_is_left_alone(run):
     before = (run / "base" / "metrics.jsonl").read_text()
     said = []
