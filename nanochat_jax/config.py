@@ -389,7 +389,9 @@ AT_LEAST_ONE = {
     "eval": ("batch_size", "max_new_tokens", "max_examples"),
 }
 WITHIN = dict.fromkeys(("momentum_start", "momentum_peak", "momentum_end"), 0.9999)
-WITHIN |= {"warmdown_ratio": 1, "warmup_steps": math.inf, "init_lr_frac": math.inf, "final_lr_frac": math.inf}
+WITHIN |= dict.fromkeys(("warmup_steps", "momentum_warmup", "init_lr_frac", "final_lr_frac"), math.inf)
+WITHIN |= dict.fromkeys(("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr", "weight_decay"), math.inf)
+WITHIN |= {"warmdown_ratio": 1, "eval_every": math.inf, "save_every": math.inf}
 """The most that a value of every stage can be; the least is 0."""
 EVERY_STAGE = ("num_iterations", "device_batch_size", "keep", "stop_after", "sample_tokens")
 
@@ -410,7 +412,8 @@ def check_ranges(config: Config) -> None:
         for name, most in WITHIN.items():
             value = getattr(getattr(config, section), name)
             if not 0 <= value <= most:
-                raise UserError(f"--{section}.{name.replace('_', '-')} {value}: 0 to {most:g} can be trained with")
+                limit = f"0 to {most:g}" if most < math.inf else "at least 0"
+                raise UserError(f"--{section}.{name.replace('_', '-')} {value}: {limit} can be trained with")
     for name in ("target_param_data_ratio", "target_flops"):
         value = getattr(config.base, name)
         if value is not None and value <= 0:

@@ -273,7 +273,9 @@ def test_options_reach_the_configuration_and_come_back():
         ({"base": BaseConfig(warmdown_ratio=float("nan"))}, "--base.warmdown-ratio nan is no number"),
         ({"base": BaseConfig(warmdown_ratio=-1.0)}, "--base.warmdown-ratio -1.0: 0 to 1 can"),
         ({"base": BaseConfig(momentum_peak=2.0)}, "--base.momentum-peak 2.0: 0 to 0.9999 can"),
-        ({"base": BaseConfig(warmup_steps=-5)}, "--base.warmup-steps -5: 0 to inf can"),
+        ({"base": BaseConfig(warmup_steps=-5)}, "--base.warmup-steps -5: at least 0 can"),
+        ({"base": BaseConfig(matrix_lr=-0.1)}, "--base.matrix-lr -0.1: at least 0 can"),
+        ({"mid": FinetuneConfig(save_every=-1)}, "--mid.save-every -1: at least 0 can"),
         ({"mid": FinetuneConfig(val_rows=-1)}, "--mid.val-rows -1"),
     ],
 )
