@@ -73,8 +73,8 @@ def prune(cache: Path, limit: int = CACHE_BYTES) -> None:
 
 
 def without_echoes(caught: sys.UnraisableHookArgs) -> None:
-    """`sys.unraisablehook`. When a disk is full, writes on their way find the event loop of orbax closed, and each prints
-    a traceback that says nothing; what ends the program is said elsewhere.
+    """`sys.unraisablehook`: when a disk is full, writes still on their way find orbax's event loop closed, each
+    with a traceback that says nothing; what ends the program is said elsewhere.
     """
     if str(caught.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(caught)
