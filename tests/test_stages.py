@@ -268,9 +268,11 @@ def test_a_stage_without_the_one_before_says_which(tmp_path):
         finetune.run(tiny.config, start(tmp_path, tiny.config), "mid", quiet)
 
 
-def test_weights_can_come_from_another_run(run, tmp_path):
-    config = replace(tiny.config, mid=replace(tiny.config.mid, init_from=str(run / "base"), stop_after=1))
+def test_weights_can_come_from_another_run(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(run))
+    config = replace(tiny.config, mid=replace(tiny.config.mid, init_from="~/base", stop_after=1))
     folder = start(tmp_path, config)
+    check_ahead(config, ["mid"], folder)
     finetune.run(config, folder, "mid", quiet)
     assert losses(folder, "mid")[0] == losses(run, "mid")[0]
 

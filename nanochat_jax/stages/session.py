@@ -332,7 +332,7 @@ def is_done(workdir: Path, name: str, log: Log) -> bool:
 
 def params_from(session: Session, workdir: Path, previous: str) -> dict:
     """The newest parameters of the stage before, or of `init_from` WORKDIR/STAGE, on the session's mesh."""
-    source = Path(session.stage.init_from) if session.stage.init_from else workdir / previous
+    source = Path(session.stage.init_from).expanduser() if session.stage.init_from else workdir / previous
     if not (source / "checkpoints").is_dir():
         raise UserError(f"{session.name} starts from {source}, which has no checkpoint: train {source.name} first")
     if source.parent.resolve() != session.folder.parent.resolve():
