@@ -242,6 +242,13 @@ def test_fetch_believes_the_hash_that_the_server_tells(server, tmp_path, lines):
     assert not (tmp_path / "g").exists()
 
 
+def test_an_address_that_is_none_is_not_tried_again(tmp_path, lines, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "hub.example.org")
+    with pytest.raises(UserError, match=r"hub.example.org/.* is no address to download from: .*scheme"):
+        fetch(module.SETS["climbmix"].url(0), tmp_path / "a", lines.append)
+    assert not lines
+
+
 def test_offline_is_said(server, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match="HF_HUB_OFFLINE"):
