@@ -162,12 +162,10 @@ class Checkpointer:
         """What to raise where the checkpoint of `step` could not be written; what there is of it goes."""
         if is_leader():
             shutil.rmtree(self.directory / f"tmp-step_{step:08d}", ignore_errors=True)
-        if not _disk_full(error):
-            return error
-        return UserError(
-            f"the disk is full: checkpoint {self.directory / f'step_{step:08d}'} was not written (earlier ones are "
-            "whole); free some space and start again"
-        )
+        lost = f"checkpoint {self.directory / f'step_{step:08d}'} was not written"
+        if _disk_full(error):
+            return UserError(f"the disk is full: {lost} (earlier ones are whole); free some space and start again")
+        return UserError(f"{lost}: {error}") if isinstance(error, OSError) else error
 
     def _prune(self, newest: int) -> None:
         """Removes the steps after `newest`, and of the others all but the `keep` newest and the best."""

@@ -85,10 +85,12 @@ class SharedOptions(Options):
             return
         log(f"process {member.index} of {member.count}: meeting at {member.host}:{member.port}")
         log(distributed.initialize(member, workdir))
-        own = dict.fromkeys(("coordinator", "num_processes", "process_id", "experiment"))
-        made_of = json.dumps(dataclasses.asdict(dataclasses.replace(self, **own)), sort_keys=True)
-        if len(set(distributed.gather_json(made_of))) > 1:
-            raise UserError("the processes were started with different options: give all of them the same")
+        told = distributed.gather_json(dataclasses.asdict(self) | {"workdir": str(workdir.absolute())})
+        own = ("coordinator", "num_processes", "process_id", "experiment")  # of an experiment its values count
+        if differ := [name for name in told[0] if name not in own and any(one[name] != told[0][name] for one in told)]:
+            raise UserError(
+                f"the processes were started with different options ({', '.join(differ)}): give all of them the same"
+            )
 
 
 @dataclass(frozen=True)

@@ -397,6 +397,8 @@ RANGES = (
     | dict.fromkeys(("questions_per_step", "samples_per_question", "num_samples", "pass_k"), COUNT)
     | dict.fromkeys(("normalize_over", "eval_examples", "max_examples"), COUNT)
     | dict.fromkeys(("warmup_steps", "init_lr_frac", "final_lr_frac", "val_rows", "loss_chunk"), NOT_NEGATIVE)
+    | dict.fromkeys(("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr", "weight_decay"), NOT_NEGATIVE)
+    | dict.fromkeys(("momentum_warmup", "eval_every", "save_every", "core_every", "sample_every"), NOT_NEGATIVE)
     | dict.fromkeys(("momentum_start", "momentum_peak", "momentum_end"), (0, 0.9999))
     | {"warmdown_ratio": (0, 1), "seed": (0, 2**31 - 1), "device_memory_gb": (0, 2**20)}
     | {"temperature": (0, 100), "top_k": (0, 2**31 - 1)}

@@ -72,6 +72,14 @@ def prune(cache: Path, limit: int = CACHE_BYTES) -> None:
             excess -= stat.st_size
 
 
+def without_echoes(caught: sys.UnraisableHookArgs) -> None:
+    """`sys.unraisablehook`: when a disk is full, writes still on their way find orbax's event loop closed, each
+    with a traceback that says nothing; what ends the program is said elsewhere.
+    """
+    if str(caught.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(caught)
+
+
 def set_up() -> None:
     """Sets the environment and quietens libraries; call it first. On a CPU the process begins anew, once.
 
@@ -80,6 +88,7 @@ def set_up() -> None:
     """
     for library in ("absl", "asyncio"):
         logging.getLogger(library).setLevel(logging.CRITICAL)  # they print what is raised anyway
+    sys.unraisablehook = without_echoes
     added = environment(os.environ)
     os.environ.update(added)
     if cache := added.get("JAX_COMPILATION_CACHE_DIR"):

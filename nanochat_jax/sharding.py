@@ -57,16 +57,16 @@ def match(path: str, rules: Sequence[tuple[str, object]]) -> object:
 
 def parse_mesh(spec: str) -> dict[str, int]:
     """ "8" -> 8-way data parallel; "data=2,fsdp=4" -> those axes; every size at least 1."""
-    sizes = dict.fromkeys(AXES, 1)
+    sizes: dict[str, int] = {}
     try:
         parts = [("data", spec)] if "=" not in spec else [part.split("=") for part in spec.split(",")]
         for name, size in parts:
-            if name.strip() not in sizes or int(size) < 1:
+            if name.strip() not in AXES or name.strip() in sizes or int(size) < 1:
                 raise ValueError
             sizes[name.strip()] = int(size)
     except ValueError:
         raise UserError(f"--mesh {spec!r}: a number of devices, or axes such as data=2,fsdp=2,tensor=2") from None
-    return sizes
+    return {axis: sizes.get(axis, 1) for axis in AXES}
 
 
 def make_mesh(spec: str) -> Mesh:

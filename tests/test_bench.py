@@ -8,6 +8,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from nanochat_jax import cli, metrics
@@ -100,6 +102,13 @@ def test_the_tokenizers_speeds_follow_from_its_times(bench):
     for record in figures["speeds"]:
         assert record["tok_per_sec"] == pytest.approx(1000 * figures["tokens"] / record["median_ms"])
         assert record["mb_per_sec"] == pytest.approx(figures["bytes"] / 1e3 / record["median_ms"])
+
+
+def test_a_tokenizer_without_text_to_measure_on_is_one_line(bench, tmp_path):
+    for name, texts in (("a", ["some words"]), ("b", [])):
+        pq.write_table(pa.table({"text": pa.array(texts, pa.string())}), tmp_path / f"{name}.parquet")
+    status, _, err = bench("tokenizer", "--data.dir", tmp_path, "--tokenizer.vocab-size", 265)
+    assert status == 1 and "b.parquet, the last shard and so the one to measure on, holds no text" in err
 
 
 def test_the_loader_is_measured_in_whole_batches(bench):

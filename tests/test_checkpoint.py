@@ -300,6 +300,14 @@ def test_full_disk(tmp_path, monkeypatch):
         assert checkpoints.restore(None, None)[2] == 1
 
 
+def test_a_folder_that_was_removed_meanwhile(tmp_path):
+    checkpoints = saved(tmp_path / "run", 1, keep=1)
+    checkpoints.wait()
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"step_00000002 was not written: .*No such file"):
+        checkpoints.save(2, state(2), {})
+
+
 def test_what_orbax_has_not_merged_is_no_checkpoint(tmp_path):
     """It takes the path for a pattern, which this one does not match."""
     checkpoints = Checkpointer(tmp_path / "a[1]", 1)

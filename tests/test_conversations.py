@@ -237,6 +237,8 @@ def test_jsonl_names_the_line(tmp_path):
     good = json.dumps({"messages": [USER, ANSWER]})
     path.write_text(good + "\n\n" + json.dumps([USER, ANSWER]) + "\n")
     assert read_jsonl(path) == [{"messages": [USER, ANSWER]}] * 2
+    path.write_text(f"{good}\r\n", encoding="utf-8-sig")  # as editors on Windows leave it
+    assert read_jsonl(path) == [{"messages": [USER, ANSWER]}]
     for bad, message in (
         ("{", "line 3: not JSON"),
         ("[" * 100_000, "line 3: not JSON"),

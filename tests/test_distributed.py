@@ -268,6 +268,23 @@ def test_one_process_that_is_asked_stops_all_at_the_same_step(tmp_path, start):
     assert [status for status, _ in ended(processes)] == [0, 0]
 
 
+OPTIONS = """
+import os, sys
+from nanochat_jax import cli, process
+process.set_up()
+more = {"0": ["--stages", "tokenizer"], "1": ["--workdir", sys.argv[1] + "/other", "--stages", "base"]}
+words = ["--experiment", "tests/tiny.py", "--workdir", sys.argv[1], "--mesh", "4", "--data.streams", "2"]
+sys.argv = ["run_speedrun.py", *words, *more[os.environ["PROCESS_ID"]]]
+exec(open("run_speedrun.py").read())
+"""
+
+
+def test_other_options_than_the_others_have_are_refused_at_the_start(tmp_path, start):
+    for status, text in ended(start("-c", OPTIONS, tmp_path, devices=2)):
+        assert status == 1 and "started with different options (workdir, stages): give all of them the same" in text
+    assert not list(tmp_path.glob("*/tokenizer.json"))
+
+
 def pretrain(*more):
     options = ["--experiment", "tests/tiny.py", "--mesh", "8", "--data.streams", "2", "--base.eval-every", "3"]
     return ["pretrain", *options, *map(str, more)]

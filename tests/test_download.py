@@ -242,6 +242,13 @@ def test_fetch_believes_the_hash_that_the_server_tells(server, tmp_path, lines):
     assert not (tmp_path / "g").exists()
 
 
+def test_an_address_that_is_none_is_not_tried_again(tmp_path, lines, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "hub.example.org")
+    with pytest.raises(UserError, match=r"hub.example.org/.* is no address to download from: .*scheme"):
+        fetch(module.SETS["climbmix"].url(0), tmp_path / "a", lines.append)
+    assert not lines
+
+
 def test_offline_is_said(server, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match="HF_HUB_OFFLINE"):
@@ -393,13 +400,21 @@ def test_damage_inside_a_shard_names_the_row_group(tmp_path):
     assert len(Shard(path).texts(0)) == 100
     with pytest.raises(UserError, match=r"s.parquet, row group 1 cannot be read"):
         Shard(path).texts(1)
-    pq.write_table(pa.table({"text": ["a", None]}), path)
+    pq.write_table(pa.table({"text": ["a", None]}), path, write_statistics=False)
     with pytest.raises(UserError, match="1 rows have no text"):
         Shard(path).texts(0)
     broken = pa.StringArray.from_buffers(1, pa.py_buffer(np.asarray([0, 2], np.int32)), pa.py_buffer(b"a\xff"))
     pq.write_table(pa.table({"text": broken}), path)
     with pytest.raises(UserError, match=r"row group 0 cannot be read as parquet .*utf-8"):
         Shard(path).texts(0)
+
+
+def test_rows_without_text_are_known_before_they_are_reached(tmp_path):
+    texts = pa.array([*"abcdef", None])
+    pq.write_table(pa.table({"n": [{"text": 1}] * 7, "text": texts}), tmp_path / "a.parquet", row_group_size=3)
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "b.parquet")
+    with pytest.raises(UserError, match=r"a.parquet, row group 2: 1 rows have no text"):
+        shard_files(tmp_path)
 
 
 def bundle(**members):

@@ -360,6 +360,7 @@ def test_a_disk_that_is_really_full(tmp_path):
     subprocess.run(command, cwd=ROOT, stderr=log.open("w"), check=True)
     lines = log.read_text().splitlines()
     assert lines[-1] == "status 1" and lines[-2].startswith("error: the disk is full: checkpoint ")
+    assert not [line for line in lines if "Traceback" in line]
     saved = steps(tmp_path / "left")
     assert saved and not list((tmp_path / "left").glob("tmp-*"))
     assert all(Checkpointer(tmp_path / "left", 20).restore(step, None)[2] == step for step in saved)

@@ -60,6 +60,17 @@ def test_huge_pages_are_asked_for_where_the_kernel_waits_to_be_asked(pages, kern
     assert "GLIBC_TUNABLES" not in process.environment({"GLIBC_TUNABLES": "mine"})
 
 
+def test_a_write_that_finds_its_loop_closed_is_not_heard(tmp_path):
+    code = (
+        "import asyncio, ctypes; from nanochat_jax import process; process.set_up(); loop = asyncio.new_event_loop()\n"
+        "loop.close(); give_up = ctypes.PYFUNCTYPE(None)\n"  # as from C, where nobody can catch what is raised
+        "for broken in (lambda: loop.call_soon_threadsafe(print), lambda: 1 / 0): give_up(broken)()\n"
+    )
+    words, environment = [sys.executable, "-c", code], os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    said = subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stderr
+    assert "ZeroDivisionError" in said and "Event loop" not in said
+
+
 def test_the_cache_loses_what_was_not_used_for_longest(tmp_path):
     for age, name in enumerate(("today", "yesterday", "last week", "last month")):
         (tmp_path / name).write_bytes(bytes(100))

@@ -208,7 +208,7 @@ def test_every_parameter_has_exactly_one_rule():
 
 @pytest.mark.parametrize(
     ("spec", "message"),
-    [("9", "needs 9 devices"), ("model=2", "number of devices"), ("0", "number of devices"), ("x", "number")],
+    [("9", "needs 9 devices"), *((spec, "a number of devices") for spec in ("model=2", "0", "x", "data=2,data=4"))],
 )
 def test_impossible_meshes_are_one_clear_line(spec, message):
     with pytest.raises(UserError, match=message) as error:

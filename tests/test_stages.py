@@ -260,6 +260,17 @@ def test_rows_to_validate_on_are_missed_before_training(tmp_path):
     assert not any("compiled" in line for line in said)
 
 
+def test_best_fit_from_few_documents_is_said(tmp_path):
+    base, few = replace(tiny.config.base, eval_tokens=10), {}
+    for packing in ("bestfit", "stream"):
+        config = replace(tiny.config, base=base, data=replace(tiny.config.data, packing=packing, buffer_docs=5000))
+        said = few[packing] = []
+        with pytest.raises(UserError, match="gives no row"):
+            pretrain.run(config, start(tmp_path / packing, config), said.append)
+    assert any("--data.packing stream is for few documents" in line for line in few["bestfit"])
+    assert not any("few documents" in line for line in few["stream"])
+
+
 def test_a_finished_stage_is_left_alone(run):
     before = (run / "base" / "metrics.jsonl").read_text()
     said = []
@@ -287,9 +298,11 @@ def test_a_stage_without_the_one_before_says_which(tmp_path):
         finetune.run(tiny.config, start(tmp_path, tiny.config), "mid", quiet)
 
 
-def test_weights_can_come_from_another_run(run, tmp_path):
-    config = replace(tiny.config, mid=replace(tiny.config.mid, init_from=str(run / "base"), stop_after=1))
+def test_weights_can_come_from_another_run(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(run))
+    config = replace(tiny.config, mid=replace(tiny.config.mid, init_from="~/base", stop_after=1))
     folder = start(tmp_path, config)
+    check_ahead(config, ["mid"], folder)
     finetune.run(config, folder, "mid", quiet)
     assert losses(folder, "mid")[0] == losses(run, "mid")[0]
 

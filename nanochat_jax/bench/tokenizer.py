@@ -14,6 +14,7 @@ from nanochat_jax.bench.measure import timed
 from nanochat_jax.config import Config
 from nanochat_jax.data.download import prepare_shards
 from nanochat_jax.data.shards import read_texts
+from nanochat_jax.errors import UserError
 from nanochat_jax.stages.tokenizer import CutTexts
 from nanochat_jax.tokenizer import Tokenizer
 
@@ -40,6 +41,8 @@ def figures(config: Config, settings: Settings, log: Callable[[str], None]) -> d
     size = sum(len(text.encode()) for text in texts)
     ids = tokenizer.encode_batch(texts)
     tokens = sum(map(len, ids))
+    if not tokens:
+        raise UserError(f"{validation}, the last shard and so the one to measure on, holds no text: add another")
 
     def encode(threads: int | None) -> None:
         tokenizer.encode_batch(texts, threads)

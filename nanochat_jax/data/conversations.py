@@ -8,6 +8,7 @@ first epoch keeps the given order (mixtures come shuffled), later ones have a ne
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -50,7 +51,7 @@ def read_jsonl(path: Path) -> list[dict]:
     """Conversations from a file with one a line, also as a bare list of messages. UserError names the line at fault."""
     path = Path(path).expanduser()
     try:
-        lines = path.read_bytes().split(b"\n")
+        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     conversations = []

@@ -201,6 +201,8 @@ def fetch(
                 except requests.RequestException as error:
                     if isinstance(error, _Damaged):
                         file.truncate(0)
+                    if isinstance(error, ValueError):
+                        raise UserError(f"{url} is no address to download from: {error}") from error
                     if attempt == RETRIES:
                         raise UserError(
                             f"could not download {url} in {RETRIES + 1} attempts: {error}; run again to go on"

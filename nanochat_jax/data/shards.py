@@ -32,6 +32,10 @@ class Shard:
         metadata = self._file.metadata
         self.rows = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
         """Documents in each row group."""
+        column = [metadata.schema.column(i).path for i in range(metadata.num_columns)].index("text")
+        for i in range(metadata.num_row_groups):
+            counted = metadata.row_group(i).column(column).statistics
+            self._check_nulls(i, (counted and counted.null_count) or 0)
 
     def texts(self, row_group: int) -> list[str]:
         """The documents of a row group."""
@@ -40,9 +44,12 @@ class Shard:
             texts = column.to_pylist()
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise self._damaged(error, f", row group {row_group}") from error
-        if column.null_count:
-            raise UserError(f"{self.path}, row group {row_group}: {column.null_count} rows have no text; remove them")
+        self._check_nulls(row_group, column.null_count)  # a file need not have counted them
         return texts
+
+    def _check_nulls(self, row_group: int, count: int) -> None:
+        if count:
+            raise UserError(f"{self.path}, row group {row_group}: {count} rows have no text; remove them")
 
     def _damaged(self, error: Exception, where: str = "") -> UserError:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -40,7 +40,7 @@ def check_ahead(config: Config, stages: Collection[str], workdir: Path, log: Log
     for name in [name for name in MODEL_STAGES if name in stages]:
         if getattr(config, name).init_from is None:
             continue
-        source = Path(getattr(config, name).init_from)
+        source = Path(getattr(config, name).init_from).expanduser()
         made_here = source.name in stages and source.parent.resolve() == workdir.resolve()
         if not made_here and not (source / "checkpoints").is_dir():
             raise UserError(f"--{name}.init-from {source} has no checkpoint: train {source.name} first")

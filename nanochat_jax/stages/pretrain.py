@@ -12,6 +12,7 @@ from pathlib import Path
 from nanochat_jax.config import Config
 from nanochat_jax.data.download import fetch_eval_bundle, prepare_shards
 from nanochat_jax.data.pretrain import pretrain_batches
+from nanochat_jax.data.shards import Shard
 from nanochat_jax.errors import UserError
 from nanochat_jax.model import flops_per_token
 from nanochat_jax.optim import base_schedule
@@ -50,6 +51,12 @@ def run(config: Config, workdir: Path, log: Log, force: bool = False) -> None:
         process_index=part,
         process_count=parts,
     )
+    wanted = config.data.buffer_docs * config.data.streams * (config.data.packing == "bestfit")
+    if wanted and (documents := sum(sum(Shard(file).rows) for file in train_files)) < wanted:
+        log(
+            f"base: best fit chooses among {wanted:,} documents, here are {documents:,}: they are read again and "
+            "again, most of a long one is dropped; --data.packing stream is for few documents"
+        )
     # What is missing should be missed now, not after hours.
     next(validation_set(val_file, session.tokenizer, config, cfg, rows=1))
     if stage.core_every:

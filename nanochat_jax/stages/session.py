@@ -337,7 +337,7 @@ def state_from(session: Session, workdir: Path, previous: str) -> TrainState:
 
     Moments are fresh, or with `init_optimizer` those of that stage.
     """
-    source = Path(session.stage.init_from) if session.stage.init_from else workdir / previous
+    source = Path(session.stage.init_from).expanduser() if session.stage.init_from else workdir / previous
     if not (source / "checkpoints").is_dir():
         raise UserError(f"{session.name} starts from {source}, which has no checkpoint: train {source.name} first")
     if source.parent.resolve() != session.folder.parent.resolve():
