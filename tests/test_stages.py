@@ -302,7 +302,7 @@ def test_weights_can_come_from_another_run(run, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(run))
     config = replace(tiny.config, mid=replace(tiny.config.mid, init_from="~/base", stop_after=1))
     folder = start(tmp_path, config)
-    check_ahead(config, ["mid"], folder)
+    check_ahead(config, ["mid"], folder, quiet)
     finetune.run(config, folder, "mid", quiet)
     assert losses(folder, "mid")[0] == losses(run, "mid")[0]
 

@@ -271,4 +271,4 @@ def test_by_the_command_line_and_by_an_experiment(tmp_path, capsys, wandb):
     assert status == 2 and "'comet'" in lines[-1] and "tensorboard" in lines[-1]
     path.write_text("from dataclasses import replace\nimport tiny\nconfig = replace(tiny.config, track='wandb')\n")
     status, lines = run_cli(capsys, "pretrain", "--workdir", folder, "--experiment", path)
-    assert status == 1 and "--track 'wandb' is not of type tuple" in lines[-1]
+    assert status == 2 and "--track 'wandb' is not of type tuple" in lines[-1]
