@@ -404,7 +404,7 @@ RANGES = (
     | {"temperature": (0, 100), "top_k": (0, 2**31 - 1)}
 )
 """The least and the most that a field can be, in whatever section it is, where it is a number."""
-ABOVE_ZERO = ("target_param_data_ratio", "target_flops", "device_memory_gb")
+ABOVE_ZERO = ("target_param_data_ratio", "target_flops", "device_memory_gb", "rope_base", "qk_scale")
 
 
 def check_ranges(config: Config) -> None:

@@ -373,6 +373,7 @@ def test_folders_that_cannot_be_used_are_one_line(tmp_path):
         shard_files(folder)
     write(folder, "b.parquet", parquet("one"))
     write(folder, "readme.txt", b"not counted")
+    write(folder, "._b.parquet", b"what a Mac leaves beside a copy")
     with pytest.raises(UserError, match="holds 1 parquet files"):
         shard_files(folder)
     write(folder, "a.parquet", parquet("one"))

@@ -280,6 +280,7 @@ def test_options_reach_the_configuration_and_come_back():
         ({"device_memory_gb": 1e308}, r"--device-memory-gb 1e\+308: 0 to 1048576 is needed"),
         ({"base": BaseConfig(device_batch_size=0)}, "--base.device-batch-size 0"),
         ({"base": BaseConfig(target_param_data_ratio=0)}, "--base.target-param-data-ratio 0: more than 0"),
+        ({"model": ModelConfig(rope_base=0)}, "--model.rope-base 0: more than 0"),
         ({"base": BaseConfig(warmdown_ratio=float("nan"))}, "--base.warmdown-ratio nan is no number"),
         ({"base": BaseConfig(warmdown_ratio=-1.0)}, "--base.warmdown-ratio -1.0: 0 to 1 is needed"),
         ({"base": BaseConfig(momentum_peak=2.0)}, "--base.momentum-peak 2.0: 0 to 0.9999 is needed"),

@@ -80,7 +80,7 @@ def prepare_shards(config: DataConfig, log: Log, recorded: Sequence[str] | None 
     if config.dir is None and config.source in SETS:
         shards = SETS[config.source]
         return shard_files(folder, [shards.name(i) for i in (*range(config.num_shards), shards.last)])
-    if recorded and (new := sorted({path.name for path in folder.glob("*.parquet")} - set(recorded))):
+    if recorded and (new := sorted({path.name for path in folder.glob("[!.]*.parquet")} - set(recorded))):
         log(f"{folder}: {', '.join(new)} came after this run was started, left alone")
     return shard_files(folder, recorded)
 

@@ -66,7 +66,7 @@ def shard_files(folder: Path | str, names: Sequence[str] | None = None) -> tuple
     if not folder.is_dir():
         raise UserError(f"no folder {folder}; --data.dir must name a folder of parquet files")
     if names is None:
-        names = sorted(path.name for path in folder.glob("*.parquet"))
+        names = sorted(path.name for path in folder.glob("[!.]*.parquet"))
     if len(names) < 2:
         raise UserError(
             f"{folder} holds {len(names)} parquet files; at least 2 are needed: the last by name is for validation"
