@@ -27,7 +27,7 @@ config = replace(
         unembedding_lr=0.03,
         warmup_steps=10,
         eval_every=85,
-        eval_tokens=2**30,
+        eval_tokens=2**16,  # the whole validation shard
         save_every=85,
         **batch,
     ),

@@ -136,7 +136,8 @@ def _summary(stages: list[Stage]) -> str:
 
 
 def _results(stages: list[Stage]) -> str:
-    places = {label: keys for label, (keys, _) in METRICS.items()} | {"bits per byte": ("bpb", "val")}
+    places = {label: keys for label, (keys, _) in METRICS.items()}
+    places |= {"bits per byte": ("bpb", "val"), "bits per byte, training": ("bpb", "train")}
     tasks = {name: ("tasks", name) for stage in stages for name in entries(stage.eval, "tasks")}
     places |= {name.replace("_", " "): keys for name, keys in tasks.items() if keys not in places.values()}
     rows = []

@@ -68,7 +68,9 @@ def run(tmp_path):
     val = [{"kind": "val", "step": 50, "bpb": 2.0}, {"kind": "val", "step": 100, "bpb": 1.65}]
     core = {"core_metric": 0.2219, "results": {"hellaswag": 0.4}, "centered_results": {"hellaswag": 0.2}}
     core |= {"interval": [0.201, 0.243], "intervals": {"hellaswag": [0.39, 0.41]}, "n": {"hellaswag": 9000, "piqa": 42}}
-    write_stage(root, "base", train + val, {"bpb": {"val": 1.6543}, "core": core, "tasks": {}, "chatcore": None})
+    write_stage(
+        root, "base", train + val, {"bpb": {"val": 1.6543, "train": 1.5}, "core": core, "tasks": {}, "chatcore": None}
+    )
     accuracy = {"accuracy": 0.3561, "n": 2376, "interval": [0.337, 0.376]}
     chat = {
         "tasks": {"arc_easy": accuracy, "spelling_bee": accuracy | {"n": 1000}},
@@ -129,6 +131,7 @@ def test_whole_run(run):
     assert row(text.split("For scale")[0], "ChatCORE") == ["-", *["0.0731 [0.050, 0.090]"] * 3, "-"]
     assert row(text, "spelling bee")[-1] == "1,000"
     assert row(text, "bits per byte") == ["1.6543", "1.7000", "-", "-", "-"]
+    assert row(text, "bits per byte, training") == ["1.5000", "-", "-", "-", "-"]
     base = next(r for r in md_rows(text) if r[0] == "base")
     assert base == ["base", "100", "2M", "4e+12", "30m00s", "1k", "-", "-", "$3.00"]
     total = next(r for r in md_rows(text) if r[0] == "total")

@@ -46,6 +46,7 @@ def test_evaluations_have_the_promised_form(run):
     assert 0 < base["bpb"]["val"] < 8
     last = [row["bpb"] for row in MetricsLog.read(run / "base" / "metrics.jsonl") if row["kind"] == "val"][-1]
     assert base["bpb"]["val"] == pytest.approx(last, rel=1e-5)
+    assert 0 < base["bpb"]["train"] != base["bpb"]["val"]
     sft = json.loads((run / "sft" / "eval.json").read_text())
     assert set(sft["tasks"]) == {"arithmetic", "choice"} and sft["chatcore"] is None
     for figures in sft["tasks"].values():
@@ -365,7 +366,7 @@ def measured(tmp_path, monkeypatch):
     """Evaluates a base model that is not there, with `bpb` as its figure, in a run of `tiny.config`."""
     open_run(tiny.config, tmp_path, log=quiet)
     monkeypatch.setattr(evaluate, "load_model", lambda *_: (None, None, None, "base", 12))
-    monkeypatch.setattr(evaluate, "prepare_shards", lambda *_: ([], None))
+    monkeypatch.setattr(evaluate, "prepare_shards", lambda *_: ([None], None))
 
     def run_with(config=tiny.config, bpb=1.5, log=quiet):
         monkeypatch.setattr(evaluate, "validation_bpb", lambda *_: bpb)
@@ -392,22 +393,22 @@ def measured(tmp_path, monkeypatch):
 def test_only_what_decides_the_figures_keeps_them_out_of_the_runs_own(measured, tmp_path, section, change, same):
     if section:
         change = {section: replace(getattr(tiny.config, section), **change)}
-    assert measured(replace(tiny.config, **change))["bpb"] == {"val": 1.5}
+    assert measured(replace(tiny.config, **change))["bpb"] == {"val": 1.5, "train": 1.5}
     assert (tmp_path / "base" / "eval.json").exists() == same
 
 
 def test_figures_that_cannot_be_written_are_still_given(measured, tmp_path):
     (tmp_path / "base").write_text("no folder")
     said = []
-    assert measured(log=said.append)["bpb"] == {"val": 1.5}
+    assert measured(log=said.append)["bpb"] == {"val": 1.5, "train": 1.5}
     assert f"{tmp_path / 'base'}: the evaluation cannot be written there" in said[-1]
 
 
 def test_figures_that_are_no_numbers_are_null_and_named(measured, tmp_path):
     said = []
-    assert measured(bpb=float("nan"), log=said.append)["bpb"] == {"val": None}
-    assert json.loads((tmp_path / "base" / "eval.json").read_text())["bpb"] == {"val": None}
-    assert said[-1].startswith("base bpb val: nan")
+    assert measured(bpb=float("nan"), log=said.append)["bpb"] == {"val": None, "train": None}
+    assert json.loads((tmp_path / "base" / "eval.json").read_text())["bpb"] == {"val": None, "train": None}
+    assert said[-2].startswith("base bpb val: nan") and said[-1].startswith("base bpb train: nan")
 
 
 @pytest.mark.parametrize("step_tokens", [8 * 64, None])

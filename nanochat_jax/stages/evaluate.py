@@ -54,7 +54,7 @@ def run(
 ) -> dict:
     """Measure the model of stage `source` on `tasks` ("bpb", "core", task names; None: the configured ones).
 
-    Returns {"bpb": {"val"}, "core": {...}, "tasks": {name: {"accuracy", "n", "interval"}}, "chatcore",
+    Returns {"bpb": {"val", "train"}, "core": {...}, "tasks": {name: {"accuracy", "n", "interval"}}, "chatcore",
     "chatcore_interval"}. A whole evaluation as the run has it configured, of the newest checkpoint, is also written to
     the stage's eval.json. Where that cannot be written, the figures are returned all the same, and it is said.
     """
@@ -69,9 +69,12 @@ def run(
     }
     figures: dict = {"source": source, "step": found, "tasks": {}, "chatcore": None}
     if "bpb" in names:
-        _, val_file = prepare_shards(config.data, log, recorded_files(workdir, config.data))
-        figures["bpb"] = {"val": validation_bpb(params, cfg, mesh, tokenizer, val_file, config)}
-        log(f"{source}: validation {figures['bpb']['val']:.4f} bits per byte")
+        train_files, val_file = prepare_shards(config.data, log, recorded_files(workdir, config.data))
+        # What was trained on is better known where it was read several times.
+        files = {"val": val_file, "train": train_files[0]}
+        model = params, cfg, mesh, tokenizer
+        figures["bpb"] = {name: validation_bpb(*model, file, config) for name, file in files.items()}
+        log("{}: {val:.4f} bits per byte in validation, {train:.4f} in training".format(source, **figures["bpb"]))
     if "core" in names:
         figures["core"] = core_metric(params, cfg, mesh, tokenizer, config, log, limit)
     correct = {}
