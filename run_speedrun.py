@@ -60,4 +60,4 @@ if __name__ == "__main__":
     process.set_up()
     command = Path(sys.argv[0]).name
     words = f"python {command}", SpeedrunOptions, speedrun, speedrun.__doc__, sys.argv[1:]
-    sys.exit(cli.guarded(lambda: cli.run_command(*words)))
+    process.leave(cli.guarded(lambda: cli.run_command(*words)))

@@ -32,7 +32,7 @@ import tyro
 from nanochat_jax import distributed, run, track
 from nanochat_jax.bench import Settings, measured
 from nanochat_jax.config import MODEL_STAGES, Config, check_ranges
-from nanochat_jax.errors import UserError
+from nanochat_jax.errors import UsageError, UserError
 from nanochat_jax.stopping import ending_at_once
 
 if TYPE_CHECKING:
@@ -47,10 +47,6 @@ Part = Literal["train", "attention", "loader", "tokenizer", "decode", "server", 
 CONVERSATION_TEMPERATURE = 0.6
 HELP, HELP_ALL = ("-h", "--help"), "--help-all"
 MENDABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
-
-
-class UsageError(UserError):
-    """The command line itself is wrong: status 2."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +81,11 @@ class SharedOptions(Options):
             return
         log(f"process {member.index} of {member.count}: meeting at {member.host}:{member.port}")
         log(distributed.initialize(member, workdir))
-        told = distributed.gather_json(dataclasses.asdict(self) | {"workdir": str(workdir.absolute())})
-        own = ("coordinator", "num_processes", "process_id", "experiment")  # of an experiment its values count
+        options = dataclasses.asdict(self) | {"workdir": str(workdir.absolute())}
+        sections = {name: value for name, value in options.pop("config").items() if isinstance(value, dict)}
+        values = {f"{section}.{name}": value for section, fields in sections.items() for name, value in fields.items()}
+        told = distributed.gather_json(dataclasses.asdict(self.config) | values | options)
+        own = ("coordinator", "num_processes", "process_id", "experiment", *sections)  # of an experiment values count
         if differ := [name for name in told[0] if name not in own and any(one[name] != told[0][name] for one in told)]:
             raise UserError(
                 f"the processes were started with different options ({', '.join(differ)}): give all of them the same"
@@ -185,6 +184,12 @@ class ServeOptions(EngineOptions):
     """Bearer token that requests to the API must carry."""
     rows: int = 8
     """Conversations answered at the same time."""
+
+    def check(self) -> None:
+        if self.rows < 1:
+            raise UsageError(f"--rows {self.rows}: at least 1 is needed")
+        if not 0 <= self.port < 2**16:
+            raise UsageError(f"--port {self.port}: 0 to {2**16 - 1} are ports")
 
 
 @dataclass(frozen=True)
@@ -296,11 +301,13 @@ def run_command(prog: str, kind: type[Options], command: Command, about: str, ar
     options.check()
     with _usage():
         check_ranges(options.config)
-        if isinstance(options, SharedOptions):  # those that train or evaluate
+        if command is not report:  # which imports no JAX
             from nanochat_jax.sharding import parse_mesh
-            from nanochat_jax.tasks import check_names
 
             parse_mesh(options.config.mesh)
+        if isinstance(options, SharedOptions) or command is download:
+            from nanochat_jax.tasks import check_names
+
             check_names(options.config, options.named() if isinstance(options, EvalOptions) else ())
     if command is convert and options.config.model != config.model:
         raise UsageError("--model options: the shape of the model is that of the checkpoint; leave them out")
@@ -455,8 +462,6 @@ def chat(options: ChatOptions, workdir: Path) -> None:
 def serve(options: ServeOptions, workdir: Path) -> None:
     from nanochat_jax.server.app import check_host, create_app, serve
 
-    if options.rows < 1:
-        raise UsageError(f"--rows {options.rows}: at least 1 is needed")
     check_host(options.host, options.token)
     engine, tokenizer, name = _engine(options, workdir, rows=options.rows)
     serve(create_app(engine, tokenizer, model_name=name, token=options.token), options.host, options.port)

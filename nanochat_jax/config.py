@@ -123,9 +123,9 @@ class StageConfig:
     momentum_warmup: int = 300
     """Steps over which the Muon momentum rises from start to peak."""
     eval_every: int = 250
-    """Steps between validations (rl: pass@k); 0: only at the end."""
+    """Steps between validations (rl: pass@k); 0 or less: only at the end."""
     save_every: int = 1000
-    """Steps between checkpoints; 0: only at the end."""
+    """Steps between checkpoints; 0 or less: only at the end."""
     keep: int = 2
     """Checkpoints kept, the newest ones, besides the one with the best validation."""
     stop_after: int | None = None
@@ -398,7 +398,7 @@ RANGES = (
     | dict.fromkeys(("normalize_over", "eval_examples", "max_examples"), COUNT)
     | dict.fromkeys(("warmup_steps", "init_lr_frac", "final_lr_frac", "val_rows", "loss_chunk"), NOT_NEGATIVE)
     | dict.fromkeys(("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr", "weight_decay"), NOT_NEGATIVE)
-    | dict.fromkeys(("momentum_warmup", "eval_every", "save_every", "core_every", "sample_every"), NOT_NEGATIVE)
+    | dict.fromkeys(("momentum_warmup", "init_step"), NOT_NEGATIVE)
     | dict.fromkeys(("momentum_start", "momentum_peak", "momentum_end"), (0, 0.9999))
     | {"warmdown_ratio": (0, 1), "seed": (0, 2**31 - 1), "device_memory_gb": (0, 2**20)}
     | {"temperature": (0, 100), "top_k": (0, 2**31 - 1)}
@@ -423,6 +423,8 @@ def check_ranges(config: Config) -> None:
                 raise UserError(f"{option}: {needed} is needed")
             if name in ABOVE_ZERO and value <= 0:
                 raise UserError(f"{option}: more than 0 is needed")
+    if config.base.init_from is None and (config.base.init_optimizer or config.base.init_step is not None):
+        raise UserError("--base.init-optimizer and --base.init-step need --base.init-from: whose?")
     if config.eval.num_samples > 1 and config.eval.temperature <= 0:
         raise UserError(
             f"--eval.num-samples {config.eval.num_samples} greedy answers are all the same: give --eval.temperature"

@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NoReturn
 
 NVIDIA = Path("/proc/driver/nvidia/version")
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -78,6 +80,12 @@ def without_echoes(caught: sys.UnraisableHookArgs) -> None:
     """
     if str(caught.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(caught)
+
+
+def leave(status: int) -> NoReturn:
+    """Ends the program. From here on one more Ctrl-C ends it at once: Python would show a traceback for it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.exit(status)
 
 
 def set_up() -> None:

@@ -271,7 +271,7 @@ def _environment(record: dict, stages: list[Stage]) -> str:
 def _as_task(evaluation: dict, keys: tuple[str, ...]) -> Any:
     """The figures of CORE and ChatCORE in the shape of a task's; others as they are."""
     value = dig(evaluation, *keys)
-    if keys == ("chatcore",):
+    if keys == ("chatcore",) and not isinstance(value, dict):  # one was, of runs of a few days
         return {"accuracy": value, "interval": evaluation.get("chatcore_interval")}
     if dig(value, "core_metric") is None:
         return value

@@ -128,6 +128,7 @@ class Tokenizer:
             "pattern": self.pattern,
             "specials": list(self.specials),
             "ranks": [base64.b64encode(token).decode("ascii") for token in self.ranks],
+            "token_bytes": self.token_bytes.tolist(),
             "fingerprint": self.fingerprint(),
         }
         write_json(Path(directory) / FILE_NAME, stored)

@@ -148,8 +148,11 @@ def test_one_right_answer_of_several_drawn_ones_is_enough():
     result = evaluate_task(task, engine, BYTES, settings, None, silent)
     assert result["correct"] == [0, 1] * 3 and result["n"] == 6
     assert {(how.temperature, how.top_k) for how in engine.sampling} == {(0.8, 20)}
-    seeds = [how.seed + j for how in engine.sampling for j in range(3)]
-    assert len(set(seeds)) == 18  # no two answers draw alike
+    seeds = {how.seed + j for how in engine.sampling for j in range(3)}
+    assert len(seeds) == 18  # no two answers draw alike
+    again = FakeEngine({task[i]["messages"][0]["content"]: "7" for i in range(6)})
+    evaluate_task(task, again, BYTES, settings, None, silent, seed=1)
+    assert seeds.isdisjoint(how.seed + j for how in again.sampling for j in range(3))
 
 
 def test_prompts_that_do_not_fit_count_as_wrong():

@@ -286,7 +286,7 @@ def test_options_reach_the_configuration_and_come_back():
         ({"base": BaseConfig(momentum_peak=2.0)}, "--base.momentum-peak 2.0: 0 to 0.9999 is needed"),
         ({"base": BaseConfig(warmup_steps=-5)}, "--base.warmup-steps -5: at least 0 is needed"),
         ({"base": BaseConfig(matrix_lr=-0.1)}, "--base.matrix-lr -0.1: at least 0 is needed"),
-        ({"mid": FinetuneConfig(save_every=-1)}, "--mid.save-every -1: at least 0 is needed"),
+        ({"base": BaseConfig(init_step=3)}, "--base.init-step need --base.init-from"),
         ({"mid": FinetuneConfig(val_rows=-1)}, "--mid.val-rows -1"),
         ({"eval": EvalConfig(temperature=-0.5)}, "--eval.temperature -0.5: 0 to 100"),
         ({"eval": EvalConfig(num_samples=4)}, "--eval.num-samples 4 greedy answers are all the same"),

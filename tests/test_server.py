@@ -392,7 +392,7 @@ def test_a_body_sent_in_pieces_is_held_to_the_same_limit():
 
     assert send().status_code == 200
     response = send(junk="x" * 2**18)
-    assert response.status_code == 413 and "more than 262144 bytes" in response.get_json()["error"]["message"]
+    assert response.status_code == 413 and "at least 262144 bytes" in response.get_json()["error"]["message"]
 
 
 def test_a_path_that_is_not_there_is_told_which_are():

@@ -83,6 +83,9 @@ def test_only_the_evaluation_of_the_last_step_and_of_what_is_configured_counts(r
     for change, same in (({"max_examples": 7}, False), ({"chat": ("choice",)}, False), ({"base": ("core",)}, True)):
         config = replace(tiny.config, eval=replace(tiny.config.eval, **change))
         assert evaluate.is_current(config, tmp_path, "sft") == same
+    saved = json.loads((tmp_path / "sft" / "correct.json").read_text())
+    write_json(tmp_path / "sft" / "correct.json", saved | {"settings": {"seed": 42}})  # before names were noted
+    assert evaluate.is_current(tiny.config, tmp_path, "sft")
     (tmp_path / "sft" / "eval.json").write_text(json.dumps({"step": 5}))
     assert not evaluate.is_current(tiny.config, tmp_path, "sft")
     (tmp_path / "sft" / "eval.json").write_text("{")
@@ -107,7 +110,7 @@ def test_another_evaluation_than_the_runs_own_leaves_its_figures(run):
         ({"sft": replace(tiny.config.sft, device_batch_size=3)}, "--sft.device-batch-size 3 "),
         (
             {"sft": replace(tiny.config.sft, init_from="runs/nowhere/other")},
-            "--sft.init-from runs/nowhere/other has no",
+            "sft starts from runs/nowhere/other, which has no",
         ),
         (
             {
@@ -148,12 +151,20 @@ def test_what_an_evaluation_needs_is_known_before_the_first_stage(tmp_path, monk
     with pytest.raises(UserError, match="no isolation here"):
         check_ahead(programs, ["mid"], tmp_path, quiet)
     check_ahead(programs, ["base"], tmp_path, quiet)  # after which no programs are run
+    on_the_way = replace(tiny.config.base, core_every=5)
+    with pytest.raises(UserError, match=r"has no core\.yaml"):
+        check_ahead(
+            replace(tiny.config, base=on_the_way, data=replace(core.data, eval_bundle="nowhere")),
+            ["base"],
+            tmp_path,
+            quiet,
+        )
 
 
 def test_a_start_may_be_what_the_same_run_makes(tmp_path):
     for folder, there in ((tmp_path, True), (tmp_path / "other", False)):
         config = replace(tiny.config, sft=replace(tiny.config.sft, init_from=str(folder / "base")))
-        with contextlib.nullcontext() if there else pytest.raises(UserError, match=r"--sft.init-from .* has no check"):
+        with contextlib.nullcontext() if there else pytest.raises(UserError, match=r"sft starts from .* has no check"):
             check_ahead(config, MODEL_STAGES, tmp_path, quiet)
 
 
@@ -328,14 +339,14 @@ def test_a_stage_can_start_from_an_earlier_checkpoint(run, tmp_path):
         first[step] = losses(folder, "mid")[0]
     assert first["best"] == first[None] != first[earliest]
     config = replace(tiny.config, mid=replace(mid, init_step=5))
-    with pytest.raises(UserError, match="no checkpoint of step 5"):
+    other = replace(config, mid=replace(config.mid, init_from=str(run / "base")))
+    with pytest.raises(UserError, match=r"--mid\.init-step 5: .*base has \d"):
+        check_ahead(other, ["base", "mid"], tmp_path, quiet)
+    with pytest.raises(UserError, match=r"--mid\.init-step 5: .*base has \d"):
         finetune.run(config, start_after(run, tmp_path / "gone", "mid", config), "mid", quiet)
 
 
-def test_moments_that_are_nowhere_are_refused(run, tmp_path):
-    config = replace(tiny.config, base=replace(tiny.config.base, init_optimizer=True))
-    with pytest.raises(UserError, match="whose"):
-        pretrain.run(config, start(tmp_path / "new", config), quiet)
+def test_moments_that_a_conversion_has_not_are_refused(run, tmp_path):
     config = replace(tiny.config, mid=replace(tiny.config.mid, init_optimizer=True))
     folder = start(tmp_path / "converted", config)
     shutil.copytree(run / "base", folder / "base")

@@ -235,6 +235,7 @@ def test_rows_come_in_the_fixed_permutation(tmp_path):
     for seed in (1, 2):
         task = load("mmlu", "test", data, seed)
         assert [question(c).splitlines()[0] for c in task] == [f"Multiple Choice question: q{i}" for i in order]
+    assert task[0]["subject"] == "s"  # without it the positions that runs have saved are of other data
     assert question(task[0]).splitlines()[1:] == [
         "- w=A",
         "- x=B",

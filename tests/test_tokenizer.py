@@ -87,6 +87,8 @@ def test_save_and_load(tokenizer, tmp_path):
     assert loaded.fingerprint() == tokenizer.fingerprint()
     assert loaded.vocab_size == VOCAB and loaded.bos_id == tokenizer.bos_id
     assert [loaded.encode(text) for text in TEXTS] == [tokenizer.encode(text) for text in TEXTS]
+    stored = json.loads((tmp_path / "tokenizer" / "tokenizer.json").read_text())
+    assert stored["token_bytes"] == tokenizer.token_bytes.tolist()  # for other readers
     assert [path.name for path in (tmp_path / "tokenizer").iterdir()] == ["tokenizer.json"]
 
 

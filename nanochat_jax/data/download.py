@@ -201,7 +201,7 @@ def fetch(
                 except requests.RequestException as error:
                     if isinstance(error, _Damaged):
                         file.truncate(0)
-                    if isinstance(error, ValueError):
+                    if isinstance(error, ValueError) and not isinstance(error, requests.exceptions.InvalidProxyURL):
                         raise UserError(f"{url} is no address to download from: {error}") from error
                     if attempt == RETRIES:
                         raise UserError(

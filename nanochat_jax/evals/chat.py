@@ -34,9 +34,10 @@ def evaluate_task(
     settings: EvalConfig,
     max_examples: int | None,
     log: Log,
+    seed: int = 0,
 ) -> dict:
     """{"accuracy", "n", "interval": [lo, hi], "correct": 0 or 1 a row} over the first max_examples rows
-    (None: all).
+    (None: all). `seed`: of answers that are drawn.
 
     A prompt that does not fit the engine counts as wrong; how many did not is logged.
     """
@@ -54,7 +55,12 @@ def evaluate_task(
     step = settings.batch_size * (1 if task.kind == "categorical" else 4)
     samples = settings.num_samples
     sampling = [
-        SamplingParams(settings.temperature, settings.top_k, max_tokens=settings.max_new_tokens, seed=i * samples)
+        SamplingParams(
+            settings.temperature,
+            settings.top_k,
+            max_tokens=settings.max_new_tokens,
+            seed=(seed * 1_000_003 + i * samples) % 2**31,
+        )
         for i in range(n)
     ]
     correct = [0] * n
@@ -77,7 +83,8 @@ def evaluate_task(
             bar.update(len(asked))
     right = sum(correct)
     low, high = wilson(right, n)
-    log(f"{task.name}: accuracy {right / n:.4f} (n {n}, 95% {low:.4f} to {high:.4f})")
+    drawn = f"pass@{samples}" if samples > 1 and task.kind == "generative" else "accuracy"
+    log(f"{task.name}: {drawn} {right / n:.4f} (n {n}, 95% {low:.4f} to {high:.4f})")
     return {"accuracy": right / n, "n": n, "interval": [low, high], "correct": correct}
 
 

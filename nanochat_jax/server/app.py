@@ -26,7 +26,7 @@ from tqdm import tqdm
 from werkzeug.exceptions import HTTPException, NotFound, RequestEntityTooLarge
 from werkzeug.serving import BaseWSGIServer, make_server
 
-from nanochat_jax.errors import UserError
+from nanochat_jax.errors import UsageError, UserError
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.inference.requests import SamplingParams
 from nanochat_jax.server.answer import completion, error_body, sse_chunks
@@ -95,7 +95,7 @@ def create_app(
             body = request.get_json(silent=True)
         except RecursionError:
             raise ApiError("the body is nested too deeply") from None
-        if body is None and request.content_length is None and len(request.get_data()) >= MAX_BYTES:
+        if body is None and request.content_length is None and len(request.get_data()) == MAX_BYTES:
             raise RequestEntityTooLarge  # sent in pieces: Werkzeug has cut it off there
         chat_request = parse_request(body, model_name)
         prompt = fit(chat_request.messages, tokenizer, engine.max_len, chat_request.sampling)
@@ -122,7 +122,7 @@ def create_app(
         if isinstance(error, UserError):
             error = ApiError(str(error))
         elif isinstance(error, RequestEntityTooLarge):
-            size = request.content_length or f"more than {MAX_BYTES}"
+            size = request.content_length or f"at least {MAX_BYTES}"
             sizes = f"a body of {size} bytes, where at most {MAX_BYTES} are read"
             error = ApiError(f"{sizes}: shorten it or leave out old messages", status=413)
         elif isinstance(error, NotFound):
@@ -168,13 +168,13 @@ def listening(app: Flask, host: str, port: int) -> BaseWSGIServer:
 def check_host(host: str, token: str | None) -> None:
     """UserError for a public address without a token, or a token that browsers cannot send in a header."""
     if token is not None and not re.fullmatch("[!-~]+", token):
-        raise UserError("--token takes ASCII letters, digits and signs, at least one, without spaces")
+        raise UsageError("--token takes ASCII letters, digits and signs, at least one, without spaces")
     try:
         loopback = ipaddress.ip_address(host).is_loopback
     except ValueError:
         loopback = host == "localhost"
     if not loopback and not token:
-        raise UserError(f"--host {host} lets others reach this server: give --token TEXT, or use --host 127.0.0.1")
+        raise UsageError(f"--host {host} lets others reach this server: give --token TEXT, or use --host 127.0.0.1")
 
 
 def warm_up(engine: Engine) -> None:

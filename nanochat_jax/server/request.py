@@ -61,7 +61,7 @@ def parse_request(body: Any, model_name: str) -> ChatRequest:
         raise ApiError("n must be 1: ask again for another answer", "n")
     if body.get("stream") not in (None, True, False):
         raise ApiError("stream must be true or false", "stream")
-    options = body.get("stream_options") or {}
+    options = {} if body.get("stream_options") is None else body["stream_options"]
     if not isinstance(options, dict) or options.get("include_usage") not in (None, True, False):
         raise ApiError('stream_options must be {"include_usage": true or false}', "stream_options")
     limit = "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"

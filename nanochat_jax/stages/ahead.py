@@ -7,14 +7,13 @@ from pathlib import Path
 
 from nanochat_jax.config import DEFAULT_ROWS, MODEL_STAGES, Config
 from nanochat_jax.data.download import fetch_eval_bundle
-from nanochat_jax.errors import UserError
 from nanochat_jax.fp8 import precision
 from nanochat_jax.optim import horizon
 from nanochat_jax.run import gpt_config
 from nanochat_jax.sharding import check_mesh, data_shards, make_mesh, rows_of_microbatch, rows_of_step
 from nanochat_jax.stages.finetune import check_mixture
 from nanochat_jax.stages.rl import check_settings
-from nanochat_jax.stages.session import Log
+from nanochat_jax.stages.session import Log, check_start
 from nanochat_jax.tasks import Mixture, load
 
 
@@ -42,8 +41,8 @@ def check_ahead(config: Config, stages: Collection[str], workdir: Path, log: Log
             continue
         source = Path(getattr(config, name).init_from).expanduser()
         made_here = source.name in stages and source.parent.resolve() == workdir.resolve()
-        if not made_here and not (source / "checkpoints").is_dir():
-            raise UserError(f"--{name}.init-from {source} has no checkpoint: train {source.name} first")
+        if not made_here:
+            check_start(name, getattr(config, name), source)
     fetch_sets(config, (*stages, *continued), log)
 
 
@@ -57,7 +56,7 @@ def fetch_sets(config: Config, stages: Collection[str], log: Log) -> None:
         for split in ("train", "val"):
             load(config.rl.task, split, config.data, config.seed)
     measured = {name for stage in stages for name in (config.eval.base if stage == "base" else config.eval.chat)}
-    if "core" in measured:
+    if "core" in measured or ("base" in stages and config.base.core_every > 0):
         fetch_eval_bundle(config.data, log)
     for name in sorted(measured - {"bpb", "core"}):
         load(name, "test", config.data, config.seed, config.unsafe_sandbox)

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from nanochat_jax.checkpoint import Step
 from nanochat_jax.config import Config, GPTConfig
 from nanochat_jax.data.download import ensure_shards, fetch_eval_bundle, prepare_shards
-from nanochat_jax.data.files import write_json
+from nanochat_jax.data.files import read_json, write_json
 from nanochat_jax.data.pretrain import Batch, validation_batches
 from nanochat_jax.data.shards import shard_files
 from nanochat_jax.distributed import is_leader, leaders
@@ -68,6 +68,9 @@ def run(
         if name not in ("bpb", "core")
     }
     figures: dict = {"source": source, "step": found, "tasks": {}, "chatcore": None}
+    if config.eval.temperature > 0:
+        drawn = ("temperature", "top_k", "num_samples")
+        figures["drawn"] = {name: getattr(config.eval, name) for name in drawn}
     if "bpb" in names:
         train_files, val_file = prepare_shards(config.data, log, recorded_files(workdir, config.data))
         # What was trained on is better known where it was read several times.
@@ -103,14 +106,13 @@ def run(
 
 def is_current(config: Config, workdir: Path, stage: str) -> bool:
     """Whether eval.json of a complete stage is of its last step and of what is configured: none that was made on the
-    way, or before other tasks or rows were asked for.
+    way, or before other tasks or rows were asked for. Of a run that began before those were noted it is taken as it is.
     """
-    folder, steps = workdir / stage, finished(workdir, stage)["steps"]
+    folder = workdir / stage
     try:
-        figures, rows = (
-            json.loads((folder / name).read_text(encoding="utf-8")) for name in ("eval.json", "correct.json")
-        )
-        return figures["step"] == steps and rows["settings"] == decides(config, stage, config.eval.max_examples)
+        figures, settings = read_json(folder / "eval.json"), read_json(folder / "correct.json")["settings"]
+        same = "names" not in settings or settings == decides(config, stage, config.eval.max_examples)
+        return same and figures["step"] == finished(workdir, stage)["steps"]
     except (OSError, ValueError, LookupError, TypeError):
         return False
 
@@ -200,7 +202,7 @@ def measure(
     settings = config.eval
     engine = make_engine(params, cfg, tokenizer, max_rows=settings.batch_size, max_len=cfg.sequence_len, mesh=mesh)
     log(engine.describe())
-    return {task.name: evaluate_task(task, engine, tokenizer, settings, limit, log) for task in tasks}
+    return {task.name: evaluate_task(task, engine, tokenizer, settings, limit, log, config.seed) for task in tasks}
 
 
 def finite(value: Any, name: str, log: Log) -> Any:
@@ -220,11 +222,17 @@ def decides(config: Config, source: str, limit: int | None) -> dict:
     nor how many rows go through the model at once.
     """
     data = replace(config.data, cache="", num_shards=1, mirror=None, eval_bundle=None)
-    others = {"chat": ()} if source == "base" else {"base": ()}
-    settings = replace(config.eval, batch_size=1, max_examples=limit, **others)
-    parts = {"eval": asdict(settings), "data": asdict(data), "model": asdict(config.model)}
-    rest = (config.seed, config.compute_dtype, config.base.eval_tokens, config.rl.task)
-    return json.loads(json.dumps(parts | {"rest": rest}))
+    names = config.eval.base if source == "base" else config.eval.chat
+    found = {"names": names, "limit": limit, "data": asdict(data), "model": asdict(config.model)}
+    found |= {"seed": config.seed, "compute_dtype": config.compute_dtype}
+    if "bpb" in names:
+        found["eval_tokens"] = config.base.eval_tokens
+    if not {"bpb", "core"}.issuperset(names):
+        settings = ("max_new_tokens", "temperature", "num_samples", *(["top_k"] if config.eval.temperature > 0 else []))
+        found |= {name: getattr(config.eval, name) for name in settings}
+    if source == "rl":
+        found["compared_on"] = config.rl.task
+    return json.loads(json.dumps(found))
 
 
 def compare(config: Config, workdir: Path, mesh: Mesh, task: Task, rl: list[int], limit: int | None, log: Log) -> dict:
@@ -233,7 +241,7 @@ def compare(config: Config, workdir: Path, mesh: Mesh, task: Task, rl: list[int]
     right = {"rl": rl}
     for source in ("sft", "sft_continued"):
         saved = workdir / source / "correct.json"
-        before = leaders(json.loads(saved.read_text(encoding="utf-8")) if saved.exists() else {})
+        before = leaders(read_json(saved) if saved.exists() else {})
         same = before.get("step") == done[source].get("steps") and before.get("settings") == decides(
             config, source, limit
         )

@@ -24,7 +24,7 @@ import numpy as np
 from nanochat_jax.config import Config, RLConfig
 from nanochat_jax.data.position import digest
 from nanochat_jax.distributed import gather_json, leaders
-from nanochat_jax.errors import UserError
+from nanochat_jax.errors import UsageError, UserError
 from nanochat_jax.inference.buckets import bucket
 from nanochat_jax.inference.decoding import empty_cache, prepare
 from nanochat_jax.inference.engine import Engine
@@ -147,20 +147,20 @@ def run(config: Config, workdir: Path, log: Log, force: bool = False) -> None:
 
 
 def check_settings(settings: RLConfig) -> None:
-    """UserError where clipping, the number of updates or the sampling cannot be meant."""
+    """UsageError where clipping, the number of updates or the sampling cannot be meant."""
     clip, updates = settings.clip, settings.updates_per_batch
     if not 0 <= clip < 1:
-        raise UserError(f"--rl.clip {clip} is outside 0 (off) to below 1; PPO's usual value is 0.2")
+        raise UsageError(f"--rl.clip {clip} is outside 0 (off) to below 1; PPO's usual value is 0.2")
     if updates < 1:
-        raise UserError(f"--rl.updates-per-batch {updates} is below 1, one update a step")
+        raise UsageError(f"--rl.updates-per-batch {updates} is below 1, one update a step")
     if settings.samples_per_question < 2 or settings.temperature <= 0:
-        raise UserError(
+        raise UsageError(
             f"--rl.samples-per-question {settings.samples_per_question} --rl.temperature {settings.temperature}: only "
             "answers that differ teach anything; 2 samples or more and a temperature above 0 are needed"
         )
     sampling(settings, 0, 0)  # refuses what cannot be sampled with
     if updates > 1 and not clip:
-        raise UserError(
+        raise UsageError(
             f"--rl.updates-per-batch {updates} needs --rl.clip, such as 0.2: after the first update the answers are "
             "those of another policy"
         )

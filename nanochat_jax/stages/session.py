@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from nanochat_jax.checkpoint import Checkpointer, restore, restore_params
+from nanochat_jax.checkpoint import Checkpointer, restore, restore_params, steps
 from nanochat_jax.config import ARCHITECTURE, Config, GPTConfig, StageConfig
 from nanochat_jax.data.files import write_json
 from nanochat_jax.data.pretrain import merge_states
@@ -338,17 +338,11 @@ def state_from(session: Session, workdir: Path, previous: str) -> TrainState:
     Moments are fresh, or with `init_optimizer` those of that stage.
     """
     source = Path(session.stage.init_from).expanduser() if session.stage.init_from else workdir / previous
-    if not (source / "checkpoints").is_dir():
-        raise UserError(f"{session.name} starts from {source}, which has no checkpoint: train {source.name} first")
+    check_start(session.name, session.stage, source)
     if source.parent.resolve() != session.folder.parent.resolve():
         check_origin_of(session, source)
-    done = finished(source.parent, source.name)
-    if done is None:
+    if finished(source.parent, source.name) is None:
         session.log(f"{session.name}: {source} is not finished; starting from it as it is")
-    elif session.stage.init_optimizer and "converted_from" in done:
-        raise UserError(
-            f"--{session.name}.init-optimizer: {source} was converted and holds no moments: start without the option"
-        )
     cfg, mesh, step = session.cfg, session.mesh, session.stage.init_step
     if session.stage.init_optimizer:
         tree, _, found = restore(source / "checkpoints", step, saved_shapes(cfg, mesh))
@@ -358,6 +352,17 @@ def state_from(session: Session, workdir: Path, previous: str) -> TrainState:
         state = with_optimizer(cfg, mesh, params)
     session.log(f"{session.name}: starting from step {found} of {source}")
     return state
+
+
+def check_start(name: str, stage: StageConfig, source: Path) -> None:
+    """UserError where the stage at `source`, WORKDIR/STAGE, has not what this one is to start from."""
+    checkpoints = source / "checkpoints"
+    if not checkpoints.is_dir():
+        raise UserError(f"{name} starts from {source}, which has no checkpoint: train {source.name} first")
+    if isinstance(stage.init_step, int) and stage.init_step not in (there := steps(checkpoints)):
+        raise UserError(f"--{name}.init-step {stage.init_step}: {source} has {', '.join(map(str, there)) or 'none'}")
+    if stage.init_optimizer and "converted_from" in (finished(source.parent, source.name) or {}):
+        raise UserError(f"--{name}.init-optimizer: {source} was converted and holds no moments: leave the option out")
 
 
 def check_origin_of(session: Session, source: Path) -> None:
@@ -382,10 +387,6 @@ def initial_state(session: Session, seed: int) -> TrainState:
     """New parameters from the run's seed, or the model of `init_from`."""
     if session.stage.init_from:
         return state_from(session, Path(), "")
-    if session.stage.init_optimizer or session.stage.init_step is not None:
-        raise UserError(
-            f"--{session.name}.init-optimizer and --{session.name}.init-step need --{session.name}.init-from: whose?"
-        )
     return with_optimizer(session.cfg, session.mesh, born_params(session.cfg, session.mesh, seed))
 
 

@@ -10,7 +10,7 @@ from nanochat_jax.tasks.hub import load_rows
 from nanochat_jax.tasks.task import LETTERS, Task, is_letter, multiple_choice, one_of
 
 REPO = "cais/mmlu"
-COLUMNS = ("question", "choices", "answer")
+COLUMNS = ("question", "subject", "choices", "answer")
 
 
 def load(split: str, data: DataConfig) -> Task:
@@ -36,4 +36,5 @@ def conversation(row: dict) -> dict:
         raise UserError(
             f"mmlu: {len(choices)} choices and answer {answer!r}, 4 and 0 to 3 are needed, at {row['question'][:60]!r}"
         )
-    return multiple_choice(row["question"], LETTERS, choices, LETTERS[answer])
+    # Nothing reads the subject, but it is part of what the saved position of a run was begun with.
+    return multiple_choice(row["question"], LETTERS, choices, LETTERS[answer], subject=row["subject"])

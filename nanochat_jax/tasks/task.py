@@ -72,14 +72,14 @@ def dialogue(question: str, reply: str | list[dict], **extra: Any) -> dict:
     return {"messages": messages, **extra}
 
 
-def multiple_choice(question: str, letters: Sequence[str], choices: Sequence[str], answer: str) -> dict:
+def multiple_choice(question: str, letters: Sequence[str], choices: Sequence[str], answer: str, **extra: Any) -> dict:
     """A multiple-choice conversation.
 
     The letter follows its choice without a space, so that its token in the question is that of the answer.
     """
     lines = "".join(f"- {choice}={letter}\n" for letter, choice in zip(letters, choices, strict=True))
     text = f"Multiple Choice question: {question}\n{lines}\nRespond only with the letter of the correct answer."
-    return dialogue(text, answer, letters=tuple(letters))
+    return dialogue(text, answer, letters=tuple(letters), **extra)
 
 
 def is_letter(conversation: dict, completion: str) -> bool:
