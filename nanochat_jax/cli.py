@@ -81,11 +81,11 @@ class SharedOptions(Options):
             return
         log(f"process {member.index} of {member.count}: meeting at {member.host}:{member.port}")
         log(distributed.initialize(member, workdir))
-        options = dataclasses.asdict(self) | {"workdir": str(workdir.absolute())}
-        sections = {name: value for name, value in options.pop("config").items() if isinstance(value, dict)}
-        values = {f"{section}.{name}": value for section, fields in sections.items() for name, value in fields.items()}
-        told = distributed.gather_json(dataclasses.asdict(self.config) | values | options)
-        own = ("coordinator", "num_processes", "process_id", "experiment", *sections)  # of an experiment values count
+        from flax.traverse_util import flatten_dict
+
+        options = flatten_dict(dataclasses.asdict(self), sep=".") | {"workdir": str(workdir.absolute())}
+        told = distributed.gather_json({name.removeprefix("config."): value for name, value in options.items()})
+        own = ("coordinator", "num_processes", "process_id", "experiment")  # of an experiment its values count
         if differ := [name for name in told[0] if name not in own and any(one[name] != told[0][name] for one in told)]:
             raise UserError(
                 f"the processes were started with different options ({', '.join(differ)}): give all of them the same"

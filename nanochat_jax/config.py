@@ -429,4 +429,4 @@ def check_ranges(config: Config) -> None:
         raise UserError(
             f"--eval.num-samples {config.eval.num_samples} greedy answers are all the same: give --eval.temperature"
         )
-    GPTConfig.from_depth(config.model, config.tokenizer.vocab_size)
+    GPTConfig.from_depth(config.model, config.tokenizer.vocab_size)  # which refuses shapes that no model can have

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 from tqdm import tqdm
@@ -54,15 +55,7 @@ def evaluate_task(
     # The engine refills its rows by itself while it has more prompts than rows.
     step = settings.batch_size * (1 if task.kind == "categorical" else 4)
     samples = settings.num_samples
-    sampling = [
-        SamplingParams(
-            settings.temperature,
-            settings.top_k,
-            max_tokens=settings.max_new_tokens,
-            seed=(seed * 1_000_003 + i * samples) % 2**31,
-        )
-        for i in range(n)
-    ]
+    sampling = SamplingParams(settings.temperature, settings.top_k, max_tokens=settings.max_new_tokens)
     correct = [0] * n
     with (
         ThreadPoolExecutor(os.cpu_count()) as graders,
@@ -75,16 +68,17 @@ def evaluate_task(
             if task.kind == "categorical":
                 answers = most_likely(engine.logits_at(asked), batch, tokenizer)
             else:
-                drawn = engine.generate(asked, [sampling[i] for i in chosen], samples)
-                answers = [completion.text for completion in drawn]
-                chosen, batch = ([x for x in each for _ in range(samples)] for each in (chosen, batch))
+                # Seeds of a row's own, whatever the order.
+                each = [replace(sampling, seed=(seed * 1_000_003 + i * samples) % 2**31) for i in chosen]
+                answers = [completion.text for completion in engine.generate(asked, each, samples)]
+                chosen, batch = ([x for x in rows for _ in range(samples)] for rows in (chosen, batch))
             for i, right in zip(chosen, graders.map(task.grade, batch, answers), strict=True):
                 correct[i] |= int(right)
             bar.update(len(asked))
     right = sum(correct)
     low, high = wilson(right, n)
-    drawn = f"pass@{samples}" if samples > 1 and task.kind == "generative" else "accuracy"
-    log(f"{task.name}: {drawn} {right / n:.4f} (n {n}, 95% {low:.4f} to {high:.4f})")
+    figure = f"pass@{samples}" if samples > 1 and task.kind == "generative" else "accuracy"
+    log(f"{task.name}: {figure} {right / n:.4f} (n {n}, 95% {low:.4f} to {high:.4f})")
     return {"accuracy": right / n, "n": n, "interval": [low, high], "correct": correct}
 
 

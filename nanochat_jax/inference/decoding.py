@@ -147,13 +147,13 @@ def part_of(cache: Cache, slots_R: jax.Array, reach: int) -> Cache:
     """
     every = len(slots_R) == len(cache["prev"])
 
-    def taken(arrays: Any, at: jax.Array) -> Any:
+    def taken(arrays: Any, at: jax.Array, *rest: slice) -> Any:
         if every:
-            return arrays
-        return jax.tree.map(lambda x: x.at[at].get(mode="promise_in_bounds", unique_indices=True), arrays)
+            return jax.tree.map(lambda x: x[:, *rest], arrays)
+        return jax.tree.map(lambda x: x.at[at, *rest].get(mode="promise_in_bounds", unique_indices=True), arrays)
 
-    part = {name: taken(cache[name], slots_R) for name in ("prev", "seen", "own")}
-    part["own"] = jax.tree.map(lambda panel_RKSH: panel_RKSH[:, :, :reach], part["own"])
+    part = {name: taken(cache[name], slots_R) for name in ("prev", "seen")}
+    part["own"] = taken(cache["own"], slots_R, slice(None), slice(reach))
     if "shared" in cache:
         together = len(cache["prev"]) // len(cache["shared"][0]["k"])
         part["shared"] = taken(cache["shared"], slots_R[::together] // together)
@@ -167,9 +167,8 @@ def with_part(cache: Cache, part: Cache, slots_R: jax.Array) -> Cache:
     def put_back(x: jax.Array, new: jax.Array) -> jax.Array:
         if every:
             return jax.lax.dynamic_update_slice(x, new, [0] * x.ndim)
-        if x.shape[1:] == new.shape[1:]:
-            return x.at[slots_R].set(new, mode="promise_in_bounds", unique_indices=True)
-        return x.at[slots_R, :, : new.shape[2]].set(new, mode="promise_in_bounds", unique_indices=True)
+        at = slots_R, *(slice(size) for size in new.shape[1:])
+        return x.at[at].set(new, mode="promise_in_bounds", unique_indices=True)
 
     return cache | {name: jax.tree.map(put_back, cache[name], part[name]) for name in ("prev", "seen", "own")}
 

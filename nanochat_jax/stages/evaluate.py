@@ -76,8 +76,8 @@ def run(
         # What was trained on is better known where it was read several times.
         files = {"val": val_file, "train": train_files[0]}
         model = params, cfg, mesh, tokenizer
-        figures["bpb"] = {name: validation_bpb(*model, file, config) for name, file in files.items()}
-        log("{}: {val:.4f} bits per byte in validation, {train:.4f} in training".format(source, **figures["bpb"]))
+        figures["bpb"] = bpb = {name: validation_bpb(*model, file, config) for name, file in files.items()}
+        log(f"{source}: {bpb['val']:.4f} bits per byte in validation, {bpb['train']:.4f} in training")
     if "core" in names:
         figures["core"] = core_metric(params, cfg, mesh, tokenizer, config, log, limit)
     correct = {}
