@@ -193,6 +193,14 @@ class ServeOptions(EngineOptions):
 
 
 @dataclass(frozen=True)
+class ReportOptions(Options):
+    """Options of `report`."""
+
+    against: tuple[Path, ...] = ()
+    """Folders of other runs: this run and these side by side, in comparison/ of this one's folder."""
+
+
+@dataclass(frozen=True)
 class ConvertOptions(Options):
     """Options of `convert`."""
 
@@ -467,10 +475,14 @@ def serve(options: ServeOptions, workdir: Path) -> None:
     serve(create_app(engine, tokenizer, model_name=name, token=options.token), options.host, options.port)
 
 
-def report(options: Options, workdir: Path) -> None:
+def report(options: ReportOptions, workdir: Path) -> None:
     from nanochat_jax.report import write_report
 
     print(write_report(workdir))
+    if options.against:
+        from nanochat_jax.compare import write_comparison
+
+        print(write_comparison([workdir, *(path.expanduser() for path in options.against)], workdir / "comparison"))
 
 
 def convert(options: ConvertOptions, workdir: Path) -> None:
@@ -593,7 +605,7 @@ COMMANDS: dict[str, tuple[type[Options], Command, str]] = {
     "eval": (EvalOptions, evaluate, "Measure a model; the last line of stdout is JSON with every figure."),
     "chat": (ChatOptions, chat, "Talk to a model in the terminal, or answer one prompt."),
     "serve": (ServeOptions, serve, "Serve the chat page and the OpenAI-compatible API."),
-    "report": (Options, report, "Write report.md and report.html of a run."),
+    "report": (ReportOptions, report, "Write report.md and report.html of a run, and compare it with others."),
     "convert": (ConvertOptions, convert, "Take over a model of karpathy/nanochat, or hand one to Hugging Face."),
     "bench": (BenchOptions, bench, "Measure one part on this machine; tables on stderr, JSON on stdout."),
 }

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -35,9 +37,7 @@ def plot(records: list[dict], stage: str, path: Path) -> bool:
         panels.append(("held-out questions", "share solved", shown, False))
     if not panels:
         return False
-    # Not pyplot, which keeps global state and looks for a display.
-    figure = Figure(figsize=(8, 2.7 * len(panels)), dpi=110, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
+    figure = _figure(2.7 * len(panels))
     axes = figure.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0]
     for axis, (title, unit, lines, every_step) in zip(axes, panels, strict=True):
         for color, (label, points) in zip(COLORS, lines.items(), strict=False):
@@ -47,15 +47,39 @@ def plot(records: list[dict], stage: str, path: Path) -> bool:
             else:
                 axis.plot(*zip(*points, strict=True), color=color, marker="o", markersize=3, label=label)
                 axis.legend(frameon=False, ncols=4)
-        axis.set_title(f"{stage}: {title}", loc="left", fontsize=10, color=INK)
-        axis.set_ylabel(unit, color=INK)
-        axis.set_xlabel("step", color=INK)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
+        _dress(axis, f"{stage}: {title}", "step", unit)
         axis.label_outer()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     return True
+
+
+def plot_runs(lines: dict[str, Series], title: str, unit: str, path: Path) -> None:
+    """Draws one line a run, each (FLOPs, value) above 0, over computation on a logarithmic axis."""
+    figure = _figure(4.5)
+    axis = figure.subplots()
+    for color, (label, points) in zip(itertools.cycle(COLORS), lines.items(), strict=False):
+        axis.plot(*zip(*points, strict=True), color=color, marker="o", markersize=3, linewidth=1.2, label=label)
+    axis.set_xscale("log")
+    axis.legend(frameon=False, fontsize=8)
+    _dress(axis, title, "training FLOPs", unit)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def _figure(height: float) -> Figure:
+    # Not pyplot, which keeps global state and looks for a display.
+    figure = Figure(figsize=(8, height), dpi=110, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _dress(axis: Axes, title: str, over: str, unit: str) -> None:
+    axis.set_title(title, loc="left", fontsize=10, color=INK)
+    axis.set_ylabel(unit, color=INK)
+    axis.set_xlabel(over, color=INK)
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 def series(records: list[dict], kind: str, name: str) -> Series:

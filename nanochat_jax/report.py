@@ -51,11 +51,19 @@ class Stage:
     samples: str
 
 
-def write_report(workdir: Path) -> Path:
-    """Writes report.md, report.html and plots/ in the run's folder; returns the path of report.md.
+@dataclass(frozen=True)
+class Run:
+    """What a run left behind, and what of it is missing or damaged."""
 
-    Raises UserError where the folder holds nothing of a run.
-    """
+    record: dict
+    tokenizer: dict
+    stages: list[Stage]
+    others: list[Stage]
+    problems: list[str]
+
+
+def gather(workdir: Path) -> Run:
+    """Reads the folder of a run, complete or not. Raises UserError where it holds nothing of one."""
     if not any((workdir / name).exists() for name in ("config.json", "tokenizer", *MODEL_STAGES)):
         raise UserError(f"{workdir} is not the folder of a run: there is no config.json and no stage in it")
     problems: list[str] = []
@@ -81,45 +89,58 @@ def write_report(workdir: Path) -> Path:
             steps = [record["step"] for record in metrics if "step" in record]
             problems.append(f"{name}: not finished, last logged step {max(steps)}" if steps else f"{name}: not started")
         # sft continued is measured in rl's eval.json, beside what it is compared with.
-        measured = bool(done) and name in MODEL_STAGES
-        evaluation = read(f"{name}/eval.json", {}, needed=measured)
+        wanted = bool(done) and name in MODEL_STAGES
+        evaluation = read(f"{name}/eval.json", {}, needed=wanted)
         last = done.get("steps")
-        if measured and (step := evaluation.get("step", last)) != last:
+        if wanted and (step := evaluation.get("step", last)) != last:
             problems.append(f"{name}/eval.json: of step {step}, the stage ended at {last}")
         samples = read(f"{name}/samples.md", "", lambda path: path.read_text(encoding="utf-8"), needed=bool(done))
         return Stage(name, done, evaluation, metrics, samples)
 
     record = read("config.json", {})
     tokenizer = read("tokenizer/eval.json", {})
-    tokenizer_done = read("tokenizer/done.json", {}, needed=False)
+    first = Stage("tokenizer", read("tokenizer/done.json", {}, needed=False), {}, [], "")
     stages = [read_stage(name) for name in MODEL_STAGES]
     control = [read_stage("sft_continued")] if (workdir / "sft_continued").is_dir() else []
+    return Run(record, tokenizer, stages, [first, *control], problems)
+
+
+def write_report(workdir: Path) -> Path:
+    """Writes report.md, report.html and plots/ in the run's folder; returns the path of report.md.
+
+    Raises UserError where the folder holds nothing of a run.
+    """
+    run = gather(workdir)
+    record, stages, (tokenizer_stage, *control) = run.record, run.stages, run.others
     pictures = {stage.name: f"plots/{stage.name}.png" for stage in stages}
     drawn = [
         pictures[stage.name] for stage in stages if plot(stage.metrics, stage.name, workdir / pictures[stage.name])
     ]
-
     title = f"nanochat-jax: {workdir.resolve().name}"
-    tokenizer_stage = Stage("tokenizer", tokenizer_done, {}, [], "")
     sections = {
-        "Missing or damaged": bullets(problems),
+        "Missing or damaged": bullets(run.problems),
         "Results": _results(stages),
         "Reinforcement learning against more fine-tuning": _comparison(entries(stages[-1].eval, "comparison")),
         "Stages": _costs([tokenizer_stage, *stages, *control], number(dig(record, "config", "device_hour_cost")) or 0),
         "Curves": "\n\n".join(f"![Curves]({name})" for name in drawn),
         "Model": _model(record),
-        "Tokenizer": _tokenizer(tokenizer),
+        "Tokenizer": _tokenizer(run.tokenizer),
         "CORE tasks": "\n\n".join(_core(stage) for stage in stages if entries(stage.eval, "core")),
         "Samples": "\n\n".join(f"### {stage.name}\n\n{code(stage.samples)}" for stage in stages if stage.samples),
         "Hardware and software": _environment(record, stages),
         "Configuration": code(json.dumps(record["config"], indent=1)) if "config" in record else "",
     }
-    parts = [f"# {plain(title)}", plain(_summary(stages))]
+    return write_pages(workdir, title, _summary(stages), sections)
+
+
+def write_pages(folder: Path, title: str, summary: str, sections: dict[str, str]) -> Path:
+    """Writes report.md and report.html, those sections that have a text; returns the path of report.md."""
+    parts = [f"# {plain(title)}", plain(summary)]
     parts += [f"## {heading}\n\n{text}" for heading, text in sections.items() if text]
     markdown = "\n\n".join(parts) + "\n"
-    (workdir / "report.md").write_text(markdown, encoding="utf-8")
-    (workdir / "report.html").write_text(to_html(markdown, workdir, title), encoding="utf-8")
-    return workdir / "report.md"
+    (folder / "report.md").write_text(markdown, encoding="utf-8")
+    (folder / "report.html").write_text(to_html(markdown, folder, title), encoding="utf-8")
+    return folder / "report.md"
 
 
 def _summary(stages: list[Stage]) -> str:
@@ -135,16 +156,20 @@ def _summary(stages: list[Stage]) -> str:
     )
 
 
-def _results(stages: list[Stage]) -> str:
+def measures(stages: list[Stage]) -> dict[str, tuple[str, ...]]:
+    """What is measured in any of these -> where it is in eval.json: METRICS, bits per byte, then other tasks."""
     places = {label: keys for label, (keys, _) in METRICS.items()}
     places |= {"bits per byte": ("bpb", "val"), "bits per byte, training": ("bpb", "train")}
     tasks = {name: ("tasks", name) for stage in stages for name in entries(stage.eval, "tasks")}
-    places |= {name.replace("_", " "): keys for name, keys in tasks.items() if keys not in places.values()}
+    return places | {name.replace("_", " "): keys for name, keys in tasks.items() if keys not in places.values()}
+
+
+def _results(stages: list[Stage]) -> str:
     rows = []
-    for label, keys in places.items():
-        found = [_as_task(stage.eval, keys) for stage in stages]
+    for label, keys in measures(stages).items():
+        found = [measured(stage, keys) for stage in stages]
         counts = dict.fromkeys(show(dig(value, "n"), "{:,}") for value in found if dig(value, "n"))
-        rows.append((label, *map(_figure, found), " / ".join(counts) or "-"))
+        rows.append((label, *map(figure, found), " / ".join(counts) or "-"))
     return "\n\n".join(
         [
             table((*HEADER, "n"), rows),
@@ -242,8 +267,8 @@ def _core(stage: Stage) -> str:
     rows = [
         (
             task,
-            _figure({"accuracy": value, "interval": dig(intervals, task)}),
-            _figure(centred.get(task)),
+            figure({"accuracy": value, "interval": dig(intervals, task)}),
+            figure(centred.get(task)),
             show(dig(counts, task), "{:,}"),
         )
         for task, value in accuracy.items()
@@ -268,18 +293,18 @@ def _environment(record: dict, stages: list[Stage]) -> str:
     return bullets(f"{name}: {fact}" for name, fact in facts.items() if fact)
 
 
-def _as_task(evaluation: dict, keys: tuple[str, ...]) -> Any:
-    """The figures of CORE and ChatCORE in the shape of a task's; others as they are."""
-    value = dig(evaluation, *keys)
+def measured(stage: Stage, keys: tuple[str, ...]) -> Any:
+    """A figure of eval.json, those of CORE and ChatCORE in the shape of a task's; None where it was not measured."""
+    value = dig(stage.eval, *keys)
     if keys == ("chatcore",) and not isinstance(value, dict):  # one was, of runs of a few days
-        return {"accuracy": value, "interval": evaluation.get("chatcore_interval")}
+        return {"accuracy": value, "interval": stage.eval.get("chatcore_interval")}
     if dig(value, "core_metric") is None:
         return value
     counts = [number(count) or 0 for count in entries(value, "n").values()]
     return {"accuracy": value["core_metric"], "interval": value.get("interval"), "n": sum(counts) or None}
 
 
-def _figure(value: Any) -> str:
+def figure(value: Any) -> str:
     """'0.3561 [0.337, 0.376]' of a task's figures, '0.3561' of a number, '-' where there is none."""
     interval = numbers(dig(value, "interval"), 2)
     text = show(dig(value, "accuracy") if isinstance(value, dict) else value, "{:.4f}")
