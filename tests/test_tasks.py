@@ -15,7 +15,7 @@ from nanochat_jax.data.conversations import validate
 from nanochat_jax.errors import UserError
 from nanochat_jax.inference.sandbox import require_isolation
 from nanochat_jax.inference.tools import evaluate_tool
-from nanochat_jax.tasks import LOADERS, NOT_TO_GRADE, NOT_TO_LEARN, TO_REINFORCE, Mixture, load
+from nanochat_jax.tasks import LOADERS, NOT_TO_GRADE, NOT_TO_LEARN, TO_REINFORCE, Mixture, gsm8k, load
 from nanochat_jax.tasks.humaneval import code, imports
 from nanochat_jax.tasks.task import SPLITS
 
@@ -315,6 +315,19 @@ def test_gsm8k_answers_become_tool_calls_and_are_graded(tmp_path):
         task.grade(conversation, text)
         for text in ("35000", "#### 35000.0", "#### 1 #### 35000", "####35000", "#### 3500", "#### 350001")
     )
+
+
+def test_gsm8k_brackets_that_are_no_whole_call_lose_no_text():
+    row = {"question": "q", "answer": "<<5+5>>10, <<>>, <<2>1\n#### 12"}
+    conversation = gsm8k.conversation(row)
+    assert conversation["answer"] == "12"
+    assert [(p["type"], p["text"]) for p in conversation["messages"][-1]["content"]] == [
+        ("python", "5+5"),
+        ("python_output", ""),
+        ("text", "10, <<>>, <<2>1\n#### 12"),
+    ]
+    (text,) = gsm8k.conversation(row | {"answer": "<<1+1=2\n#### 2"})["messages"][-1]["content"]
+    assert text == {"type": "text", "text": "<<1+1=2\n#### 2"}
 
 
 def test_arc_keeps_the_labels_of_its_rows(tmp_path):

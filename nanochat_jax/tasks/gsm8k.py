@@ -30,9 +30,11 @@ def load(split: str, data: DataConfig) -> Task:
 def conversation(row: dict) -> dict:
     """`<<12/60=0.2>>` in the answer becomes the tool call `12/60` and its output `0.2`."""
     parts = []
-    for piece in re.split(r"(<<[^>]+>>)", row["answer"]):
-        if piece.startswith("<<"):
-            expression, _, result = piece[2:-2].rpartition("=")
+    for i, piece in enumerate(re.split(r"<<([^>]+)>>", row["answer"])):
+        if i % 2:  # what stood between the brackets
+            expression, equals, result = piece.rpartition("=")
+            if not equals:
+                expression, result = result, ""
             parts += [{"type": "python", "text": expression}, {"type": "python_output", "text": result}]
         elif piece:
             parts.append({"type": "text", "text": piece})
