@@ -31,7 +31,7 @@ import tyro
 
 from nanochat_jax import distributed, run, track
 from nanochat_jax.bench import Settings, measured
-from nanochat_jax.config import MODEL_STAGES, Config, check_ranges
+from nanochat_jax.config import MODEL_STAGES, STAGES, Config, check_ranges
 from nanochat_jax.errors import UsageError, UserError
 from nanochat_jax.stopping import ending_at_once
 
@@ -100,6 +100,10 @@ class TrainOptions(SharedOptions):
     """Print parameters, steps, tokens, FLOPs, memory, disk, hours and dollars, and stop."""
     force: Flag = False
     """Go on with values that differ from those the run was started with."""
+
+    def chosen(self) -> Sequence[str]:
+        """The stages that the plan is of."""
+        return STAGES
 
 
 @dataclass(frozen=True)
@@ -323,7 +327,7 @@ def run_command(prog: str, kind: type[Options], command: Command, about: str, ar
     if training and options.plan:
         from nanochat_jax.plan import format_plan, plan
 
-        print(format_plan(plan(options.config)))
+        print(format_plan(plan(options.config, options.chosen())))
         return
     if isinstance(options, ChatOptions | ServeOptions):  # they have their own uses for Ctrl-C
         command(options, workdir)

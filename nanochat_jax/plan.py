@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from kernels.attention import GPU_IMPLEMENTATIONS
-from nanochat_jax.config import DEFAULT_ROWS, Config, FinetuneConfig, GPTConfig
+from nanochat_jax.config import DEFAULT_ROWS, MODEL_STAGES, Config, FinetuneConfig, GPTConfig
 from nanochat_jax.data.conversations import read_jsonl
 from nanochat_jax.data.download import SHARD_BYTES
 from nanochat_jax.loss import kernel_takes
@@ -56,8 +57,9 @@ MADE_TOKENS = 60
 """Tokens of a conversation made by code."""
 
 
-def plan(config: Config) -> dict[str, Any]:
-    """{"model", "stages", "total", "rows", "memory", "disk", "assumptions"}: counts, bytes, FLOPs, hours and dollars.
+def plan(config: Config, chosen: Collection[str] = MODEL_STAGES) -> dict[str, Any]:
+    """{"model", "stages", "total", "rows", "memory", "disk", "assumptions"}: counts, bytes, FLOPs, hours and dollars,
+    of the `chosen` stages.
 
     Hours and dollars are per kind of hardware: what JAX sees here, and H100s where that is no accelerator (alone where
     the mesh has several devices). Raises UserError where the configuration cannot be.
@@ -72,13 +74,17 @@ def plan(config: Config) -> dict[str, Any]:
     attention, cfg = cfg.attention, replace(cfg, attention="reference")  # which can be traced everywhere
     check_mesh(mesh, cfg)
     counts, per_token = count_params(cfg), flops_per_token(cfg)
-    base = horizon(config, cfg)
-    stages = [_stage("base", base.steps, config.base.stop_after, base.batch_tokens, per_token)]
-    stages += [_finetune(name, getattr(config, name), config, cfg, per_token) for name in ("mid", "sft")]
+    stages = []
+    if "base" in chosen:
+        base = horizon(config, cfg)
+        stages.append(_stage("base", base.steps, config.base.stop_after, base.batch_tokens, per_token))
+    finetuned = [name for name in ("mid", "sft") if name in chosen]
+    stages += [_finetune(name, getattr(config, name), config, cfg, per_token) for name in finetuned]
     rows = {stage["stage"]: _rows(config, stage, data_shards(mesh)) for stage in stages}
-    memory = step_memory(config, cfg, max(rows.values()), platform, attention)
-    stages.append(_rl(config, cfg, per_token))
-    if config.rl.control:
+    memory = step_memory(config, cfg, max(rows.values(), default=1), platform, attention)
+    if "rl" in chosen:
+        stages.append(_rl(config, cfg, per_token))
+    if "rl" in chosen and config.rl.control:
         # sft continued for the compute that rl used.
         stages.append({"stage": "sft_continued", "steps": 0, "tokens": 0, "flops": stages[-1]["flops"]})
     for stage in stages:
@@ -96,7 +102,7 @@ def plan(config: Config) -> dict[str, Any]:
         "total": total,
         "rows": rows,
         "memory": memory,
-        "disk": _disk(config, cfg),
+        "disk": _disk(config, cfg, chosen),
         "assumptions": _assumptions(rates, cfg, attention, config.device_hour_cost),
     }
 
@@ -113,7 +119,7 @@ def format_plan(figures: dict[str, Any]) -> str:
         row = [stage["stage"], steps, si(stage["tokens"]) if stage["tokens"] else "-", f"{stage['flops']:.3g}"]
         row += [_hours(stage["hours"][name]) for name in hardware]
         stages.append(row + [f"{stage['dollars'][name]:,.2f}" for name in priced])
-    rows = ", ".join(f"{stage} {count}" for stage, count in figures["rows"].items())
+    rows = ", ".join(f"{stage} {count}" for stage, count in figures["rows"].items()) or "1"
     memory, disk = ([(name, gib(size)) for name, size in figures[key].items()] for key in ("memory", "disk"))
     parts = {
         "Model (parameters by group, training FLOPs)": _aligned(model),
@@ -246,11 +252,12 @@ def _kind(attention: str) -> str:
     return "gpu" if attention in GPU_IMPLEMENTATIONS else "cpu"
 
 
-def _disk(config: Config, cfg: GPTConfig) -> dict[str, float]:
-    """Bytes of shards to download and of the checkpoints of all stages."""
+def _disk(config: Config, cfg: GPTConfig, chosen: Collection[str]) -> dict[str, float]:
+    """Bytes of shards to download and of the checkpoints of the stages."""
     downloads = config.data.dir is None and config.data.source != "embedded"
-    continued = [config.sft] if config.rl.control else []
-    kept = sum(stage.keep + 1 for stage in (config.base, config.mid, config.sft, config.rl, *continued))
+    names = [name for name in MODEL_STAGES if name in chosen]
+    continued = ["sft"] if "rl" in chosen and config.rl.control else []
+    kept = sum(getattr(config, name).keep + 1 for name in (*names, *continued))
     shards = (config.data.num_shards + 1) * SHARD_BYTES * downloads
     disk = {"shards": float(shards), "checkpoints": float(kept * sum(state_bytes(cfg)))}
     return disk | {"total": sum(disk.values())}

@@ -8,6 +8,8 @@ from dataclasses import replace
 import jax
 import pytest
 
+import run_speedrun
+from nanochat_jax import cli
 from nanochat_jax import plan as plan_module
 from nanochat_jax.cli import EXPERIMENTS, load_experiment
 from nanochat_jax.config import BaseConfig, Config, FinetuneConfig, GPTConfig, ModelConfig
@@ -51,6 +53,19 @@ def test_base_follows_the_horizon_and_stop_after():
     assert length.steps > 7 and stage(plan(config), "base")["tokens"] == 7 * length.batch_tokens
     config = replace(config, base=replace(config.base, stop_after=None))
     assert stage(plan(config), "base")["steps"] == length.steps
+
+
+def test_stages_that_are_not_run_are_not_planned(capsys):
+    words = ["--experiment", str(EXPERIMENTS / "nanochat_july.py"), "--plan", "--stages", "tokenizer,base,sft"]
+    cli.run_command("speedrun", run_speedrun.SpeedrunOptions, run_speedrun.speedrun, "", words)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[0] for line in lines[lines.index(["Stages"]) + 2 :][:3]] == ["base", "sft", "total"]
+    mid = replace(tiny().mid, device_batch_size=3)  # no divisor of a step's rows
+    figures, whole = plan(tiny(mid=mid), ("base", "sft")), plan(tiny())
+    assert figures["rows"].keys() == {"base", "sft"}
+    assert figures["total"]["flops"] == sum(stage(whole, name)["flops"] for name in ("base", "sft"))
+    assert figures["disk"]["checkpoints"] == whole["disk"]["checkpoints"] / 2
+    assert "rows a microbatch: 1)" in format_plan(plan(tiny(), ("rl",)))
 
 
 def test_finetuning_steps_come_from_the_mixture():
