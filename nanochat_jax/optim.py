@@ -261,6 +261,18 @@ def horizon(config: Config, cfg: GPTConfig) -> Horizon:
     return Horizon(tokens, batch, steps, scale, base.weight_decay * scale * reference_tokens / tokens)
 
 
+def check_horizon(config: Config, found: Horizon) -> None:
+    """UserError where a horizon is less than one step."""
+    if found.steps < 1:
+        base = config.base
+        ratio, flops = base.target_param_data_ratio, base.target_flops
+        option = f"target-param-data-ratio {ratio:g}" if flops is None else f"target-flops {flops:g}"
+        raise UserError(
+            f"--base.{option} is less than one step of {found.batch_tokens} tokens: raise it, or lower "
+            "--base.total-batch-size"
+        )
+
+
 @dataclass(frozen=True)
 class Schedule:
     """What the optimizer is told at each step, as plain floats."""

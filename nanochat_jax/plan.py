@@ -25,9 +25,10 @@ from nanochat_jax.loss import kernel_takes
 from nanochat_jax.memory import loss_chunk
 from nanochat_jax.metrics import duration, gib, peak_flops, si
 from nanochat_jax.model import count_params, flops_per_token, scaling_params
-from nanochat_jax.optim import horizon
+from nanochat_jax.optim import check_horizon, horizon
 from nanochat_jax.run import gpt_config
 from nanochat_jax.sharding import AXES, check_mesh, data_shards, parse_mesh, rows_of_microbatch, rows_of_step
+from nanochat_jax.stages.rl import check_settings
 from nanochat_jax.tasks import load, parse
 
 ASSUMED_MFU = 0.4
@@ -77,12 +78,14 @@ def plan(config: Config, chosen: Collection[str] = MODEL_STAGES) -> dict[str, An
     stages = []
     if "base" in chosen:
         base = horizon(config, cfg)
+        check_horizon(config, base)
         stages.append(_stage("base", base.steps, config.base.stop_after, base.batch_tokens, per_token))
     finetuned = [name for name in ("mid", "sft") if name in chosen]
     stages += [_finetune(name, getattr(config, name), config, cfg, per_token) for name in finetuned]
     rows = {stage["stage"]: _rows(config, stage, data_shards(mesh)) for stage in stages}
     memory = step_memory(config, cfg, max(rows.values(), default=1), platform, attention)
     if "rl" in chosen:
+        check_settings(config.rl)
         stages.append(_rl(config, cfg, per_token))
     if "rl" in chosen and config.rl.control:
         # sft continued for the compute that rl used.

@@ -12,7 +12,7 @@ import run_speedrun
 from nanochat_jax import cli
 from nanochat_jax import plan as plan_module
 from nanochat_jax.cli import EXPERIMENTS, load_experiment
-from nanochat_jax.config import BaseConfig, Config, FinetuneConfig, GPTConfig, ModelConfig
+from nanochat_jax.config import BaseConfig, Config, FinetuneConfig, GPTConfig, ModelConfig, RLConfig
 from nanochat_jax.data.download import SHARD_BYTES
 from nanochat_jax.errors import UserError
 from nanochat_jax.memory import train_bytes
@@ -254,6 +254,12 @@ def test_nothing_is_downloaded_or_compiled(monkeypatch):
         ({"model": ModelConfig(depth=0)}, "depth"),
         ({"base": BaseConfig(total_batch_size=1000)}, "--base.total-batch-size 1000"),
         ({"base": BaseConfig(device_batch_size=3)}, "--base.device-batch-size 3 "),
+        (
+            {"base": BaseConfig(target_flops=1.0)},
+            "--base.target-flops 1 is less than one step .* lower --base.total-ba",
+        ),
+        ({"base": BaseConfig(target_param_data_ratio=1e-6)}, "--base.target-param-data-ratio 1e-06 is less than one"),
+        ({"rl": RLConfig(updates_per_batch=2)}, "--rl.updates-per-batch 2 needs --rl.clip"),
     ],
 )
 def test_impossible_configurations_are_errors(change, words):

@@ -168,6 +168,12 @@ def test_a_start_may_be_what_the_same_run_makes(tmp_path):
             check_ahead(config, MODEL_STAGES, tmp_path, quiet)
 
 
+def test_a_horizon_of_no_step_is_refused_ahead(tmp_path):
+    base = replace(tiny.config.base, num_iterations=None, target_flops=1.0)
+    with pytest.raises(UserError, match=r"--base\.target-flops 1 is less than one step of 512 tokens: raise it"):
+        check_ahead(replace(tiny.config, base=base), ["base"], tmp_path, quiet)
+
+
 def test_a_default_batch_is_checked_ahead_too(tmp_path):
     config = replace(tiny.config, mesh="3", sft=replace(tiny.config.sft, total_batch_size=None))
     for stages in (["sft"], ["rl"]):  # rl trains sft on, for comparison

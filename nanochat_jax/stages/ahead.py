@@ -8,7 +8,7 @@ from pathlib import Path
 from nanochat_jax.config import DEFAULT_ROWS, MODEL_STAGES, Config
 from nanochat_jax.data.download import fetch_eval_bundle
 from nanochat_jax.fp8 import precision
-from nanochat_jax.optim import horizon
+from nanochat_jax.optim import check_horizon, horizon
 from nanochat_jax.run import gpt_config
 from nanochat_jax.sharding import check_mesh, data_shards, make_mesh, rows_of_microbatch, rows_of_step
 from nanochat_jax.stages.finetune import check_mixture
@@ -28,8 +28,12 @@ def check_ahead(config: Config, stages: Collection[str], workdir: Path, log: Log
     continued = ["sft"] if "rl" in stages and config.rl.control else []
     for name in [name for name in ("base", "mid", "sft") if name in (*stages, *continued)]:
         stage = getattr(config, name)
-        made = horizon(config, cfg).batch_tokens if name == "base" else DEFAULT_ROWS * cfg.sequence_len
-        rows = rows_of_step(name, stage.total_batch_size or made, cfg.sequence_len, shards)
+        tokens = stage.total_batch_size or DEFAULT_ROWS * cfg.sequence_len
+        if name == "base":
+            found = horizon(config, cfg)
+            check_horizon(config, found)
+            tokens = found.batch_tokens
+        rows = rows_of_step(name, tokens, cfg.sequence_len, shards)
         if stage.device_batch_size != "auto":
             rows_of_microbatch(name, rows, stage.device_batch_size, shards)
         if name != "base":

@@ -14,9 +14,8 @@ from nanochat_jax.config import Config
 from nanochat_jax.data.download import fetch_eval_bundle, prepare_shards
 from nanochat_jax.data.pretrain import pretrain_batches
 from nanochat_jax.data.shards import Shard
-from nanochat_jax.errors import UserError
 from nanochat_jax.model import flops_per_token
-from nanochat_jax.optim import base_schedule
+from nanochat_jax.optim import base_schedule, check_horizon
 from nanochat_jax.run import record_data, recorded_files
 from nanochat_jax.sharding import data_part
 from nanochat_jax.stages.evaluate import core_metric, validation_bpb, validation_set
@@ -35,9 +34,7 @@ def run(config: Config, workdir: Path, log: Log, force: bool = False) -> None:
     record_data(workdir, [*train_files, val_file], force)
     session = open_session(config, workdir, "base", config.base, log, force)
     schedule, horizon = base_schedule(config, session.cfg)
-    if schedule.steps < 1:
-        of = f"of {config.base.target_flops:g} FLOPs" if config.base.target_flops else f"of {horizon.tokens} tokens"
-        raise UserError(f"a horizon {of} is less than one step of {horizon.batch_tokens} tokens")
+    check_horizon(config, horizon)
     microbatches, rows = session.rows(horizon.batch_tokens)
     cfg, mesh, stage = session.cfg, session.mesh, config.base
     part, parts = data_part(mesh)
