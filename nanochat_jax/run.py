@@ -172,7 +172,9 @@ def read_config(workdir: Path) -> Config:
 def config_from_dict(fields: dict[str, Any], where: str) -> Config:
     """The inverse of `asdict`; absent fields keep their default. UserError names an unknown one and `where`."""
 
-    def build(kind: type, values: dict[str, Any], prefix: str) -> Any:
+    def build(kind: type, values: Any, prefix: str) -> Any:
+        if not isinstance(values, dict):
+            raise UserError(f"{where}: {prefix.rstrip('.') or 'config'} is {values!r:.40}, not an object of values")
         defaults = {field.name: getattr(kind(), field.name) for field in dataclasses.fields(kind)}
         if unknown := values.keys() - defaults.keys():
             raise UserError(f"{where}: unknown field {prefix}{min(unknown)}; it was written by another version")

@@ -352,6 +352,13 @@ def test_config_json_is_checked(tmp_path, capsys):
     path.write_text(json.dumps(record))
     with pytest.raises(run.UserError, match=r"unknown field base\.future"):
         run.read_config(tmp_path)
+    for odd, words in (
+        ({"config": []}, r"config is \[\], not"),
+        ({"config": {"base": None}}, "base is None, not an obj"),
+    ):
+        path.write_text(json.dumps(odd))
+        with pytest.raises(run.UserError, match=rf"config\.json: {words}"):
+            run.read_config(tmp_path)
     path.write_text("{")
     with pytest.raises(run.UserError, match="damaged"):
         run.read_config(tmp_path)
