@@ -86,9 +86,12 @@ def train_rows(
             ways = f"set --loss-chunk, {ways}"
         if not cfg.remat:
             ways = f"--remat would need {gib(need(1, dataclasses.replace(cfg, remat=True)))}; else {ways}"
+        had = gib(limit)
+        if taken:
+            had = f"{gib(limit + taken)} less the {gib(taken)} of sampling"
+            ways = f"lower --{name}.questions-per-step or --{name}.max-new-tokens; {ways}"
         raise UserError(
-            f"{name}: a step with one row of {length} tokens needs {gib(least)} a device, {gib(limit)} can be had: "
-            f"{ways}"
+            f"{name}: a step with one row of {length} tokens needs {gib(least)} a device, {had} can be had: {ways}"
         )
     rows = choices[fitting - 1]
     too_many = min((other for other in needs if other > rows), default=None)

@@ -204,6 +204,17 @@ def test_where_one_row_does_not_fit_the_error_names_need_limit_and_ways_out(monk
     assert "--remat" not in str(error.value) and "--loss-chunk" not in str(error.value)
 
 
+def test_what_sampling_takes_is_said_where_no_row_fits_beside_it(monkeypatch):
+    monkeypatch.setattr(memory, "train_bytes", linear)
+    config = replace(Config(), device_memory_gb=2.0)
+    stage = replace(config.rl, device_batch_size="auto")
+    said = (
+        r"needs 1\.00 GiB a device, 2\.00 GiB less the 3\.00 GiB of sampling can be had: lower --rl\.questions-per-step"
+    )
+    with pytest.raises(UserError, match=said):
+        train_rows(config, stage, "rl", CFG, make_mesh("1"), 4, print, taken=3 * 2**30)
+
+
 def test_stages_take_the_choice(monkeypatch):
     monkeypatch.setattr(memory, "train_bytes", linear)
     said = []
