@@ -195,10 +195,11 @@ def _rl(config: Config, cfg: GPTConfig, per_token: int) -> dict[str, Any]:
     questions, _, length = _mixture_entry(rl.task, config)
     steps = rl.num_iterations or max(1, questions // rl.questions_per_step)
     samples = rl.questions_per_step * rl.samples_per_question
-    stage = _stage("rl", steps, rl.stop_after, samples * (length + rl.max_new_tokens), per_token)
+    trained = samples * (length + rl.max_new_tokens) * rl.updates_per_batch
+    stage = _stage("rl", steps, rl.stop_after, trained, per_token)
     # A forward pass is a third of the training FLOPs; so are the ratios that clipping needs.
     rollouts = stage["steps"] * samples * (rl.max_new_tokens + length / rl.samples_per_question) * per_token / 3
-    updates = stage["flops"] * rl.updates_per_batch * (4 / 3 if rl.clip else 1)
+    updates = stage["flops"] * (4 / 3 if rl.clip else 1)
     return stage | {"flops": updates + rollouts, "rollout_flops": rollouts}
 
 

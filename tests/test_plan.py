@@ -223,6 +223,12 @@ def test_hours_and_dollars(monkeypatch):
     assert "dollars on 2 x" in format_plan(figures)
 
 
+def test_rl_counts_the_tokens_of_all_its_updates():
+    once, thrice = (stage(plan(tiny(rl=RLConfig(clip=0.2, updates_per_batch=n))), "rl") for n in (1, 3))
+    assert thrice["tokens"] == 3 * once["tokens"] and thrice["rollout_flops"] == once["rollout_flops"]
+    assert thrice["flops"] == pytest.approx(3 * once["flops"] - 2 * once["rollout_flops"])
+
+
 def test_text_says_everything():
     text = format_plan(plan(replace(Config(), device_hour_cost=3.0)))
     for words in (
