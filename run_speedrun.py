@@ -13,7 +13,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat_jax import cli, distributed, process, run
+from nanochat_jax import process
+
+if __name__ == "__main__":
+    process.set_up()  # which begins the process anew, so before what takes long to import
+
+from nanochat_jax import cli, distributed, run
 from nanochat_jax.config import MODEL_STAGES, STAGES
 
 
@@ -57,7 +62,6 @@ def speedrun(options: SpeedrunOptions, workdir: Path) -> None:
 
 
 if __name__ == "__main__":
-    process.set_up()
     command = Path(sys.argv[0]).name
     words = f"python {command}", SpeedrunOptions, speedrun, speedrun.__doc__, sys.argv[1:]
     process.leave(cli.guarded(lambda: cli.run_command(*words)))

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 import typeguard
 import tyro
 
-from nanochat_jax import distributed, run, track
+from nanochat_jax import distributed, process, run, track
 from nanochat_jax.bench import Settings, measured
 from nanochat_jax.config import MODEL_STAGES, STAGES, Config, check_ranges
 from nanochat_jax.errors import UsageError, UserError
@@ -460,6 +460,7 @@ def chat(options: ChatOptions, workdir: Path) -> None:
             seed=options.config.seed,
         )
     engine, tokenizer, name = _engine(options, workdir, rows=1)
+    process.raise_on_ctrl_c()
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # what is no text here, or cannot be shown here, ends no conversation
@@ -476,6 +477,7 @@ def serve(options: ServeOptions, workdir: Path) -> None:
 
     check_host(options.host, options.token)
     engine, tokenizer, name = _engine(options, workdir, rows=options.rows)
+    process.raise_on_ctrl_c()
     serve(create_app(engine, tokenizer, model_name=name, token=options.token), options.host, options.port)
 
 

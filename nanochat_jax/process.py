@@ -88,12 +88,24 @@ def leave(status: int) -> NoReturn:
     sys.exit(status)
 
 
+def raise_on_ctrl_c() -> None:
+    """From here on Ctrl-C is a KeyboardInterrupt, where since `set_up` it would end the process at once."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def set_up() -> None:
-    """Sets the environment and quietens libraries; call it first. On a CPU the process begins anew, once.
+    """Sets the environment and quietens libraries; call it before anything that takes long to import. On a CPU the
+    process begins anew, once.
+
+    Until a command has its own ways with Ctrl-C, one ends the process at once: as an exception it would come out of
+    an import as another one, or not at all.
 
     A step on a CPU maps and unmaps hundreds of megabytes, which huge pages make much cheaper. glibc asks for them only
     when told so before a process begins.
     """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # in the background it is ignored, and stays so
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     for library in ("absl", "asyncio"):
         logging.getLogger(library).setLevel(logging.CRITICAL)  # they print what is raised anyway
     sys.unraisablehook = without_echoes

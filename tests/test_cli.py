@@ -529,6 +529,23 @@ def test_a_second_ctrl_c_is_quiet_too():
     assert len(done.stderr.splitlines()) == 1 and done.returncode == -signal.SIGINT
 
 
+SWALLOWING = """
+import os, signal
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+except BaseException:
+    raise ImportError("not what it looks like") from None
+"""
+
+
+@pytest.mark.parametrize("words", [["-m", "nanochat_jax", "report"], ["run_speedrun.py"]], ids=["command", "speedrun"])
+def test_ctrl_c_while_libraries_are_imported_ends_quietly(words, tmp_path):
+    (tmp_path / "tyro.py").write_text(SWALLOWING)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+
+
 def test_as_programs():
     for words in (["-m", "nanochat_jax", "sft", "--sft.nope", "1"], ["run_speedrun.py", "--stages", "base,sleep"]):
         done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
