@@ -162,7 +162,7 @@ def test_arrivals_are_answered_whole_and_runs_that_compile_do_not_count():
         (["nothing"], 2, "nothing"),
         (["train", "--repeat", 0], 2, "--repeat 0"),
         (["decode", "--rows", 4, 0], 2, "at least 1"),
-        (["attention", "--impls", "magic"], 1, "attention 'magic' is unknown; known: auto, reference"),
+        (["attention", "--impls", "magic"], 2, "magic"),
         (["attention", "--impls", "cudnn"], 1, "cudnn needs an NVIDIA GPU"),
         (["train", "--base.device-batch-size", 3], 1, "--base.device-batch-size 3 on 1 data shards does not divide"),
     ],

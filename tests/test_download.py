@@ -465,6 +465,11 @@ def test_bundles_that_are_wrong_leave_nothing_behind(server, tmp_path, lines, ar
     assert not list(tmp_path.iterdir())
 
 
+def test_without_a_network_it_says_how_else(server, tmp_path, lines):
+    with pytest.raises(UserError, match=r"answers 404.*; or unpack the bundle somewhere and set --data.eval-bundle"):
+        fetch_eval_bundle(DataConfig(cache=str(tmp_path)), lines.append)
+
+
 def test_no_bundle_writes_outside_of_its_folder(server, tmp_path, lines):
     outside = {"../outside": "x", "/tmp/nanochat_jax_outside": "x"}
     server.files["/bundle.zip"] = bundle(**{"eval_bundle/core.yaml": "tasks"}, **outside)

@@ -10,7 +10,7 @@ import importlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from nanochat_jax.bench.tables import table
 from nanochat_jax.config import Config
@@ -24,7 +24,7 @@ class Settings:
     """Repetitions that count, after warm-up."""
     rows: tuple[int, ...] = ()
     """Rows or clients at once; unset: 16 on a GPU, 2 on a CPU (attention), 1 and 16 (decode), 1 and 8 (server)."""
-    impls: tuple[str, ...] = ()
+    impls: tuple[Literal["reference", "xla_blocked", "cudnn", "pallas", "pallas_interpreted", "mosaic"], ...] = ()
     """Implementations of attention to measure; unset: all that run here."""
     step_only: bool = False
     """Leave out what takes long: the parts of a training step, the requests that arrive at random (decode)."""

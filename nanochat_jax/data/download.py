@@ -153,7 +153,10 @@ def _unpack_bundle(cache: Path, folder: Path, log: Log) -> None:
     url = os.environ.get("EVAL_BUNDLE_URL", BUNDLE_URL)
     log(f"downloading {url}")
     archive = cache / "eval_bundle.zip"
-    fetch(url, archive, log)
+    try:
+        fetch(url, archive, log)
+    except UserError as error:
+        raise UserError(f"{error}; or unpack the bundle somewhere and set --data.eval-bundle") from error
     with tempfile.TemporaryDirectory(dir=cache) as fresh:
         try:
             with zipfile.ZipFile(archive) as bundle:
