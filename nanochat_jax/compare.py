@@ -3,12 +3,14 @@
     python -m nanochat_jax report --workdir runs/a --against runs/b runs/c
 
 Runs that differ in their seed alone are averaged too: what one run gains over another means little where two seeds
-are further apart. figures.json has it all as a list of flat records, for pandas or a plot of one's own.
+are further apart. figures.json has a flat record of each run, for pandas or a plot of one's own.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import Any
 
 from flax.traverse_util import flatten_dict
 
-from nanochat_jax.config import MODEL_STAGES
+from nanochat_jax.config import MODEL_STAGES, Config
 from nanochat_jax.data.files import write_json
 from nanochat_jax.metrics import duration, si
 from nanochat_jax.plots import Series, plot_runs
@@ -36,71 +38,77 @@ def write_comparison(workdirs: Sequence[Path], out: Path) -> Path:
 
     Raises UserError where a folder holds nothing of a run. One that is named twice counts once.
     """
-    folders: dict[Path, Path] = {}
+    folders: dict[str, Path] = {}
     for path in workdirs:
-        folders.setdefault(path.resolve(), path)
+        folders.setdefault(os.path.realpath(path), path)
     runs = {str(path): gather(path) for path in folders.values()}
     options = {name: _options(run) for name, run in runs.items()}
-    names = dict.fromkeys(option for found in options.values() for option in found)
-    differing = [name for name in names if len({json.dumps(found.get(name)) for found in options.values()}) > 1]
+    known = [found for found in options.values() if found]
+    names = dict.fromkeys(option for found in known for option in found)
+    # Which devices a run is on is known once it has finished a stage.
+    values = {
+        name: {json.dumps(found.get(name)) for found in known if name != "devices" or found[name]} for name in names
+    }
+    differing = [name for name in names if len(values[name]) > 1]
     rows = [(name, *(_short(found.get(option)) for option in differing)) for name, found in options.items()]
     problems = [f"{name}: {problem}" for name, run in runs.items() for problem in run.problems]
     sections = {
         "Missing or damaged": bullets(problem for problem in problems if not problem.endswith("not started")),
-        "What differs": table(("run", *differing), rows) if differing else "Nothing: these runs were asked the same.",
+        "What differs": table(("run", *differing), rows) if differing else "Nothing, as far as their config.json says.",
     }
-    records = [{"run": name} | {option: found.get(option) for option in differing} for name, found in options.items()]
-    for i, name in enumerate(MODEL_STAGES):
-        stages = {run: found.stages[i] for run, found in runs.items() if found.stages[i].done}
-        if not stages:
-            continue
-        sections[name] = _results(stages, options)
-        for record in records:
-            if record["run"] in stages:
-                record |= {f"{name}.{label}": value for label, value in _figures(stages[record["run"]]).items()}
-        lines = {run: points for run, stage in stages.items() if (points := _curve(stage))}
-        if lines:
-            unit = "bits per byte" if name == "base" else "nats per token"
-            plot_runs(lines, f"{name}: validation", unit, out / "plots" / f"{name}.png")
-            sections[name] += f"\n\n![Validation](plots/{name}.png)"
-    write_json(out / "figures.json", records)
-    return write_pages(out, "nanochat-jax: runs compared", ", ".join(runs), sections)
+    records = {
+        name: {"run": name} | {option: found.get(option) for option in differing} for name, found in options.items()
+    }
+    for i, stage in enumerate(MODEL_STAGES):
+        stages = {name: run.stages[i] for name, run in runs.items() if run.stages[i].done}
+        if stages:
+            sections[stage] = _results(stages, options)
+        for name, found in stages.items():
+            records[name] |= {f"{stage}.{label}": value for label, value in _figures(found).items()}
+    if curves := {name: points for name, run in runs.items() if (points := _curve(run.stages[0]))}:
+        plot_runs(curves, out / "plots" / "base.png")
+        sections["Curves"] = "![Validation](plots/base.png)"
+    # NaN, which a damaged config.json may hold, is no JSON.
+    write_json(out / "figures.json", json.loads(json.dumps(list(records.values())), parse_constant=str))
+    return write_pages(out, "nanochat-jax: runs compared", f"{len(runs)} runs.", sections)
 
 
 def _options(run: Run) -> dict[str, Any]:
-    """All options of a run by their names on the command line, and what else may tell it from another."""
-    options = flatten_dict(entries(run.record, "config"), sep=".")
+    """All options of a run by their dotted names, and what else may tell it from another; empty where unknown."""
+    config = entries(run.record, "config")
+    if not config:
+        return {}
+    # Fields that are newer than the run have had their default in it.
+    options = flatten_dict(dataclasses.asdict(Config()), sep=".") | flatten_dict(config, sep=".")
     done = next((stage.done for stage in run.stages if stage.done), {})
     facts = {"git": run.record.get("git"), "jax": dig(run.record, "versions", "jax")}
     return options | facts | {"devices": f"{done.get('devices')} x {done.get('device')}" if done else None}
 
 
 def _short(value: Any) -> str:
+    if value is None:
+        return "-"
     text = f"{value:g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
+    # Paths differ at their end, and so does a git revision with changes that are in no commit.
+    return text if len(text) <= 40 else f"{text[:18]}...{text[-18:]}"
 
 
 def _results(stages: dict[str, Stage], options: dict[str, dict]) -> str:
-    """One line a run; below, one for all runs that differ in their seed alone."""
-    places = measures(list(stages.values()))
-    places = {
-        label: keys for label, keys in places.items() if any(_value(s, keys) is not None for s in stages.values())
-    }
-    rows = [
-        (
-            run,
-            *(show(stage.done.get(key), form) for key, form in COSTS.values()),
-            *(figure(measured(stage, keys)) for keys in places.values()),
-        )
-        for run, stage in stages.items()
-    ]
-    alike: dict[str, list[Stage]] = {}
-    for run, stage in stages.items():
-        alike.setdefault(json.dumps(options[run] | {"seed": None}, sort_keys=True), []).append(stage)
+    """One line a run, those that differ in their seed alone together and their mean below them."""
+    found = list(stages.values())
+    places = {name: keys for name, keys in measures(found).items() if any(_value(s, keys) is not None for s in found)}
+    alike: dict[str, list[str]] = {}
+    for run in stages:
+        asked = json.dumps(options[run] | {"seed": None}, sort_keys=True) if options[run] else run
+        alike.setdefault(asked, []).append(run)
+    rows = []
     for group in alike.values():
+        for run in group:
+            costs = (show(stages[run].done.get(key), form) for key, form in COSTS.values())
+            rows.append((run, *costs, *(figure(measured(stages[run], keys)) for keys in places.values())))
         if len(group) > 1:
-            spread = (_spread([_value(stage, keys) for stage in group]) for keys in places.values())
-            rows.append((f"mean of {len(group)} seeds, ± s.d.", *["-"] * len(COSTS), *spread))
+            spread = (_spread([_value(stages[run], keys) for run in group]) for keys in places.values())
+            rows.append((f"mean of these {len(group)}, ± s.d.", *["-"] * len(COSTS), *spread))
     return table(("run", *COSTS, *places), rows)
 
 
@@ -117,16 +125,13 @@ def _spread(values: list[float | None]) -> str:
     return f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}"
 
 
-def _figures(stage: Stage) -> dict[str, float | None]:
+def _figures(stage: Stage) -> dict[str, float]:
     costs = {label: number(stage.done.get(key)) for label, (key, _) in COSTS.items()}
-    return costs | {label: _value(stage, keys) for label, keys in measures([stage]).items()}
+    found = costs | {label: _value(stage, keys) for label, keys in measures([stage]).items()}
+    return {label: value for label, value in found.items() if value is not None}
 
 
 def _curve(stage: Stage) -> Series:
-    """Validation over the stage's FLOPs: bits per byte of base, the loss of what is fine-tuned."""
-    points = [
-        (dig(record, "flops"), record.get("bpb", record.get("loss")))
-        for record in stage.metrics
-        if record.get("kind") == "val"
-    ]
-    return [(x, y) for x, y in points if number(x) and number(y) is not None]
+    """Bits per byte in validation over the FLOPs spent so far, which only base notes."""
+    points = [(record.get("flops"), record.get("bpb")) for record in stage.metrics if record["kind"] == "val"]
+    return [(x, y) for x, y in points if (number(x) or 0) > 0 and number(y) is not None]

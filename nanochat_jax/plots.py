@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
+import math
 from pathlib import Path
 
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -54,15 +55,20 @@ def plot(records: list[dict], stage: str, path: Path) -> bool:
     return True
 
 
-def plot_runs(lines: dict[str, Series], title: str, unit: str, path: Path) -> None:
-    """Draws one line a run, each (FLOPs, value) above 0, over computation on a logarithmic axis."""
-    figure = _figure(4.5)
+def plot_runs(lines: dict[str, Series], path: Path) -> None:
+    """Draws validation in base, one line a run, each (FLOPs, value) above 0, over a logarithmic axis."""
+    columns = max(1, 120 // (max(map(len, lines)) + 10))
+    figure = _figure(4.5 + 0.17 * math.ceil(len(lines) / columns))
     axis = figure.subplots()
-    for color, (label, points) in zip(itertools.cycle(COLORS), lines.items(), strict=False):
+    few = len(lines) <= len(COLORS)
+    colors = COLORS if few else colormaps["turbo"].resampled(len(lines))(range(len(lines)))
+    for color, (name, points) in zip(colors, lines.items(), strict=False):
+        # Between two $ is mathematics, and a label that begins with _ is hidden.
+        label = " " + name.replace("$", r"\$")
         axis.plot(*zip(*points, strict=True), color=color, marker="o", markersize=3, linewidth=1.2, label=label)
     axis.set_xscale("log")
-    axis.legend(frameon=False, fontsize=8)
-    _dress(axis, title, "training FLOPs", unit)
+    figure.legend(loc="outside lower left", ncols=columns, frameon=False, fontsize=8)
+    _dress(axis, "base: validation", "training FLOPs", "bits per byte")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
