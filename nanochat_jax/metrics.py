@@ -23,36 +23,37 @@ import jax
 from nanochat_jax.distributed import is_leader
 from nanochat_jax.errors import UserError
 
-# Dense bfloat16 peak of one chip, FLOP/s, by a part of JAX's `device_kind`; the first match wins. Vendors' data sheets.
-PEAK_FLOPS = (
-    ("H100 PCIe", 756e12),
-    ("H100 NVL", 835e12),
-    ("H100", 989e12),
-    ("H200 NVL", 836e12),
-    ("H200", 989e12),
-    ("H800 PCIe", 756e12),
-    ("H800", 989e12),
-    ("H20", 148e12),
-    ("GB200", 2500e12),
-    ("B200", 2250e12),
-    ("B100", 1800e12),
-    ("A100", 312e12),
-    ("A800", 312e12),
-    ("L40S", 362e12),
-    ("L40", 181e12),
-    ("L4", 121e12),
-    ("A10G", 70e12),
-    ("A10", 125e12),
-    ("A30", 165e12),
-    ("A40", 150e12),
-    ("RTX 5090", 209e12),
-    ("RTX 4090", 165e12),
-    ("RTX 3090", 71e12),
-    ("TPU v6", 918e12),
-    ("TPU v5 lite", 197e12),
-    ("TPU v5e", 197e12),
-    ("TPU v5", 459e12),
-    ("TPU v4", 275e12),
+# Peaks of one chip, dense bfloat16 FLOP/s and bytes/s of memory (A100: that of 80 GB), by a part of JAX's
+# `device_kind`; the first match wins. Vendors' data sheets.
+PEAKS = (
+    ("H100 PCIe", 756e12, 2.0e12),
+    ("H100 NVL", 835e12, 3.9e12),
+    ("H100", 989e12, 3.35e12),
+    ("H200 NVL", 836e12, 4.8e12),
+    ("H200", 989e12, 4.8e12),
+    ("H800 PCIe", 756e12, 2.0e12),
+    ("H800", 989e12, 3.35e12),
+    ("H20", 148e12, 4.0e12),
+    ("GB200", 2500e12, 8.0e12),
+    ("B200", 2250e12, 8.0e12),
+    ("B100", 1800e12, 8.0e12),
+    ("A100", 312e12, 2.0e12),
+    ("A800", 312e12, 2.0e12),
+    ("L40S", 362e12, 0.864e12),
+    ("L40", 181e12, 0.864e12),
+    ("L4", 121e12, 0.3e12),
+    ("A10G", 70e12, 0.6e12),
+    ("A10", 125e12, 0.6e12),
+    ("A30", 165e12, 0.933e12),
+    ("A40", 150e12, 0.696e12),
+    ("RTX 5090", 209e12, 1.79e12),
+    ("RTX 4090", 165e12, 1.01e12),
+    ("RTX 3090", 71e12, 0.936e12),
+    ("TPU v6", 918e12, 1.64e12),
+    ("TPU v5 lite", 197e12, 0.819e12),
+    ("TPU v5e", 197e12, 0.819e12),
+    ("TPU v5", 459e12, 2.765e12),
+    ("TPU v4", 275e12, 1.228e12),
 )
 
 
@@ -234,9 +235,17 @@ def duration(seconds: float) -> str:
 
 def peak_flops(device: jax.Device) -> float | None:
     """Dense bfloat16 peak of one device, FLOP/s; None where it is not known, as on CPUs."""
-    if device.platform == "cpu":
-        return None
-    return next((peak for name, peak in PEAK_FLOPS if name.lower() in device.device_kind.lower()), None)
+    return _peaks(device)[0]
+
+
+def peak_bandwidth(device: jax.Device) -> float | None:
+    """Peak of one device's memory, bytes/s; None where it is not known, as on CPUs."""
+    return _peaks(device)[1]
+
+
+def _peaks(device: jax.Device) -> tuple[float | None, float | None]:
+    kind = device.device_kind.lower() if device.platform != "cpu" else ""
+    return next(((flops, bandwidth) for name, flops, bandwidth in PEAKS if name.lower() in kind), (None, None))
 
 
 def mfu(tokens_per_second: float, flops_per_token: float, n_devices: int) -> float | None:

@@ -117,7 +117,8 @@ def test_the_loader_is_measured_in_whole_batches(bench):
     assert figures["tok_per_sec"] == pytest.approx(1000 * figures["sample_tokens"] / figures["sample"]["median_ms"])
 
 
-def test_decoding_is_what_the_answer_takes_longer_than_the_prompt(bench):
+def test_decoding_is_what_the_answer_takes_longer_than_the_prompt(bench, monkeypatch):
+    monkeypatch.setattr(metrics, "_peaks", lambda device: (1e12, 1e10))
     status, figures, _ = bench("decode", "--repeat", 2, "--rows", 3)
     (record,) = figures["speeds"]
     assert status == 0 and (figures["prompt_tokens"], figures["answer_tokens"]) == (32, 16)
@@ -126,6 +127,13 @@ def test_decoding_is_what_the_answer_takes_longer_than_the_prompt(bench):
     assert record["decode_tok_per_sec"] == pytest.approx(3 * 16 * 1000 / answer)
     assert record["prefill_tok_per_sec"] == pytest.approx(3 * 32 * 1000 / record["prefill_median_ms"])
     assert record["compilations"] == 2 and figures["engines"][0].startswith("engine: 3 rows of 64 tokens")
+    # Two layers of width 32, windows of 64, 40 tokens in a row on average; gates and scalars are the rest.
+    blocks, head, visible, prompt = 2 * 12 * 32**2, 512 * 32, 2 * 40, 2 * 32
+    assert record["decode_step_mb"] == pytest.approx(4e-6 * (blocks + head + 3 * visible * 2 * 32), rel=0.01)
+    assert record["decode_gb_per_sec"] == pytest.approx(record["decode_step_mb"] / record["decode_step_ms"])
+    assert record["mbu"] == pytest.approx(record["decode_gb_per_sec"] / 10)
+    flops = 3 * (32 * (2 * blocks + 4 * 32 * prompt) + 2 * head)
+    assert record["prefill_mfu"] == pytest.approx(flops / (record["prefill_median_ms"] / 1000) / 1e12, rel=0.01)
     (arrived,) = figures["arrivals"]
     assert arrived["rows"] == 3 and arrived["lowest_ratio"] <= arrived["ratio"] <= arrived["highest_ratio"]
     assert arrived["tok_per_sec"] == pytest.approx(arrived["ratio"] * arrived["one_row_tok_per_sec"])

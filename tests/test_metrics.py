@@ -96,6 +96,16 @@ def test_peak_flops_by_kind():
     assert peak("cpu", "cpu") is None and peak("Some new chip") is None
 
 
+def test_peak_bandwidth_is_that_of_the_same_chip():
+    def peak(kind, platform="gpu"):
+        return metrics.peak_bandwidth(SimpleNamespace(platform=platform, device_kind=kind))
+
+    assert (
+        peak("NVIDIA H100 80GB HBM3") == 3.35e12 and peak("NVIDIA H100 PCIe") == 2e12 and peak("NVIDIA H200") == 4.8e12
+    )
+    assert peak("cpu", "cpu") is None and peak("Some new chip") is None
+
+
 def test_mfu(monkeypatch):
     monkeypatch.setattr(metrics, "peak_flops", lambda device: 1e12)
     assert metrics.mfu(1000.0, 1e9, 2) == pytest.approx(0.5)

@@ -7,12 +7,15 @@ server, so fast that most of them wait; the same ones, one after the other in an
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -21,8 +24,8 @@ from nanochat_jax.bench.measure import timed
 from nanochat_jax.config import Config, GPTConfig
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.inference.requests import SamplingParams
-from nanochat_jax.metrics import peak_memory_bytes
-from nanochat_jax.model import Params
+from nanochat_jax.metrics import mfu, peak_bandwidth, peak_memory_bytes
+from nanochat_jax.model import Params, count_params, flops_per_token
 from nanochat_jax.run import gpt_config
 from nanochat_jax.sharding import check_mesh, make_mesh
 from nanochat_jax.train import born_params
@@ -84,6 +87,8 @@ def figures(config: Config, settings: Settings, log: Callable[[str], None]) -> d
         prefill = timed(lambda: generate(1), settings.repeat)
         whole = timed(lambda: generate(1 + answer), settings.repeat)
         seconds = whole.median - prefill.median
+        step_bytes = least_bytes(engine, cfg, length + answer / 2)
+        peak = peak_bandwidth(mesh.devices.flat[0]) if mesh.size == 1 else None
         records.append(
             {
                 "rows": rows,
@@ -92,6 +97,10 @@ def figures(config: Config, settings: Settings, log: Callable[[str], None]) -> d
                 "prefill_tok_per_sec": rows * length / prefill.median,
                 "decode_tok_per_sec": rows * answer / seconds,
                 "decode_step_ms": 1000 * seconds / answer,
+                "decode_step_mb": step_bytes / 1e6,
+                "decode_gb_per_sec": step_bytes * answer / seconds / 1e9,
+                "mbu": peak and step_bytes * answer / seconds / peak,
+                "prefill_mfu": mfu(rows / prefill.median, prompt_flops(cfg, length), mesh.size),
                 "compilations": len(engine.compiled),
             }
         )
@@ -110,6 +119,22 @@ def figures(config: Config, settings: Settings, log: Callable[[str], None]) -> d
         "speeds": records,
         "arrivals": arrivals(engine_of(1), together, cfg, config.seed) if together else [],
     }
+
+
+def least_bytes(engine: Engine, cfg: GPTConfig, tokens: float) -> float:
+    """Bytes that a decode step of all rows reads at least, with so many tokens in each: the weights of its products,
+    and the keys and values that its queries see. Their rate over the memory's peak is nanochat's MBU.
+    """
+    products = {name: value for name, value in engine.weights.items() if not name.startswith(("wte", "value_embed_"))}
+    width = 2 * cfg.n_kv_head * cfg.head_dim * jnp.dtype(cfg.compute_dtype).itemsize
+    seen = sum(min(tokens, window + 1) for window in cfg.windows)
+    return sum(x.nbytes for x in jax.tree.leaves(products)) + engine.max_rows * seen * width
+
+
+def prompt_flops(cfg: GPTConfig, tokens: int) -> float:
+    """FLOPs of reading a prompt of so many tokens: a forward pass, of whose output head the last position alone."""
+    short = dataclasses.replace(cfg, sequence_len=tokens)
+    return tokens * flops_per_token(short) / 3 - 2 * (tokens - 1) * count_params(cfg)["lm_head"]
 
 
 def arrivals(alone: Engine, together: Sequence[Engine], cfg: GPTConfig, seed: int) -> list[dict[str, Any]]:
