@@ -425,6 +425,11 @@ def check_ranges(config: Config) -> None:
                 raise UserError(f"{option}: more than 0 is needed")
     if config.base.init_from is None and (config.base.init_optimizer or config.base.init_step is not None):
         raise UserError("--base.init-optimizer and --base.init-step need --base.init-from: whose?")
+    steps, flops = config.base.num_iterations, config.base.target_flops
+    if steps is not None and flops is not None:
+        raise UserError(
+            f"--base.num-iterations {steps} and --base.target-flops {flops:g} both say how long: set one to None"
+        )
     if config.eval.num_samples > 1 and config.eval.temperature <= 0:
         raise UserError(
             f"--eval.num-samples {config.eval.num_samples} greedy answers are all the same: give --eval.temperature"

@@ -301,6 +301,10 @@ def test_options_reach_the_configuration_and_come_back():
         ({"mid": FinetuneConfig(val_rows=-1)}, "--mid.val-rows -1"),
         ({"eval": EvalConfig(temperature=-0.5)}, "--eval.temperature -0.5: 0 to 100"),
         ({"eval": EvalConfig(num_samples=4)}, "--eval.num-samples 4 greedy answers are all the same"),
+        (
+            {"base": BaseConfig(num_iterations=9, target_flops=1e9)},
+            r"--base.num-iterations 9 and --base.target-flops 1e\+09",
+        ),
     ],
 )
 def test_values_without_meaning_are_errors(change, words):
