@@ -59,6 +59,7 @@ class Run:
     tokenizer: dict
     stages: list[Stage]
     others: list[Stage]
+    """The tokenizer, and sft continued, where that was done."""
     problems: list[str]
 
 
