@@ -50,11 +50,13 @@ def write_comparison(workdirs: Sequence[Path], out: Path) -> Path:
         name: {json.dumps(found.get(name)) for found in known if name != "devices" or found[name]} for name in names
     }
     differing = [name for name in names if len(values[name]) > 1]
-    rows = [(name, *(_short(found.get(option)) for option in differing)) for name, found in options.items()]
+    lines = [(name, *(_short(found.get(option)) for option in differing)) for name, found in options.items()]
+    lines = [("run", *differing), *lines]
+    header, *rows = lines if len(differing) <= len(runs) else zip(*lines, strict=True)  # what is longer goes down
     problems = [f"{name}: {problem}" for name, run in runs.items() for problem in run.problems]
     sections = {
         "Missing or damaged": bullets(problem for problem in problems if not problem.endswith("not started")),
-        "What differs": table(("run", *differing), rows) if differing else "Nothing, as far as their config.json says.",
+        "What differs": table(header, rows) if differing else "Nothing, as far as their config.json says.",
     }
     records = {
         name: {"run": name} | {option: found.get(option) for option in differing} for name, found in options.items()

@@ -52,6 +52,16 @@ def test_long_values_keep_both_ends(runs, tmp_path):
     assert [row[1] for row in rows] == ["git", "0123456789" * 4, "012345678901234567...890123456789-dirty"]
 
 
+def test_more_options_than_runs_go_down(tmp_path):
+    runs = [trained(tmp_path / "a", 1.0), trained(tmp_path / "b", 1.0, seed=1, depth=4)]
+    config = json.loads((runs[1] / "config.json").read_text())
+    config["config"]["base"]["matrix_lr"] = 0.5
+    write_json(runs[1] / "config.json", config)
+    rows = md_rows(section(write_comparison(runs, tmp_path / "out").read_text(), "What differs"))
+    assert rows[0] == ["run", *map(str, runs)]
+    assert {row[0]: row[2] for row in rows[1:]} == {"model.depth": "4", "base.matrix_lr": "0.5", "seed": "1"}
+
+
 def test_runs_of_other_seeds_are_averaged_and_no_others(runs, tmp_path):
     text = write_comparison(runs, tmp_path / "out").read_text()
     header, *rows = md_rows(section(text, "base"))
