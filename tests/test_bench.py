@@ -6,14 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args, get_type_hints
 
 import jax
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from kernels.attention import IMPLEMENTATIONS
 from nanochat_jax import cli, metrics
-from nanochat_jax.bench import attention, decode, measure
+from nanochat_jax.bench import Settings, attention, decode, measure
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.model import flops_per_token
 
@@ -170,7 +172,7 @@ def test_arrivals_are_answered_whole_and_runs_that_compile_do_not_count():
         (["nothing"], 2, "nothing"),
         (["train", "--repeat", 0], 2, "--repeat 0"),
         (["decode", "--rows", 4, 0], 2, "at least 1"),
-        (["attention", "--impls", "magic"], 2, "magic"),
+        (["attention", "--impls", "magic"], 2, "invalid choice 'magic' for argument '--impls'"),
         (["attention", "--impls", "cudnn"], 1, "cudnn needs an NVIDIA GPU"),
         (["train", "--base.device-batch-size", 3], 1, "--base.device-batch-size 3 on 1 data shards does not divide"),
     ],
@@ -179,6 +181,12 @@ def test_what_cannot_be_measured_is_one_line(bench, words, status, says):
     got, figures, err = bench(*words)
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert got == status and figures is None and len(errors) == 1 and says in errors[0] and "Traceback" not in err
+
+
+def test_every_implementation_can_be_named():
+    """They stand in the options once more, because importing the kernels would import JAX for --help."""
+    (names, _) = get_args(get_type_hints(Settings)["impls"])
+    assert get_args(names) == IMPLEMENTATIONS
 
 
 def test_warm_up_does_not_count_and_short_calls_are_timed_together(monkeypatch):

@@ -546,6 +546,32 @@ def test_ctrl_c_while_libraries_are_imported_ends_quietly(words, tmp_path):
     assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
 
 
+HEEDING = """
+import os, signal, sys, time
+from nanochat_jax import process
+process.set_up()
+from nanochat_jax import chat, cli
+from nanochat_jax.server import app
+
+def interrupted(*args):
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(10)
+    except KeyboardInterrupt:
+        print("heeded")
+
+chat.talk = app.serve = interrupted
+process.leave(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("command", ["chat", "serve"])
+def test_ctrl_c_is_an_exception_again_where_it_has_a_meaning(command, trained):
+    words = [sys.executable, "-c", HEEDING, command, "--workdir", str(trained)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "heeded\n"), done.stderr
+
+
 def test_as_programs():
     for words in (["-m", "nanochat_jax", "sft", "--sft.nope", "1"], ["run_speedrun.py", "--stages", "base,sleep"]):
         done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)

@@ -12,48 +12,20 @@ from nanochat_jax.server import app
 SOURCE = Path(app.__file__).parent / "static" / "markdown.js"
 TAGS = {"p", "br", "strong", "em", "code", "pre", "a", "ul", "ol", "li", "blockquote", "h3", "h4", "h5", "h6"}
 ATTRIBUTES = {"a": {"href", "target", "rel"}, "pre": {"data-language"}, "ol": {"start"}}
-PIECES = [
-    *[
-        "<script>alert(1)</script>",
-        "<img src=x onerror=alert(1)>",
-        "</code></pre>",
-        "<!--",
-        "&lt;b&gt;",
-        "&#60;",
-        "]]>",
-    ],
-    *["javascript:alert(1)", "[a](javascript:alert(1))", '[a](https://b.c/" onclick="x)', "[a](https://b.c/'x)"],
-    *[
-        "[<i>](https://b.c/(d)?e=<f>)",
-        "![a](https://b.c)",
-        "https://b.c",
-        "[",
-        "](",
-        "(https://",
-        ")",
-        "\0",
-        "\x000\x00",
-    ],
-    *[
-        "*",
-        "**",
-        "`",
-        "``",
-        "```",
-        "```html\n",
-        '```"><b>\n',
-        "\n",
-        "\n\n",
-        "- ",
-        "1. ",
-        "> ",
-        "# ",
-        "    ",
-        " ",
-        "word",
-    ],
-    *['"', "'", "<", ">", "&", "\u2028", "\u202e", "e\u0301", "\U0001f600"],
+MARKUP = [
+    "<script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    "</code></pre>",
+    "<!--",
+    "&lt;b&gt;",
+    "&#60;",
+    "]]>",
 ]
+LINKS = ["javascript:alert(1)", "[a](javascript:alert(1))", '[a](https://b.c/" onclick="x)', "[a](https://b.c/'x)"]
+LINKS += ["[<i>](https://b.c/(d)?e=<f>)", "![a](https://b.c)", "https://b.c", "[", "](", "(https://", ")"]
+MARKS = ["*", "**", "`", "``", "```", "```html\n", '```"><b>\n', "\n", "\n\n", "- ", "1. ", "> ", "# ", "    ", " "]
+OTHERS = ["\0", "\x000\x00", "word", '"', "'", "<", ">", "&", "\u2028", "\u202e", "e\u0301", "\U0001f600"]
+PIECES = MARKUP + LINKS + MARKS + OTHERS
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,9 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROO
 COMMAND = re.compile(r"python (?:-m nanochat_jax ([a-z]+)|(run_speedrun)\.py)\b((?:\\\n|[^\n`#&;\[|])*)")
 
 
+COMMANDS_AT_LEAST = {"README.md": 9, "NUMERICS.md": 4, "SCALING.md": 3, "STAGES.md": 3, "RESEARCH.md": 9}
+
+
 def options_of(name):
     return run_speedrun.SpeedrunOptions if name == "run_speedrun" else cli.COMMANDS[name][0]
 
@@ -35,9 +38,7 @@ def known():
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_commands_parse(page):
     commands = COMMAND.findall(page.read_text())
-    assert len(commands) >= {"README.md": 9, "NUMERICS.md": 4, "SCALING.md": 3, "STAGES.md": 3, "RESEARCH.md": 9}.get(
-        page.name, 0
-    )
+    assert len(commands) >= COMMANDS_AT_LEAST.get(page.name, 0)
     for command, speedrun, rest in commands:
         words = shlex.split(re.sub(r"\$\w+", "1", rest.replace("\\\n", " ")))  # a loop's variables are numbers
         if {"OPTIONS", "PART"}.isdisjoint(words):

@@ -32,9 +32,7 @@ def conversation(row: dict) -> dict:
     parts = []
     for i, piece in enumerate(re.split(r"<<([^>]+)>>", row["answer"])):
         if i % 2:  # what stood between the brackets
-            expression, equals, result = piece.rpartition("=")
-            if not equals:
-                expression, result = result, ""
+            expression, _, result = piece.rpartition("=") if "=" in piece else (piece, "", "")
             parts += [{"type": "python", "text": expression}, {"type": "python_output", "text": result}]
         elif piece:
             parts.append({"type": "text", "text": piece})
