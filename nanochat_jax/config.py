@@ -176,6 +176,10 @@ class FinetuneConfig(StageConfig):
     """Whole conversations packed into rows, or one conversation a row."""
     val_rows: int = 256
     """Conversations held out of the mixture for validation, at most a tenth of its different ones."""
+    tasks_every: int = 0
+    """Steps between evaluations on the tasks of eval.chat, and so of ChatCORE; 0: never during training."""
+    tasks_rows: int = 24
+    """Questions of each task with written answers in such an evaluation; multiple choice has eval.max-examples."""
     warmup_steps: int = 0
 
 
@@ -395,7 +399,7 @@ RANGES = (
     | dict.fromkeys(("num_iterations", "total_batch_size", "device_batch_size", "batch_size"), COUNT)
     | dict.fromkeys(("keep", "stop_after", "eval_tokens", "sample_tokens", "max_new_tokens"), COUNT)
     | dict.fromkeys(("questions_per_step", "samples_per_question", "num_samples", "pass_k"), COUNT)
-    | dict.fromkeys(("normalize_over", "eval_examples", "max_examples"), COUNT)
+    | dict.fromkeys(("normalize_over", "eval_examples", "max_examples", "tasks_rows"), COUNT)
     | dict.fromkeys(("warmup_steps", "init_lr_frac", "final_lr_frac", "val_rows", "loss_chunk"), NOT_NEGATIVE)
     | dict.fromkeys(("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr", "weight_decay"), NOT_NEGATIVE)
     | dict.fromkeys(("momentum_warmup", "init_step"), NOT_NEGATIVE)

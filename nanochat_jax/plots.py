@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib import colormaps
@@ -20,6 +21,8 @@ CURVES = (
     ("val", "loss", "validation", "nats per token"),
     ("rl", "reward", "reward of the rollouts (faint: every step)", "mean reward"),
 )
+# Kind of record, its field of several curves, the title, what stands before each name.
+GROUPS = (("pass_at_k", "pass", "held-out questions", "pass@"), ("tasks", "accuracy", "tasks", ""))
 
 Series = list[tuple[float, float]]
 
@@ -30,18 +33,19 @@ def plot(records: list[dict], stage: str, path: Path) -> bool:
     for kind, name, title, unit in CURVES:
         if points := series(records, kind, name):
             panels.append((title, unit, {f"{points[-1][1]:.4f} at the end": points}, kind in STEP_KINDS))
-    held_out = [record for record in records if record.get("kind") == "pass_at_k"]
-    held_out = [record | record["pass"] for record in held_out if isinstance(record.get("pass"), dict)]
-    lines = {f"pass@{k}": series(held_out, "pass_at_k", k) for k in (held_out[-1]["pass"] if held_out else ())}
-    if any(lines.values()):
-        shown = {label: points for label, points in lines.items() if points}
-        panels.append(("held-out questions", "share solved", shown, False))
+    for kind, field, title, label in GROUPS:
+        found = [record for record in records if record.get("kind") == kind and isinstance(record.get(field), dict)]
+        found = [record | record[field] for record in found]
+        lines = {f"{label}{name}": series(found, kind, name) for name in (found[-1][field] if found else ())}
+        if any(lines.values()):
+            shown = {label: points for label, points in lines.items() if points}
+            panels.append((title, "share solved", shown, False))
     if not panels:
         return False
     figure = _figure(2.7 * len(panels))
     axes = figure.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0]
     for axis, (title, unit, lines, every_step) in zip(axes, panels, strict=True):
-        for color, (label, points) in zip(COLORS, lines.items(), strict=False):
+        for color, (label, points) in zip(_colors(len(lines)), lines.items(), strict=True):
             if every_step:
                 axis.plot(*zip(*points, strict=True), color=color, alpha=0.3, linewidth=0.8)
                 axis.plot(*zip(*smoothed(points), strict=True), color=color, linewidth=1.8)
@@ -60,9 +64,7 @@ def plot_runs(lines: dict[str, Series], path: Path) -> None:
     columns = max(1, 120 // (max(map(len, lines)) + 10))
     figure = _figure(4.5 + 0.17 * math.ceil(len(lines) / columns))
     axis = figure.subplots()
-    few = len(lines) <= len(COLORS)
-    colors = COLORS if few else colormaps["turbo"].resampled(len(lines))(range(len(lines)))
-    for color, (name, points) in zip(colors, lines.items(), strict=False):
+    for color, (name, points) in zip(_colors(len(lines)), lines.items(), strict=True):
         # Between two $ is mathematics, and a label that begins with _ is hidden.
         label = " " + name.replace("$", r"\$")
         axis.plot(*zip(*points, strict=True), color=color, marker="o", markersize=3, linewidth=1.2, label=label)
@@ -78,6 +80,10 @@ def _figure(height: float) -> Figure:
     figure = Figure(figsize=(8, height), dpi=110, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     return figure
+
+
+def _colors(count: int) -> Sequence:
+    return COLORS[:count] if count <= len(COLORS) else colormaps["turbo"].resampled(count)(range(count))
 
 
 def _dress(axis: Axes, title: str, over: str, unit: str) -> None:

@@ -51,6 +51,8 @@ FREE_IN_STAGE = (
     "sample_tokens",
     "sample_every",
     "core_every",
+    "tasks_every",
+    "tasks_rows",
     "eval_examples",
     "pass_k",
     "control",

@@ -216,8 +216,8 @@ FREE = {
 FREE_IN_STAGE = {"device_batch_size", "eval_every", "save_every", "keep", "stop_after", "sample_tokens"}
 FREE |= {
     "base": FREE_IN_STAGE | {"eval_tokens", "core_every", "sample_every"},
-    "mid": FREE_IN_STAGE,
-    "sft": FREE_IN_STAGE,
+    "mid": FREE_IN_STAGE | {"tasks_every", "tasks_rows"},
+    "sft": FREE_IN_STAGE | {"tasks_every", "tasks_rows"},
     "rl": FREE_IN_STAGE | {"eval_examples", "pass_k", "control"},
 }
 

@@ -6,12 +6,13 @@ import json
 import re
 from html.parser import HTMLParser
 
+import matplotlib.colors
 import pytest
+from matplotlib.figure import Figure
 
-from nanochat_jax import report
+from nanochat_jax import plots, report
 from nanochat_jax.config import Config, ModelConfig, TokenizerConfig
 from nanochat_jax.errors import UserError
-from nanochat_jax.plots import smoothed
 from nanochat_jax.report import write_report
 from nanochat_jax.report_page import bullets, code, plain, table, to_html
 
@@ -255,6 +256,18 @@ def test_records_without_what_is_drawn_are_left_out(run):
     assert "plots/rl.png" not in text and "plots/sft.png" in text
 
 
+def test_every_task_measured_on_the_way_is_a_line(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "Figure", lambda **options: drawn.append(Figure(**options)) or drawn[-1])
+    names = [f"task_{i}" for i in range(8)]
+    rows = [{"kind": "tasks", "step": s, "accuracy": dict.fromkeys(names, s / 90), "chatcore": None} for s in (2, 4)]
+    assert plots.plot(rows, "sft", tmp_path / "sft.png")
+    (axis,) = drawn[0].axes
+    assert [line.get_label() for line in axis.lines] == names
+    assert len({matplotlib.colors.to_hex(line.get_color()) for line in axis.lines}) == 8
+    assert list(axis.lines[0].get_ydata()) == [2 / 90, 4 / 90]
+
+
 def test_an_evaluation_on_the_way_is_said(run):
     write_json(run / "sft" / "eval.json", json.loads((run / "sft" / "eval.json").read_text()) | {"step": 5})
     assert "sft/eval.json: of step 5, the stage ended at 100" in write_report(run).read_text()
@@ -276,4 +289,4 @@ def test_rendering(tmp_path):
 
 
 def test_smoothing_has_no_bias_at_the_start():
-    assert smoothed([(i, 3.0) for i in range(500)]) == [(i, pytest.approx(3.0)) for i in range(500)]
+    assert plots.smoothed([(i, 3.0) for i in range(500)]) == [(i, pytest.approx(3.0)) for i in range(500)]

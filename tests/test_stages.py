@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tiny
-from stage_runs import last_state, losses, quiet, start, start_after
+from stage_runs import last_state, losses, quiet, records, start, start_after
 
 from nanochat_jax.checkpoint import steps
 from nanochat_jax.config import DEFAULT_ROWS, MODEL_STAGES
@@ -18,9 +18,10 @@ from nanochat_jax.data.files import write_json
 from nanochat_jax.data.shards import shard_files
 from nanochat_jax.errors import UserError
 from nanochat_jax.metrics import MetricsLog
+from nanochat_jax.model import flops_per_token
 from nanochat_jax.optim import horizon
 from nanochat_jax.report import write_report
-from nanochat_jax.run import finished, load_model, open_run
+from nanochat_jax.run import finished, gpt_config, load_model, open_run
 from nanochat_jax.sharding import make_mesh
 from nanochat_jax.stages import evaluate, finetune, pretrain, samples
 from nanochat_jax.stages.ahead import check_ahead
@@ -241,6 +242,49 @@ def test_base_shows_on_the_way_what_it_writes_and_what_it_took(tmp_path):
     done = finished(tmp_path, "base")
     assert validations[-1]["flops"] == done["flops"]
     assert any("base: finished: 3 steps, 1.54k tokens" in line for line in said)
+
+
+def test_fine_tuning_measures_its_tasks_on_the_way(run, tmp_path):
+    sft = replace(tiny.config.sft, num_iterations=5, tasks_every=2, tasks_rows=3, eval_every=0, save_every=2)
+    config, said = replace(tiny.config, sft=sft), []
+    folder = start_after(run, tmp_path, "sft", config)
+    finetune.run(replace(config, sft=replace(sft, stop_after=2)), folder, "sft", said.append)
+    finetune.run(config, folder, "sft", said.append)  # which does not measure step 2 again
+    rows = [row for row in records(folder, "sft") if row["kind"] == "tasks"]
+    assert [row["step"] for row in rows] == [2, 4]
+    figures = evaluate.run(config, folder, "sft", ("choice",), None, quiet, step=4)
+    assert rows[1]["accuracy"]["choice"] == figures["tasks"]["choice"]["accuracy"]
+    assert [line.split("(n ")[1].split(",")[0] for line in said if ": accuracy" in line] == ["8", "3"] * 2
+    # Continuing sft for rl's comparison is timed, and measured at its end.
+    folder = start_after(run, tmp_path / "after", "rl", replace(config, sft=replace(sft, tasks_every=1)))
+    finetune.continued(config, folder, 2 * 512 * flops_per_token(gpt_config(config, 512)), quiet)
+    assert not [row for row in records(folder, "sft_continued") if row["kind"] == "tasks"]
+
+
+def test_chatcore_on_the_way_is_that_of_its_five_tasks(monkeypatch):
+    chances = {"arc_easy": 0.25, "arc_challenge": 0.25, "mmlu": 0.25, "gsm8k": 0.0, "humaneval": 0.0}
+    asked = {}
+
+    def half_right(model, tasks, config, mesh, limit, log):
+        asked.update((task.name, limit) for task in tasks)
+        return {task.name: {"accuracy": 0.5, "n": 8} for task in tasks}
+
+    monkeypatch.setattr(finetune, "measure", half_right)
+    names = [*chances, "spelling_bee"]
+    tasks = [SimpleNamespace(name=name, kind="categorical" if chances.get(name) else "generative") for name in names]
+    state, said = SimpleNamespace(params=None), []
+    config = replace(tiny.config, eval=replace(tiny.config.eval, max_examples=None))
+    session = SimpleNamespace(
+        config=config, state=state, cfg=None, tokenizer=None, mesh=None, name="sft", step=7, log=said.append
+    )
+    found = finetune.task_figures(session, tasks, 24)
+    assert found["accuracy"] == dict.fromkeys(names, 0.5)
+    assert found["chatcore"] == pytest.approx((3 / 3 + 2 / 2) / 5)  # guessing is 0
+    assert {name: limit for name, limit in asked.items() if limit} == dict.fromkeys(
+        ("gsm8k", "humaneval", "spelling_bee"), 24
+    )
+    assert said == ["sft 7: ChatCORE 0.4000"]
+    assert finetune.task_figures(session, tasks[1:], 24)["chatcore"] is None
 
 
 def test_conversations_that_teach_nothing_are_no_stage(run, tmp_path):

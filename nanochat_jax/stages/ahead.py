@@ -11,6 +11,7 @@ from nanochat_jax.fp8 import precision
 from nanochat_jax.optim import check_horizon, horizon
 from nanochat_jax.run import gpt_config
 from nanochat_jax.sharding import check_mesh, data_shards, make_mesh, rows_of_microbatch, rows_of_step
+from nanochat_jax.stages.evaluate import load_tasks
 from nanochat_jax.stages.finetune import check_mixture
 from nanochat_jax.stages.rl import check_settings
 from nanochat_jax.stages.session import Log, check_start
@@ -62,5 +63,4 @@ def fetch_sets(config: Config, stages: Collection[str], log: Log) -> None:
     measured = {name for stage in stages for name in (config.eval.base if stage == "base" else config.eval.chat)}
     if "core" in measured or ("base" in stages and config.base.core_every > 0):
         fetch_eval_bundle(config.data, log)
-    for name in sorted(measured - {"bpb", "core"}):
-        load(name, "test", config.data, config.seed, config.unsafe_sandbox)
+    load_tasks(sorted(measured), config)

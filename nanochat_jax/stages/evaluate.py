@@ -62,11 +62,7 @@ def run(
     mesh = make_mesh(config.mesh)
     params, cfg, tokenizer, _, found = load_model(workdir, source, config, mesh, step)
     limit = max_examples if max_examples is not None else config.eval.max_examples
-    loaded = {
-        name: load(name, "test", config.data, config.seed, config.unsafe_sandbox)
-        for name in names
-        if name not in ("bpb", "core")
-    }
+    loaded = load_tasks(names, config)
     figures: dict = {"source": source, "step": found, "tasks": {}, "chatcore": None}
     if config.eval.temperature > 0:
         drawn = ("temperature", "top_k", "num_samples")
@@ -187,6 +183,15 @@ def core_metric(
     params, mesh = own_copy(params, mesh)
     bundle = fetch_eval_bundle(config.data, log)
     return evaluate_core(params, cfg, tokenizer, bundle, mesh, config.eval.batch_size, max_examples, log)
+
+
+def load_tasks(names: Iterable[str], config: Config) -> dict[str, Task]:
+    """The test sets among these evaluations, by name."""
+    return {
+        name: load(name, "test", config.data, config.seed, config.unsafe_sandbox)
+        for name in names
+        if name not in ("bpb", "core")
+    }
 
 
 def measure(

@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import jax
@@ -23,13 +23,15 @@ from nanochat_jax.config import DEFAULT_ROWS, Config, FinetuneConfig
 from nanochat_jax.data.conversations import conversation_batches, epoch_rows
 from nanochat_jax.distributed import barrier, is_leader, leaders
 from nanochat_jax.errors import UserError
+from nanochat_jax.evals.chat import chatcore
 from nanochat_jax.model import flops_per_token
 from nanochat_jax.optim import Schedule
 from nanochat_jax.run import finished
 from nanochat_jax.sharding import put_batch
+from nanochat_jax.stages.evaluate import load_tasks, measure
 from nanochat_jax.stages.samples import write_samples
 from nanochat_jax.stages.session import Log, Session, is_done, open_session, state_from, step_batch
-from nanochat_jax.tasks import Mixture
+from nanochat_jax.tasks import Mixture, Task
 from nanochat_jax.train import eval_losses
 
 PREVIOUS = {"mid": "base", "sft": "mid", "sft_continued": "sft"}
@@ -58,7 +60,9 @@ def continued(config: Config, workdir: Path, flops: float, log: Log, force: bool
         if is_leader():
             shutil.rmtree(workdir / "sft_continued")
         barrier("sft_continued removed")
-    settings = dataclasses.replace(config.sft, init_from=None, init_step=None, init_optimizer=False, stop_after=None)
+    settings = dataclasses.replace(
+        config.sft, init_from=None, init_step=None, init_optimizer=False, stop_after=None, tasks_every=0
+    )
     train(config, settings, workdir, "sft_continued", log, force, flops)
 
 
@@ -102,6 +106,7 @@ def train(
         )
     schedule = Schedule(settings, steps, cfg.n_embd, weight_decay=settings.weight_decay)
     batches = conversation_batches(train_set, session.tokenizer, rows=microbatches * rows, **packed)
+    tasks = load_tasks(config.eval.chat, config).values() if settings.tasks_every > 0 else ()
     start = functools.partial(state_from, session, workdir, PREVIOUS[name])
     pace = session.begin(schedule, start, batches, tokens_a_step=batch_tokens)
     pending = None
@@ -112,20 +117,23 @@ def train(
         session.metrics.write("train", step=step, targets=int(metrics["targets"]), **values)
         session.console.step(step + 1, **values)
 
-    def measure() -> None:
+    def validate() -> None:
+        """The validation loss and the tasks, where they are due."""
         if len(val_set) and session.owes("val", settings.eval_every):
             loss = validation_loss(session, val_set, rows, packed)
             if loss is None:
                 session.log(
                     f"{name} {session.step}: no held-out conversation has a target within {cfg.sequence_len} tokens"
                 )
-                return
-            session.validated(loss)
-            session.metrics.write("val", step=session.step, loss=loss)
-            session.log(f"{name} {session.step}: validation loss {loss:.4f}")
+            else:
+                session.validated(loss)
+                session.metrics.write("val", step=session.step, loss=loss)
+                session.log(f"{name} {session.step}: validation loss {loss:.4f}")
+        if tasks and session.step % settings.tasks_every == 0 and session.owes("tasks", settings.tasks_every):
+            session.metrics.write("tasks", step=session.step, **task_figures(session, tasks, settings.tasks_rows))
 
     with session.loop() as stop:
-        stop.measure(measure)
+        stop.measure(validate)
         while not stop.now(session.step) and session.step < session.last:
             step = session.step
             batch, waited = step_batch(batches, microbatches, mesh)
@@ -139,12 +147,12 @@ def train(
             session.step += 1
             session.meta["tokens"] += batch_tokens
             session.meta["flops"] += step_flops
-            if session.due(settings.save_every, settings.eval_every):
+            if session.due(settings.save_every, settings.eval_every, settings.tasks_every):
                 record(*pending)
                 pending = None
                 if session.due(settings.save_every):
                     session.save(batches)  # before anything that can fail
-                stop.measure(measure)
+                stop.measure(validate)
                 pace.skip()
         if pending:
             record(*pending)
@@ -166,6 +174,19 @@ def check_mixture(name: str, settings: FinetuneConfig) -> None:
     """UserError where there is nothing to learn from."""
     if not settings.mixture:
         raise UserError(f"--{name}.mixture is empty: name the sets to learn from, such as smoltalk:10000")
+
+
+def task_figures(session: Session, tasks: Iterable[Task], rows: int) -> dict:
+    """{"accuracy": {task: share}, "chatcore"} of the model as it is, `rows` questions of each generative task."""
+    config, model = session.config, (session.state.params, session.cfg, session.tokenizer)
+    most, found = config.eval.max_examples, {}
+    for kind, limit in (("categorical", most), ("generative", min(rows, most or rows))):
+        if chosen := [task for task in tasks if task.kind == kind]:
+            found |= measure(model, chosen, config, session.mesh, limit, session.log)
+    value = chatcore(found)["chatcore"]
+    if value is not None:
+        session.log(f"{session.name} {session.step}: ChatCORE {value:.4f}")
+    return {"accuracy": {name: result["accuracy"] for name, result in found.items()}, "chatcore": value}
 
 
 def validation_loss(session: Session, held_out: Sequence[dict], rows: int, packed: dict) -> float | None:
