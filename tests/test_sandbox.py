@@ -129,6 +129,11 @@ HOSTILE = {
         "",
     ),
     "memory": ("x = []\nwhile True: x.append(bytearray(10**6))", "memory", "MemoryError"),
+    "memory, held by a function": (
+        "def fill():\n    x = []\n    while True: x.append(bytearray(10**6))\nfill()",
+        "memory",
+        "MemoryError",
+    ),
     "memory, refused and tried again": (
         "x = []\nwhile True:\n    try: x.append(bytearray(10**6))\n    except MemoryError: pass",
         "timeout",

@@ -33,7 +33,16 @@ def main(memory: int, cpu_seconds: int, file_bytes: int, processes: int) -> None
     sys.argv = ["program.py"]
     program = types.ModuleType("__main__")
     sys.modules["__main__"] = program
-    exec(compile(source, "program.py", "exec"), program.__dict__)
+    try:
+        exec(compile(source, "program.py", "exec"), program.__dict__)
+    except MemoryError as error:
+        # What the program holds is let go of: from Python 3.13 on printing the traceback takes memory.
+        program.__dict__.clear()
+        at = error.__traceback__.tb_next
+        while at:
+            at.tb_frame.clear()
+            at = at.tb_next
+        raise
 
 
 main(*map(int, sys.argv[1:]))
