@@ -103,14 +103,21 @@ def train_rows(
 
 def train_bytes(cfg: GPTConfig, mesh: Mesh, microbatches: int, rows: int, length: int, weights: bool = False) -> float:
     """Bytes a device needs for `train_step` on `microbatches` of `rows` per data shard, state included."""
+    with jax.set_mesh(mesh):
+        lowered = lowered_step(cfg, mesh, microbatches, rows, length, weights)
+        return program_bytes(lowered, compiler_options(cfg, mesh))
+
+
+def lowered_step(
+    cfg: GPTConfig, mesh: Mesh, microbatches: int, rows: int, length: int, weights: bool = False
+) -> jax.stages.Lowered:
+    """`train_step` for such a batch, to be compiled; wants the mesh in use."""
     shape, sharding = (microbatches, rows * data_shards(mesh), length), NamedSharding(mesh, P(None, *BATCH))
     batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding) for name in ("inputs", "targets")}
     if weights:
         batch["weights"] = batch["inputs"].update(dtype=jnp.float32)
     hyper = Schedule(StageConfig(), 1, cfg.n_embd).hyper(0)
-    with jax.set_mesh(mesh):
-        lowered = train_step.lower(state_shapes(cfg, mesh), batch, hyper, cfg=cfg)
-        return program_bytes(lowered, compiler_options(cfg, mesh))
+    return train_step.lower(state_shapes(cfg, mesh), batch, hyper, cfg=cfg)
 
 
 def program_bytes(lowered: jax.stages.Lowered, options: dict[str, bool]) -> float:

@@ -334,7 +334,7 @@ def init_params(cfg: GPTConfig, key: jax.Array) -> Params:
 @functools.cache
 def param_shapes(cfg: GPTConfig) -> Params:
     """The shapes and dtypes of the parameters, nothing allocated."""
-    return jax.eval_shape(lambda key: init_params(cfg, key), jax.random.key(0))
+    return jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
 
 
 def hidden(params: Params, cfg: GPTConfig, tokens_BT: jax.Array) -> jax.Array:

@@ -257,6 +257,23 @@ def test_two_programs_are_compared_round_by_round(sides):
     assert "ratio 1.5" in compare_nanochat.summary(figures)
 
 
+def test_what_moves_between_devices_is_read_from_a_compiled_program(scripts):
+    import compile_for_h100
+
+    program = """
+  %reduce_scatter.1 = f32[6,250000]{1,0} reduce-scatter(%copy), channel_id=1, replica_groups=[1,8]<=[8]
+  %all-gather-start.2 = ((bf16[8]{0}, f32[4]{0}), (bf16[64]{0}, f32[32]{0})) all-gather-start(%a, %b), channel_id=2
+  %all-gather-done.2 = (bf16[1000000]{0}, f32[500000]{0}) all-gather-done(%all-gather-start.2)
+  %all-reduce.3 = f32[] all-reduce(%norm), channel_id=3, to_apply=%add
+  ROOT %fusion = f32[4] fusion(%all-gather-done.2), calls=%all-reduce-like
+"""
+    assert compile_for_h100.moved(program) == {
+        "reduce-scatter": {"count": 1, "mb": 6.0},
+        "all-gather": {"count": 1, "mb": 4.0},
+        "all-reduce": {"count": 1, "mb": 0.0},
+    }
+
+
 def test_the_running_mean_is_the_one_that_nanochat_prints(scripts):
     from compare_nanochat import running_mean
 
