@@ -366,7 +366,7 @@ async function answer(before) {
     drawn = true;
     requestAnimationFrame(() => {
       drawn = false;
-      if (conversation === current) redrawLast();
+      if (running === control) redrawLast(); // else it has been drawn as it ended, or another conversation has
     });
   };
   try {
