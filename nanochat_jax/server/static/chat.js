@@ -289,8 +289,9 @@ function editor(message, index) {
     ask(area.value.trim(), before);
   };
   area.addEventListener("keydown", (event) => {
+    if (event.isComposing) return; // the input method's
     if (event.key === "Escape") cancel();
-    if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+    if (event.key === "Enter" && !event.shiftKey) {
       event.preventDefault();
       commit();
     }
@@ -508,6 +509,7 @@ function connect() {
     }
   });
   document.addEventListener("keydown", (event) => {
+    if (event.isComposing) return;
     if (event.key === "Escape" && document.body.classList.contains("menu-open")) {
       menu(false);
       $("menu").focus();
