@@ -256,6 +256,7 @@ function show(conversation) {
 function deleteConversation(conversation) {
   if (!confirm(`Delete “${conversation.title}”?`)) return;
   store(keyOf(conversation));
+  for (const [key, value] of Object.entries(unsaved)) store(key, value); // there may be room now
   drop(conversation);
 }
 
