@@ -62,7 +62,7 @@ function loadConversations() {
   migrate();
   try {
     const keys = Object.keys(localStorage).filter((key) => key.startsWith("nanochat.conversation."));
-    setConversations(keys.map((key) => load(key.slice("nanochat.".length), null)).filter(Boolean));
+    setConversations(keys.map((key) => load(key.slice("nanochat.".length), null)).filter((found) => Array.isArray(found?.messages)));
   } catch {
     // Storage is forbidden: this page begins with an empty list.
   }
