@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -16,6 +17,8 @@ import pytest
 
 from nanochat_jax import process
 
+# Tests started in the background have Ctrl-C ignored, and so would the programs that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 process.prune(Path(__file__).parent.parent / ".pytest_cache" / "xla", 2**30)
 
