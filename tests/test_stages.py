@@ -139,6 +139,15 @@ def test_what_ends_a_later_stage_is_known_before_the_first(change, words, tmp_pa
         check_ahead(config, ["base"], tmp_path, quiet)  # which does not need it
 
 
+@pytest.mark.parametrize(("streams", "words"), [(1, "--data.streams 1 cannot be dealt to 2"), (6, "no multiple of")])
+def test_streams_that_processes_cannot_share_are_refused_ahead(streams, words, tmp_path, monkeypatch):
+    monkeypatch.setattr("nanochat_jax.stages.ahead.data_part", lambda mesh: (1, 2))
+    config = replace(tiny.config, data=replace(tiny.config.data, streams=streams))
+    with pytest.raises(UserError, match=words):
+        check_ahead(config, ["base"], tmp_path, quiet)
+    check_ahead(config, ["mid"], tmp_path, quiet)  # which reads everything in every process
+
+
 def test_what_an_evaluation_needs_is_known_before_the_first_stage(tmp_path, monkeypatch):
     core = replace(tiny.config, eval=replace(tiny.config.eval, base=("bpb", "core")))
     with pytest.raises(UserError, match=r"has no core\.yaml"):

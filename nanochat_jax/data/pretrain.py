@@ -58,16 +58,7 @@ def pretrain_batches(
     """
     if min(rows, streams, buffer_docs) < 1:
         raise UserError(f"rows {rows}, streams {streams}, buffer-docs {buffer_docs}: each must be at least 1")
-    if streams % process_count:
-        raise UserError(
-            f"--data.streams {streams} cannot be dealt to {process_count} processes that read data: use a multiple "
-            f"of {process_count}, from the start of the run on"
-        )
-    if process_count > 1 and rows % streams:
-        raise UserError(
-            f"the {rows} rows of a step are no multiple of --data.streams {streams}, which several processes need: "
-            "change one of them"
-        )
+    check_dealt(rows, streams, process_count)
     share = streams // process_count
     mine = range(process_index * share, (process_index + 1) * share)
     readers = open_readers(files, tokenizer, streams, mine)
@@ -83,6 +74,20 @@ def pretrain_batches(
     }
     packed = PackedBatches(dealt, mine, rows // process_count, sequence_len + 1, origin)
     return grain.experimental.ThreadPrefetchDatasetIterator(packed, PREFETCH)
+
+
+def check_dealt(rows: int, streams: int, process_count: int) -> None:
+    """UserError where streams and the rows of a batch cannot be dealt to so many processes that read."""
+    if streams % process_count:
+        raise UserError(
+            f"--data.streams {streams} cannot be dealt to {process_count} processes that read data: use a multiple "
+            f"of {process_count}, from the start of the run on"
+        )
+    if process_count > 1 and rows % streams:
+        raise UserError(
+            f"the {rows} rows of a step are no multiple of --data.streams {streams}, which several processes need: "
+            "change one of them"
+        )
 
 
 def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from nanochat_jax.config import DEFAULT_ROWS, MODEL_STAGES, Config
 from nanochat_jax.data.download import fetch_eval_bundle
+from nanochat_jax.data.pretrain import check_dealt
 from nanochat_jax.fp8 import precision
 from nanochat_jax.optim import check_horizon, horizon
 from nanochat_jax.run import gpt_config
-from nanochat_jax.sharding import check_mesh, data_shards, make_mesh, rows_of_microbatch, rows_of_step
+from nanochat_jax.sharding import check_mesh, data_part, data_shards, make_mesh, rows_of_microbatch, rows_of_step
 from nanochat_jax.stages.evaluate import load_tasks
 from nanochat_jax.stages.finetune import check_mixture
 from nanochat_jax.stages.rl import check_settings
@@ -37,7 +38,9 @@ def check_ahead(config: Config, stages: Collection[str], workdir: Path, log: Log
         rows = rows_of_step(name, tokens, cfg.sequence_len, shards)
         if stage.device_batch_size != "auto":
             rows_of_microbatch(name, rows, stage.device_batch_size, shards)
-        if name != "base":
+        if name == "base":
+            check_dealt(rows, config.data.streams, data_part(mesh)[1])
+        else:
             check_mixture(name, stage)
     if "rl" in stages:
         check_settings(config.rl)
