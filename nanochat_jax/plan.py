@@ -217,7 +217,7 @@ def step_memory(config: Config, cfg: GPTConfig, rows: int, platform: str, attent
     axes = parse_mesh(config.mesh)
     parameter_parts, all_parts = axes["fsdp"] * axes["tensor"], math.prod(axes.values())
     dtype, low = cfg.compute_dtype, jnp.dtype(cfg.compute_dtype).itemsize
-    tokens = rows * cfg.sequence_len / axes["tensor"]
+    tokens = rows * cfg.sequence_len
     chunk = loss_chunk(config, rows, platform)
     head_tokens = rows * min(chunk or cfg.sequence_len, cfg.sequence_len) / axes["tensor"]
     kind = _kind(attention)
@@ -226,11 +226,14 @@ def step_memory(config: Config, cfg: GPTConfig, rows: int, platform: str, attent
     # A window's mean number of visible keys, and half a block of queries.
     keys = [window - window**2 / 2 / cfg.sequence_len + 64 for window in cfg.windows]
     scores = SCORE_BYTES[dtype] * cfg.n_head * (attention in KEEPS_SCORES)
+    # The residual stream, which remat keeps, is whole on every device of `tensor`.
+    residual = REMAT_VALUES * low * tokens * cfg.n_embd
     layers = [tokens * (ACTIVATION_BYTES[kind][dtype] * cfg.n_embd + scores * seen) for seen in keys]
+    layers = [residual + (layer - residual) / axes["tensor"] for layer in layers]
     activations = sum(layers)
     if cfg.remat:
         # One layer's activations are there again when the logits are not any more.
-        activations = REMAT_VALUES * low * tokens * cfg.n_embd * cfg.n_layer + max(0.0, max(layers) - logits)
+        activations = residual * cfg.n_layer + max(0.0, max(layers) - logits)
     # Gradients are float32: the step's sum and a microbatch's, or in the update what that works on.
     weights, optimizer = state_bytes(cfg)
     memory = {

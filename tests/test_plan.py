@@ -170,6 +170,8 @@ def test_auto_counts_one_row():
 SHAPES = [
     # depth, aspect ratio, length, rows, mesh, precision, remat, chunk
     (1, 64, 256, 4, "1", "float32", False, 0),
+    (2, 128, 256, 16, "tensor=8", "float32", False, 0),
+    pytest.param(4, 64, 512, 8, "data=2,tensor=4", "bfloat16", True, 64, marks=pytest.mark.slow),
     pytest.param(2, 32, 256, 16, "1", "bfloat16", True, 0, marks=pytest.mark.slow),
     pytest.param(2, 32, 256, 8, "1", "bfloat16", False, 16, marks=pytest.mark.slow),
     pytest.param(6, 64, 512, 4, "1", "bfloat16", True, 64, marks=pytest.mark.slow),
