@@ -1,7 +1,10 @@
 """The tokenizer: what comes back from text and conversations, what is stored, and what is refused."""
 
 import hashlib
+import itertools
 import json
+import re
+import time
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +16,7 @@ from nanochat_jax.config import Config, DataConfig, TokenizerConfig
 from nanochat_jax.errors import UserError
 from nanochat_jax.stages import tokenizer as stage
 from nanochat_jax.stages.tokenizer import CutTexts
-from nanochat_jax.tokenizer import SPECIALS, Tokenizer
+from nanochat_jax.tokenizer import SPECIALS, Tokenizer, _cut
 
 TEXTS = [
     "The old whale swam slowly past the harbour while 1851 sailors counted 42 gulls.\n\n" * 3,
@@ -256,6 +259,19 @@ def test_white_space_without_end_is_encoded(tokenizer):
 
 def test_white_space_without_end_is_learned_from():
     assert Tokenizer.train([f"a{' ' * 1_200_000}b"], 266).decode([256]) == "  "
+
+
+def test_where_white_space_is_cut(monkeypatch):
+    monkeypatch.setattr("nanochat_jax.tokenizer.BLANKS", 3)
+    for text in map("".join, itertools.product(" \na", repeat=8)):
+        assert [*filter(None, _cut(text))] == [*filter(None, re.split(r"(\s{3})", text))]
+
+
+def test_much_white_space_that_is_not_cut_is_encoded_in_no_time(tokenizer):
+    text = f"{' ' * 99_999}a" * 3
+    start = time.perf_counter()
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert time.perf_counter() - start < 3
 
 
 def test_a_validation_shard_without_text_is_refused_before_learning(tmp_path):
