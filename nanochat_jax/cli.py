@@ -32,6 +32,7 @@ import tyro
 from nanochat_jax import distributed, process, run, track
 from nanochat_jax.bench import Settings, measured
 from nanochat_jax.config import MODEL_STAGES, STAGES, Config, check_ranges
+from nanochat_jax.data.files import expanded
 from nanochat_jax.errors import UsageError, UserError
 from nanochat_jax.stopping import ending_at_once
 
@@ -46,7 +47,8 @@ Source = Literal["base", "mid", "sft", "rl"]
 Part = Literal["train", "attention", "loader", "tokenizer", "decode", "server", "sandbox"]
 CONVERSATION_TEMPERATURE = 0.6
 HELP, HELP_ALL = ("-h", "--help"), "--help-all"
-MENDABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
+PATHS = (errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)
+MENDABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, *PATHS)
 
 
 @dataclass(frozen=True)
@@ -488,7 +490,7 @@ def report(options: ReportOptions, workdir: Path) -> None:
     if options.against:
         from nanochat_jax.compare import write_comparison
 
-        print(write_comparison([workdir, *(path.expanduser() for path in options.against)], workdir / "comparison"))
+        print(write_comparison([workdir, *map(expanded, options.against)], workdir / "comparison"))
 
 
 def convert(options: ConvertOptions, workdir: Path) -> None:
@@ -520,7 +522,7 @@ def _defaults(argv: Sequence[str], starts_run: bool, tolerant: bool = False) -> 
         given, _ = early.parse_known_args(argv)
     except argparse.ArgumentError as error:
         raise UsageError(str(error)) from None
-    workdir = None if given.workdir is None else Path(given.workdir).expanduser()
+    workdir = None if given.workdir is None else expanded(given.workdir)
     if given.experiment is not None:
         path = Path(given.experiment)
         return load_experiment(path), workdir or run.RUNS / path.stem, str(path)

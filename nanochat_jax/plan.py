@@ -10,7 +10,6 @@ import math
 import os
 from collections.abc import Collection
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,6 +20,7 @@ from kernels.attention import GPU_IMPLEMENTATIONS
 from nanochat_jax.config import DEFAULT_ROWS, MODEL_STAGES, Config, FinetuneConfig, GPTConfig
 from nanochat_jax.data.conversations import read_jsonl
 from nanochat_jax.data.download import SHARD_BYTES
+from nanochat_jax.data.files import expanded
 from nanochat_jax.loss import kernel_takes
 from nanochat_jax.memory import loss_chunk
 from nanochat_jax.metrics import duration, gib, peak_flops, si
@@ -181,7 +181,7 @@ def _mixture_entry(spec: str, config: Config) -> tuple[int, int, int]:
     if name in PUBLIC_SETS:
         there, length = PUBLIC_SETS[name]
     elif name.endswith(".jsonl"):
-        path = Path(name).expanduser()
+        path = expanded(name)
         there = len(read_jsonl(path))
         length = path.stat().st_size // 4 // there
     else:

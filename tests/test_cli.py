@@ -19,11 +19,13 @@ import pytest
 
 from nanochat_jax import chat, cli, run
 from nanochat_jax.checkpoint import Checkpointer
-from nanochat_jax.config import Config, GPTConfig
+from nanochat_jax.config import Config, DataConfig, GPTConfig
+from nanochat_jax.errors import UserError
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.model import param_shapes
 from nanochat_jax.server.context import fit
 from nanochat_jax.tasks import LOADERS
+from nanochat_jax.tasks.hub import load_rows
 from nanochat_jax.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -171,6 +173,29 @@ def test_paths_that_checkpoints_could_not_be_read_from(capsys, experiment, tmp_p
     argv = ["pretrain", "--experiment", experiment, "--workdir", tmp_path / name / "w"]
     expect_error(capsys, argv, 1, f"{name}/w: no checkpoint could be read", "name one without")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "parts"),
+    [
+        ("~nobody-of-this-name/w", ["~nobody-of-this-name/w: ~nobody-of-this-name is no home", "write the path out"]),
+        ("a" * 300, ["File name too long"]),
+    ],
+)
+def test_paths_that_can_be_none(capsys, experiment, trained, tmp_path, monkeypatch, path, parts):
+    monkeypatch.chdir(tmp_path)
+    begin = ["pretrain", "--experiment", experiment, "--workdir"]
+    expect_error(capsys, [*begin, path], 1, *parts)
+    expect_error(capsys, [*begin, "w", "--data.dir", path], 1, *parts)
+    expect_error(capsys, ["eval", "--workdir", path], 1, *parts)
+    expect_error(capsys, ["report", "--workdir", trained, "--against", path], 1, *parts)
+    expect_error(capsys, ["sft", *begin[1:], "w", "--plan", "--sft.mixture", f"{path}.jsonl"], 1, path)
+    assert not list(tmp_path.glob("w/*/"))
+
+
+def test_a_mirror_that_can_be_none():
+    with pytest.raises(UserError, match="~nobody-of-this-name is no home"):
+        load_rows(DataConfig(mirror="~nobody-of-this-name"), "openai/gsm8k", "main", "test", [])
 
 
 def test_bad_training_data(capsys, experiment, tmp_path):

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import grain
 import numpy as np
 
+from nanochat_jax.data.files import expanded
 from nanochat_jax.data.packing import BestFitBuffer
 from nanochat_jax.data.position import check_origin, digest
 from nanochat_jax.data.pretrain import PREFETCH, Batch
@@ -49,7 +50,7 @@ def validate(conversation: object, where: str) -> None:
 
 def read_jsonl(path: Path) -> list[dict]:
     """Conversations from a file with one a line, also as a bare list of messages. UserError names the line at fault."""
-    path = Path(path).expanduser()
+    path = expanded(path)
     try:
         lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
     except OSError as error:

@@ -27,6 +27,7 @@ import requests
 from werkzeug.http import parse_date
 
 from nanochat_jax.config import Config, DataConfig
+from nanochat_jax.data.files import expanded
 from nanochat_jax.data.shards import Shard, shard_files
 from nanochat_jax.distributed import leader_first
 from nanochat_jax.errors import UserError
@@ -88,7 +89,7 @@ def prepare_shards(config: DataConfig, log: Log, recorded: Sequence[str] | None 
 def ensure_shards(config: DataConfig, log: Log) -> Path:
     """The folder of parquet files; downloads what is missing of a published set, validation shard first."""
     if config.dir is not None:
-        return Path(config.dir).expanduser()
+        return expanded(config.dir)
     if config.source == "embedded":
         return Path(__file__).parent.parent / "corpus"
     shards = SETS[config.source]
@@ -96,7 +97,7 @@ def ensure_shards(config: DataConfig, log: Log) -> Path:
         raise UserError(
             f"--data.num-shards {config.num_shards}: {config.source} has 1 to {shards.last} training shards"
         )
-    folder = Path(config.cache).expanduser() / config.source
+    folder = expanded(config.cache) / config.source
     folder.mkdir(parents=True, exist_ok=True)
     missing = [i for i in (shards.last, *range(config.num_shards)) if not (folder / shards.name(i)).exists()]
     if not missing:
@@ -128,13 +129,13 @@ def fetch_eval_bundle(config: DataConfig, log: Log) -> Path:
 
 def _eval_bundle(config: DataConfig, log: Log) -> Path:
     if config.eval_bundle is not None:
-        folder = Path(config.eval_bundle).expanduser()
+        folder = expanded(config.eval_bundle)
         if not (folder / "core.yaml").is_file():
             raise UserError(
                 f"--data.eval-bundle {folder} has no core.yaml; unpack eval_bundle.zip there or unset the option"
             )
         return folder
-    cache = Path(config.cache).expanduser()
+    cache = expanded(config.cache)
     folder = cache / "eval_bundle"
     if folder.is_dir():
         return folder

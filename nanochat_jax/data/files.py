@@ -1,4 +1,4 @@
-"""JSON files that are either whole or not there."""
+"""JSON files that are either whole or not there, and paths as people write them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 import os
 from pathlib import Path
 from typing import Any
+
+from nanochat_jax.errors import UserError
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -23,3 +25,11 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """What is in a file of JSON. OSError where it cannot be read, ValueError where it is none."""
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def expanded(path: Path | str) -> Path:
+    """`path` with the home folder for a leading ~ or ~NAME. UserError where there is none."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"{path}: {Path(path).parts[0]} is no home folder here; write the path out") from None

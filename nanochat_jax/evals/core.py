@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from nanochat_jax.config import GPTConfig
+from nanochat_jax.data.files import expanded
 from nanochat_jax.distributed import gather_json
 from nanochat_jax.errors import UserError
 from nanochat_jax.evals.intervals import centred_mean, wilson
@@ -78,7 +79,7 @@ def evaluate_core(
     are its own then. Raises UserError for an incomplete bundle or a prompt beyond the model's positions.
     """
     results, centred, intervals, counts, chances = {}, {}, {}, {}, {}
-    for task in read_bundle(Path(bundle).expanduser()):
+    for task in read_bundle(expanded(bundle)):
         n = len(task.rows) if max_examples is None else min(max_examples, len(task.rows))
         if n < 1:
             raise UserError(f"CORE {task.label}: no row to score")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from nanochat_jax.config import DEFAULT_ROWS, MODEL_STAGES, Config
 from nanochat_jax.data.download import fetch_eval_bundle
+from nanochat_jax.data.files import expanded
 from nanochat_jax.data.pretrain import check_dealt
 from nanochat_jax.fp8 import precision
 from nanochat_jax.optim import check_horizon, horizon
@@ -47,7 +48,7 @@ def check_ahead(config: Config, stages: Collection[str], workdir: Path, log: Log
     for name in [name for name in MODEL_STAGES if name in stages]:
         if getattr(config, name).init_from is None:
             continue
-        source = Path(getattr(config, name).init_from).expanduser()
+        source = expanded(getattr(config, name).init_from)
         made_here = source.name in stages and source.parent.resolve() == workdir.resolve()
         if not made_here:
             check_start(name, getattr(config, name), source)

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 
 from nanochat_jax.checkpoint import Checkpointer, restore, restore_params, steps
 from nanochat_jax.config import ARCHITECTURE, Config, GPTConfig, StageConfig
-from nanochat_jax.data.files import write_json
+from nanochat_jax.data.files import expanded, write_json
 from nanochat_jax.data.pretrain import merge_states
 from nanochat_jax.distributed import barrier, gather_json, is_leader, leaders
 from nanochat_jax.errors import UserError
@@ -337,7 +337,7 @@ def state_from(session: Session, workdir: Path, previous: str) -> TrainState:
 
     Moments are fresh, or with `init_optimizer` those of that stage.
     """
-    source = Path(session.stage.init_from).expanduser() if session.stage.init_from else workdir / previous
+    source = expanded(session.stage.init_from) if session.stage.init_from else workdir / previous
     check_start(session.name, session.stage, source)
     if source.parent.resolve() != session.folder.parent.resolve():
         check_origin_of(session, source)

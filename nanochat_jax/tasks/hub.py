@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from nanochat_jax.config import DataConfig
+from nanochat_jax.data.files import expanded
 from nanochat_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,10 +25,10 @@ def load_rows(data: DataConfig, repo: str, config: str, split: str, columns: Seq
     """
     import datasets  # takes seconds
 
-    where, cache = f"{repo} {config} {split}", str(Path(data.cache).expanduser() / "datasets")
+    where, cache = f"{repo} {config} {split}", str(expanded(data.cache) / "datasets")
+    path = expanded(data.mirror or "") / repo / config / f"{split}.parquet"
     try:
         if data.mirror:
-            path = Path(data.mirror).expanduser() / repo / config / f"{split}.parquet"
             rows = datasets.Dataset.from_parquet(str(path), cache_dir=cache)
         else:
             rows = datasets.load_dataset(repo, config, split=split, cache_dir=cache)

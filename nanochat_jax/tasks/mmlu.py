@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from nanochat_jax.config import DataConfig
+from nanochat_jax.data.files import expanded
 from nanochat_jax.errors import UserError
 from nanochat_jax.tasks.hub import load_rows
 from nanochat_jax.tasks.task import LETTERS, Task, is_letter, multiple_choice, one_of
@@ -23,7 +22,7 @@ def load(split: str, data: DataConfig) -> Task:
 def load_auxiliary(split: str, data: DataConfig) -> Task:
     """The training questions, from either place where the repository keeps them."""
     one_of("mmlu_aux", split, ("train",))
-    flat = not data.mirror or (Path(data.mirror).expanduser() / REPO / "all" / "auxiliary_train.parquet").is_file()
+    flat = not data.mirror or (expanded(data.mirror) / REPO / "all" / "auxiliary_train.parquet").is_file()
     config, name = ("all", "auxiliary_train") if flat else ("auxiliary_train", "train")
     rows = load_rows(data, REPO, config, name, COLUMNS)
     return Task("mmlu_aux", "categorical", rows, conversation, is_letter)
