@@ -393,18 +393,20 @@ def windows(pattern: str, n_layer: int, sequence_len: int) -> tuple[int, ...]:
 
 
 COUNT, NOT_NEGATIVE = (1, math.inf), (0, math.inf)
+LAYERS, SIZE = (1, 1000), (1, 2**24)
+"""Far above any in use: each layer takes milliseconds to trace, and JAX counts in 32 bits."""
 RANGES = (
-    dict.fromkeys(("depth", "aspect_ratio", "head_dim", "n_kv_head", "sequence_len"), COUNT)
-    | dict.fromkeys(("vocab_size", "max_chars", "doc_cap", "num_shards", "streams", "buffer_docs"), COUNT)
+    dict.fromkeys(("aspect_ratio", "head_dim", "n_kv_head", "sequence_len", "vocab_size"), SIZE)
+    | dict.fromkeys(("max_chars", "doc_cap", "num_shards", "streams", "buffer_docs"), COUNT)
     | dict.fromkeys(("num_iterations", "total_batch_size", "device_batch_size", "batch_size"), COUNT)
     | dict.fromkeys(("keep", "stop_after", "eval_tokens", "sample_tokens", "max_new_tokens"), COUNT)
-    | dict.fromkeys(("questions_per_step", "samples_per_question", "num_samples", "pass_k"), COUNT)
+    | dict.fromkeys(("questions_per_step", "samples_per_question", "num_samples", "pass_k"), (1, 2**16))
     | dict.fromkeys(("normalize_over", "eval_examples", "max_examples", "tasks_rows"), COUNT)
     | dict.fromkeys(("warmup_steps", "init_lr_frac", "final_lr_frac", "val_rows", "loss_chunk"), NOT_NEGATIVE)
     | dict.fromkeys(("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr", "weight_decay"), NOT_NEGATIVE)
     | dict.fromkeys(("momentum_warmup", "init_step"), NOT_NEGATIVE)
     | dict.fromkeys(("momentum_start", "momentum_peak", "momentum_end"), (0, 0.9999))
-    | {"warmdown_ratio": (0, 1), "seed": (0, 2**31 - 1), "device_memory_gb": (0, 2**20)}
+    | {"depth": LAYERS, "warmdown_ratio": (0, 1), "seed": (0, 2**31 - 1), "device_memory_gb": (0, 2**20)}
     | {"temperature": (0, 100), "top_k": (0, 2**31 - 1)}
 )
 """The least and the most that a field can be, in whatever section it is, where it is a number."""

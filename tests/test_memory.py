@@ -22,6 +22,7 @@ from nanochat_jax.config import (
     FinetuneConfig,
     GPTConfig,
     ModelConfig,
+    RLConfig,
     check_ranges,
 )
 from nanochat_jax.errors import UserError
@@ -299,6 +300,9 @@ def test_options_reach_the_configuration_and_come_back():
         ({"base": BaseConfig(matrix_lr=-0.1)}, "--base.matrix-lr -0.1: at least 0 is needed"),
         ({"base": BaseConfig(init_step=3)}, "--base.init-step need --base.init-from"),
         ({"mid": FinetuneConfig(val_rows=-1)}, "--mid.val-rows -1"),
+        ({"model": ModelConfig(depth=100_000)}, "--model.depth 100000: 1 to 1000 is needed"),
+        ({"model": ModelConfig(sequence_len=10**12)}, "--model.sequence-len 1000000000000: 1 to 16777216 is needed"),
+        ({"rl": RLConfig(questions_per_step=10**9)}, "--rl.questions-per-step 1000000000: 1 to 65536 is needed"),
         ({"eval": EvalConfig(temperature=-0.5)}, "--eval.temperature -0.5: 0 to 100"),
         ({"eval": EvalConfig(num_samples=4)}, "--eval.num-samples 4 greedy answers are all the same"),
         (
