@@ -21,6 +21,7 @@ from nanochat_jax.config import DEFAULT_ROWS, MODEL_STAGES, Config, FinetuneConf
 from nanochat_jax.data.conversations import read_jsonl
 from nanochat_jax.data.download import SHARD_BYTES
 from nanochat_jax.data.files import expanded
+from nanochat_jax.fp8 import precision
 from nanochat_jax.loss import kernel_takes
 from nanochat_jax.memory import loss_chunk
 from nanochat_jax.metrics import duration, gib, peak_flops, si
@@ -74,6 +75,7 @@ def plan(config: Config, chosen: Collection[str] = MODEL_STAGES) -> dict[str, An
     cfg = gpt_config(config, config.tokenizer.vocab_size, platform)
     attention, cfg = cfg.attention, replace(cfg, attention="reference")  # which can be traced everywhere
     check_mesh(mesh, cfg)
+    precision(cfg, jax.devices()[0])
     counts, per_token = count_params(cfg), flops_per_token(cfg)
     stages = []
     if "base" in chosen:

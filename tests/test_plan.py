@@ -102,6 +102,13 @@ def test_rl_counts_rollouts_and_the_control():
     assert stage(plan(tiny(rl=few)), "rl")["steps"] == 1, "as training has it"
 
 
+def test_fp8_that_the_run_would_refuse_is_not_planned():
+    with pytest.raises(UserError, match="--fp8: no matrix of a model of width 64"):
+        plan(replace(tiny(), fp8=True))
+    wide = replace(tiny().model, aspect_ratio=64)
+    assert plan(replace(tiny(), fp8=True, model=wide)) == plan(replace(tiny(), model=wide))
+
+
 def test_memory_is_shared_out_over_the_mesh():
     one, eight, cut = (plan(replace(tiny(), mesh=m, compute_dtype="float32"))["memory"] for m in ("1", "8", "fsdp=8"))
     counts = count_params(GPTConfig.from_depth(tiny().model, 512))
