@@ -17,6 +17,7 @@ from nanochat_jax.data.download import ensure_shards
 from nanochat_jax.data.files import write_json
 from nanochat_jax.data.shards import shard_files
 from nanochat_jax.errors import UserError
+from nanochat_jax.evals import core
 from nanochat_jax.metrics import MetricsLog
 from nanochat_jax.model import flops_per_token
 from nanochat_jax.optim import horizon
@@ -169,6 +170,18 @@ def test_what_an_evaluation_needs_is_known_before_the_first_stage(tmp_path, monk
             tmp_path,
             quiet,
         )
+
+
+def test_prompts_that_core_could_not_score_on_the_way_are_found_before_the_first_step(tmp_path, monkeypatch):
+    (tmp_path / "core.yaml").touch()
+    rows = [{"context": "7 " * 700, "continuation": "8"}]
+    task = core.CoreTask("lm", "language_modeling", 0, " ", 0.0, rows)
+    monkeypatch.setattr(core, "read_bundle", lambda folder: [task])
+    data = replace(tiny.config.data, eval_bundle=str(tmp_path))
+    config = replace(tiny.config, base=replace(tiny.config.base, core_every=4), data=data)
+    with pytest.raises(UserError, match=r"CORE task lm has a prompt of \d+ tokens, the model reaches 640"):
+        pretrain.run(config, start(tmp_path / "run", config), quiet)
+    assert not list((tmp_path / "run" / "base" / "checkpoints").glob("step*"))
 
 
 def test_a_start_may_be_what_the_same_run_makes(tmp_path):

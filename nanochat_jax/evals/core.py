@@ -76,13 +76,11 @@ def evaluate_core(
 
     max_examples (None: all) cuts what is scored, never the rows that shots are drawn from. batch_size: rows a device
     scores at once, fewer where they are long. Of several processes each scores a share of the rows: `params` and `mesh`
-    are its own then. Raises UserError for an incomplete bundle or a prompt beyond the model's positions.
+    are its own then. Raises UserError for an incomplete bundle, or a prompt beyond the model's positions before any is
+    scored.
     """
     results, centred, intervals, counts, chances = {}, {}, {}, {}, {}
-    for task in read_bundle(expanded(bundle)):
-        n = len(task.rows) if max_examples is None else min(max_examples, len(task.rows))
-        if n < 1:
-            raise UserError(f"CORE {task.label}: no row to score")
+    for task, n in checked_tasks(cfg, tokenizer, bundle, max_examples):
         mine = range(jax.process_index(), n, jax.process_count())
         items = [candidates(task, i, tokenizer) for i in mine]
         sequences = [candidate for item in items for candidate in item]
@@ -109,6 +107,22 @@ def evaluate_core(
         "intervals": intervals,
         "n": counts,
     }
+
+
+def checked_tasks(
+    cfg: GPTConfig, tokenizer: Tokenizer, bundle: Path | str, max_examples: int | None
+) -> list[tuple[CoreTask, int]]:
+    """The tasks, and how many rows of each are scored. UserError as `evaluate_core`, whichever task is at fault."""
+    tasks = []
+    for task in read_bundle(expanded(bundle)):
+        n = len(task.rows) if max_examples is None else min(max_examples, len(task.rows))
+        if n < 1:
+            raise UserError(f"CORE {task.label}: no row to score")
+        for text in itertools.chain.from_iterable(prompts(task, i) for i in range(n)):
+            if len(text.encode()) >= cfg.max_positions:  # with the BOS, it might be as many tokens
+                padded_length(1 + len(tokenizer.encode(text)), cfg, task.label)
+        tasks.append((task, n))
+    return tasks
 
 
 def read_bundle(folder: Path) -> list[CoreTask]:
@@ -141,8 +155,19 @@ def read_bundle(folder: Path) -> list[CoreTask]:
 
 def candidates(task: CoreTask, i: int, tokenizer: Tokenizer) -> list[Candidate]:
     """What is scored for row i: the choices, the contexts, or the one continuation."""
-    others = [j for j in range(len(task.rows)) if j != i]
-    shots = [task.rows[j] for j in random.Random(SHOTS_SEED + i).sample(others, task.shots)] if task.shots else []
+    sequences = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in prompts(task, i)]
+    if task.kind == "schema":
+        shared = common([tokens[::-1] for tokens in sequences])
+        return [Candidate(tokens, len(tokens) - shared, len(tokens)) for tokens in sequences]
+    start = common(sequences)
+    scored = sequences[:1] if task.kind == "language_modeling" else sequences
+    return [Candidate(tokens, start, len(tokens)) for tokens in scored]
+
+
+def prompts(task: CoreTask, i: int) -> list[str]:
+    """Row i with each answer that it offers, after its examples; in language modeling then without the answer."""
+    drawn = random.Random(SHOTS_SEED + i).sample(range(len(task.rows) - 1), task.shots)
+    shots = [task.rows[j + (j >= i)] for j in drawn]  # of the other rows
     right = [pairs(task, shot)[shot.get("gold", 0)] for shot in shots]
     before = "".join(f"{context}{task.delimiter}{continuation}\n\n" for context, continuation in right)
     asked = pairs(task, task.rows[i])
@@ -150,12 +175,7 @@ def candidates(task: CoreTask, i: int, tokenizer: Tokenizer) -> list[Candidate]:
     if task.kind == "language_modeling":
         # The blank before a continuation belongs to its first token.
         texts.append(f"{before}{asked[0][0]}{task.delimiter}".strip())
-    sequences = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in texts]
-    if task.kind == "schema":
-        shared = common([tokens[::-1] for tokens in sequences])
-        return [Candidate(tokens, len(tokens) - shared, len(tokens)) for tokens in sequences]
-    start = common(sequences)
-    return [Candidate(tokens, start, len(tokens)) for tokens in sequences[: len(asked)]]
+    return texts
 
 
 def pairs(task: CoreTask, row: dict) -> list[tuple[str, str]]:

@@ -14,6 +14,7 @@ from nanochat_jax.config import Config
 from nanochat_jax.data.download import fetch_eval_bundle, prepare_shards
 from nanochat_jax.data.pretrain import pretrain_batches
 from nanochat_jax.data.shards import Shard
+from nanochat_jax.evals.core import checked_tasks
 from nanochat_jax.model import flops_per_token
 from nanochat_jax.optim import base_schedule, check_horizon
 from nanochat_jax.run import record_data, recorded_files
@@ -60,7 +61,7 @@ def run(config: Config, workdir: Path, log: Log, force: bool = False) -> None:
     # What is missing should be missed now, not after hours.
     next(validation_set(val_file, session.tokenizer, config, cfg, rows=1))
     if stage.core_every:
-        fetch_eval_bundle(config.data, log)
+        checked_tasks(cfg, session.tokenizer, fetch_eval_bundle(config.data, log), config.eval.max_examples)
     start = functools.partial(initial_state, session, config.seed)
     pace = session.begin(schedule, start, batches, tokens_a_step=horizon.batch_tokens)
     step_flops = horizon.batch_tokens * flops_per_token(cfg)
