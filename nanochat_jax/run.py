@@ -5,7 +5,7 @@
 config.json is written when the run starts: the configuration, versions, git revision and the data files. A later start
 is compared with it, because a schedule or a model that changes halfway gives a run that nothing describes. Fields of a
 stage are fixed once that stage has begun; paths, devices, logging, evaluation and microbatch size stay free. A start
-that fails before it has made anything leaves no values behind.
+that fails before it has made anything leaves no values behind, nor does one that forces others on finished stages.
 """
 
 from __future__ import annotations
@@ -59,12 +59,13 @@ FREE_IN_STAGE = (
 )
 
 
-def open_run(config: Config, workdir: Path, *, force: bool = False, log: Callable[[str], None] = print) -> None:
+def open_run(config: Config, workdir: Path, *, force: bool = False, log: Callable[[str], None] = print) -> bool:
     """Creates the folder with its config.json, or checks `config` against the one there and records what changed.
 
     Raises UserError naming the fields that differ though a stage that depends on them has begun; with `force` they are
-    accepted, and said.
+    accepted, and said. Whether there were any.
     """
+    forced = False
     _make_folder(workdir)
     environment = _environment()
     record = {"config": dataclasses.asdict(config), "data": None} | environment
@@ -77,30 +78,40 @@ def open_run(config: Config, workdir: Path, *, force: bool = False, log: Callabl
         both = dataclasses.asdict(read_config(workdir)), record["config"]
         before, now = (_fixed(json.loads(json.dumps(fields)), begun) for fields in both)
         _refuse(workdir, before, now, force, log)
+        forced = before != now
         record = old | {"config": record["config"], "later_starts": [*old.get("later_starts", []), environment]}
     _write_record(workdir, record)
+    return forced
 
 
 @contextlib.contextmanager
 def opened(config: Config, workdir: Path, *, force: bool, log: Callable[[str], None]) -> Iterator[None]:
-    """`open_run` for what is done inside; where that fails before it has made anything, config.json is as before.
+    """`open_run` for what is done inside; where that makes nothing and fails, or values were forced, config.json is as
+    before.
 
-    Otherwise a mistaken option would be that of every later start, which takes what it is not told from there.
+    Otherwise a mistaken option would be that of every later start, which takes what it is not told from there, and the
+    values of finished stages others than those they were trained with.
     """
     path = workdir / "config.json"
     before, made = _read_record(workdir) if path.exists() else None, _made(workdir)
-    open_run(config, workdir, force=force, log=log)
+    forced = open_run(config, workdir, force=force, log=log)
+
+    def forget() -> None:
+        if _made(workdir) == made:
+            log(f"{path}: the values of this start are not kept")
+            if before is None:
+                path.unlink()
+            else:
+                _write_record(workdir, before)
+
     try:
         yield
     except Exception:
         with contextlib.suppress(OSError):  # what failed is to be said, not this
-            if _made(workdir) == made:
-                log(f"{path}: the values of this start are not kept")
-                if before is None:
-                    path.unlink()
-                else:
-                    _write_record(workdir, before)
+            forget()
         raise
+    if forced:
+        forget()
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -346,6 +347,19 @@ def test_a_start_that_fails_leaves_no_values_behind(capsys, experiment, tmp_path
     monkeypatch.setitem(cli.COMMANDS, "pretrain", (cli.TrainOptions, partial(half_done, "base"), ""))
     expect_error(capsys, [*again, "--mesh", "2"], 1, "full")
     assert run.read_config(workdir) == replace(config, mesh="2")
+
+
+def test_values_forced_on_a_finished_stage_are_not_kept(capsys, experiment, trained, tmp_path):
+    workdir = tmp_path / "w"
+    shutil.copytree(trained, workdir)
+    (workdir / "base" / "done.json").write_text("{}")
+    config = run.read_config(workdir)
+    assert cli.main(["pretrain", "--workdir", str(workdir), "--force", "--model.depth", "3", "--base.keep", "9"]) == 0
+    said = capsys.readouterr().err
+    assert "forced: model.depth was 1, now 3" in said and "finished before, skipped" in said
+    assert "the values of this start are not kept" in said and run.read_config(workdir) == config
+    assert cli.main(["pretrain", "--workdir", str(workdir), "--force", "--base.keep", "9"]) == 0  # free to change
+    assert run.read_config(workdir) == replace(config, base=replace(config.base, keep=9))
 
 
 def test_data_files_of_a_run(tmp_path):
