@@ -55,6 +55,8 @@ def speedrun(options: SpeedrunOptions, workdir: Path) -> None:
             cli.train(stage, options, workdir)
             if not distributed.leaders(run.finished(workdir, stage)):
                 return  # stopped, as the stage has said
+            if stage == "tokenizer" and todo:
+                check_ahead(options.config, todo, workdir, cli.log)  # prompts can be counted in tokens from now on
         if stage in MODEL_STAGES and not distributed.leaders(evaluate.is_current(options.config, workdir, stage)):
             evaluate.run(options.config, workdir, stage, None, None, cli.log)
     if distributed.is_leader():

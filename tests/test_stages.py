@@ -29,6 +29,7 @@ from nanochat_jax.stages.ahead import check_ahead
 from nanochat_jax.stages.session import open_session
 from nanochat_jax.tasks import Mixture, humaneval
 from nanochat_jax.train import eval_losses
+from run_speedrun import SpeedrunOptions, speedrun
 
 
 def test_every_stage_leaves_its_papers(run):
@@ -182,6 +183,18 @@ def test_prompts_that_core_could_not_score_on_the_way_are_found_before_the_first
     with pytest.raises(UserError, match=r"CORE task lm has a prompt of \d+ tokens, the model reaches 640"):
         pretrain.run(config, start(tmp_path / "run", config), quiet)
     assert not list((tmp_path / "run" / "base" / "checkpoints").glob("step*"))
+
+
+def test_prompts_too_long_for_rl_are_found_when_there_is_a_tokenizer(run, tmp_path):
+    config = replace(tiny.config, model=replace(tiny.config.model, sequence_len=16))
+    words = r"--rl\.task arithmetic has a prompt of \d+ tokens, the context is 16"
+    with pytest.raises(UserError, match=words):
+        check_ahead(config, ["rl"], run, quiet)
+    check_ahead(config, ["sft"], run, quiet)
+    with pytest.raises(UserError, match=words):
+        open_run(config, tmp_path, log=quiet)
+        speedrun(SpeedrunOptions(config), tmp_path)
+    assert finished(tmp_path, "tokenizer") and not (tmp_path / "base").exists()
 
 
 def test_a_start_may_be_what_the_same_run_makes(tmp_path):

@@ -9,20 +9,22 @@ from nanochat_jax.config import DEFAULT_ROWS, MODEL_STAGES, Config
 from nanochat_jax.data.download import fetch_eval_bundle
 from nanochat_jax.data.files import expanded
 from nanochat_jax.data.pretrain import check_dealt
+from nanochat_jax.evals.core import checked_tasks
 from nanochat_jax.fp8 import precision
 from nanochat_jax.optim import check_horizon, horizon
-from nanochat_jax.run import gpt_config
+from nanochat_jax.run import finished, gpt_config
 from nanochat_jax.sharding import check_mesh, data_part, data_shards, make_mesh, rows_of_microbatch, rows_of_step
 from nanochat_jax.stages.evaluate import load_tasks
 from nanochat_jax.stages.finetune import check_mixture
-from nanochat_jax.stages.rl import check_settings
+from nanochat_jax.stages.rl import check_settings, longest_asked
 from nanochat_jax.stages.session import Log, check_start
 from nanochat_jax.tasks import Mixture, load
+from nanochat_jax.tokenizer import Tokenizer
 
 
 def check_ahead(config: Config, stages: Collection[str], workdir: Path, log: Log) -> None:
     """UserError for what would end one of these stages, to be run in `workdir`, or the evaluation after it: mesh,
-    batch, start, rl's settings, and see `fetch_sets`.
+    batch, start, rl's settings, and see `fetch_sets` and, where there is a tokenizer by now, `check_prompts`.
     """
     cfg, mesh = gpt_config(config, config.tokenizer.vocab_size), make_mesh(config.mesh)
     shards = data_shards(mesh)
@@ -53,6 +55,18 @@ def check_ahead(config: Config, stages: Collection[str], workdir: Path, log: Log
         if not made_here:
             check_start(name, getattr(config, name), source)
     fetch_sets(config, (*stages, *continued), log)
+    if finished(workdir, "tokenizer"):
+        check_prompts(config, stages, Tokenizer.load(workdir / "tokenizer"), log)
+
+
+def check_prompts(config: Config, stages: Collection[str], tokenizer: Tokenizer, log: Log) -> None:
+    """UserError for prompts of rl or of CORE, where these stages ask them, that are too long for the model."""
+    if measures_core(config, stages):
+        cfg = gpt_config(config, tokenizer.vocab_size)
+        checked_tasks(cfg, tokenizer, fetch_eval_bundle(config.data, log), config.eval.max_examples)
+    if "rl" in stages:
+        splits = [load(config.rl.task, split, config.data, config.seed) for split in ("train", "val")]
+        longest_asked(config, *splits, tokenizer)
 
 
 def fetch_sets(config: Config, stages: Collection[str], log: Log) -> None:
@@ -64,7 +78,16 @@ def fetch_sets(config: Config, stages: Collection[str], log: Log) -> None:
     if "rl" in stages:
         for split in ("train", "val"):
             load(config.rl.task, split, config.data, config.seed)
-    measured = {name for stage in stages for name in (config.eval.base if stage == "base" else config.eval.chat)}
-    if "core" in measured or ("base" in stages and config.base.core_every > 0):
+    if measures_core(config, stages):
         fetch_eval_bundle(config.data, log)
-    load_tasks(sorted(measured), config)
+    load_tasks(sorted(measured(config, stages)), config)
+
+
+def measured(config: Config, stages: Collection[str]) -> set[str]:
+    """What these stages are evaluated on when they are done."""
+    return {name for stage in stages for name in (config.eval.base if stage == "base" else config.eval.chat)}
+
+
+def measures_core(config: Config, stages: Collection[str]) -> bool:
+    """Whether CORE is measured in one of these stages or after it."""
+    return "core" in measured(config, stages) or ("base" in stages and config.base.core_every > 0)

@@ -55,18 +55,10 @@ def run(config: Config, workdir: Path, log: Log, force: bool = False) -> None:
     session = open_session(config, workdir, "rl", settings, log, force)
     train_task = load(settings.task, "train", config.data, config.seed)
     held_out = load(settings.task, "val", config.data, config.seed)
-    steps = settings.num_iterations or max(1, len(train_task) // settings.questions_per_step)
+    steps = steps_of(settings, train_task)
     schedule = Schedule(settings, steps, session.cfg.n_embd, weight_decay=settings.weight_decay)
     samples = settings.questions_per_step * settings.samples_per_question
-    longest = max(
-        longest_prompt(train_task, steps * settings.questions_per_step, session.tokenizer),
-        longest_prompt(held_out, settings.eval_examples, session.tokenizer),
-    )
-    if longest >= session.cfg.sequence_len:
-        raise UserError(
-            f"--rl.task {settings.task} has a prompt of {longest} tokens, the context is {session.cfg.sequence_len}: "
-            "name another task or raise --model.sequence-len"
-        )
+    longest = longest_asked(config, train_task, held_out, session.tokenizer)
     max_len = min(session.cfg.sequence_len, longest + settings.max_new_tokens + 1)
     fit_update(session, samples, max_len)
     start = functools.partial(state_from, session, workdir, "sft")
@@ -164,6 +156,25 @@ def check_settings(settings: RLConfig) -> None:
             f"--rl.updates-per-batch {updates} needs --rl.clip, such as 0.2: after the first update the answers are "
             "those of another policy"
         )
+
+
+def steps_of(settings: RLConfig, task: Task) -> int:
+    """Optimizer steps of a run on the training split of `task`."""
+    return settings.num_iterations or max(1, len(task) // settings.questions_per_step)
+
+
+def longest_asked(config: Config, train_task: Task, held_out: Task, tokenizer: Tokenizer) -> int:
+    """Tokens of the longest prompt that a run asks. UserError where the context does not hold it and an answer."""
+    asked = steps_of(config.rl, train_task) * config.rl.questions_per_step
+    longest = max(
+        longest_prompt(train_task, asked, tokenizer), longest_prompt(held_out, config.rl.eval_examples, tokenizer)
+    )
+    if longest >= config.model.sequence_len:
+        raise UserError(
+            f"--rl.task {config.rl.task} has a prompt of {longest} tokens, the context is {config.model.sequence_len}: "
+            "name another task or raise --model.sequence-len"
+        )
+    return longest
 
 
 def sampling(settings: RLConfig, seed: int, step: int) -> list[SamplingParams]:
