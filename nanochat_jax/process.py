@@ -75,10 +75,11 @@ def prune(cache: Path, limit: int = CACHE_BYTES) -> None:
 
 
 def without_echoes(caught: sys.UnraisableHookArgs) -> None:
-    """`sys.unraisablehook`: when a disk is full, writes still on their way find orbax's event loop closed, each
-    with a traceback that says nothing; what ends the program is said elsewhere.
+    """`sys.unraisablehook`: when a disk is full, or a checkpoint is pruned while it is read, writes and reads still on
+    their way find orbax's event loop closed, each with a traceback that says nothing; what ends the program is said
+    elsewhere.
     """
-    if str(caught.exc_value) != "Event loop is closed":
+    if not str(caught.exc_value).startswith(("Event loop is closed", "Encountered error while reading array index")):
         sys.__unraisablehook__(caught)
 
 

@@ -71,6 +71,27 @@ def test_a_write_that_finds_its_loop_closed_is_not_heard(tmp_path):
     assert "ZeroDivisionError" in said and "Event loop" not in said
 
 
+def test_a_read_that_is_given_up_is_not_heard(tmp_path):
+    """As orbax has it: what closes the coroutine is taken for an error of the read."""
+    code = """
+from nanochat_jax import process
+process.set_up()
+async def read(error):
+    try:
+        await Never()
+    except BaseException as e:
+        raise error from e
+class Never:
+    def __await__(self):
+        yield
+for error in (Exception("Encountered error while reading array index: (0,). See full details"), ValueError("heard")):
+    read(error).send(None)
+"""
+    words, environment = [sys.executable, "-c", code], os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    said = subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stderr
+    assert "ValueError: heard" in said and "array index" not in said
+
+
 def test_the_cache_loses_what_was_not_used_for_longest(tmp_path):
     for age, name in enumerate(("today", "yesterday", "last week", "last month")):
         (tmp_path / name).write_bytes(bytes(100))
