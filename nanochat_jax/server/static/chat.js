@@ -143,6 +143,8 @@ function redrawLast() {
 function update(old, fresh) {
   const [from, to] = [old, fresh].map((node) => node?.querySelector(":scope > .body"));
   if (!from || !to) return old?.replaceWith(fresh);
+  const [before, after] = [from, to].map((body) => body.querySelectorAll("pre > button"));
+  before.forEach((node, i) => node.until > Date.now() && after[i] && say(after[i], node.textContent, node.until));
   let same = 0;
   while (same < to.childNodes.length && from.childNodes[same]?.isEqualNode(to.childNodes[same])) same++;
   while (from.childNodes.length > same) from.lastChild.remove();
@@ -206,13 +208,19 @@ function copyButton(text) {
   const node = button("Copy", async () => {
     try {
       await navigator.clipboard.writeText(text());
-      node.textContent = "Copied";
+      say(node, "Copied");
     } catch {
-      node.textContent = "Not allowed";
+      say(node, "Not allowed");
     }
-    setTimeout(() => (node.textContent = "Copy"), 1500);
   });
   return node;
+}
+
+// On a copy button, for a moment; one that takes its place in a streaming answer says it until the same time.
+function say(node, label, until = Date.now() + 1500) {
+  node.textContent = label;
+  node.until = until;
+  setTimeout(() => node.until === until && (node.textContent = "Copy"), until - Date.now());
 }
 
 const plainText = (message) =>
@@ -235,6 +243,7 @@ const focusInput = () => matchMedia("(hover: none)").matches || $("input").focus
 function menu(open) {
   document.body.classList.toggle("menu-open", open);
   $("shade").hidden = !open;
+  document.querySelector("main").inert = open; // Tab does not reach what is behind it
   $("menu").setAttribute("aria-expanded", String(open));
 }
 
