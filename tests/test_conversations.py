@@ -7,9 +7,11 @@ import random
 import numpy as np
 import pytest
 
+from nanochat_jax.config import DataConfig
 from nanochat_jax.data.conversations import conversation_batches, epoch_rows, read_jsonl, validate
 from nanochat_jax.data.position import digest
 from nanochat_jax.errors import UserError
+from nanochat_jax.tasks import Mixture
 from nanochat_jax.tokenizer import Tokenizer
 
 
@@ -177,6 +179,27 @@ def test_resume_gives_the_batches_that_would_have_come(tokenizer, packing):
         other.set_state(states[3])
     for batches in (whole, used, other):
         batches.close()
+
+
+def test_own_conversations_that_were_edited_are_other_data(tokenizer, tmp_path):
+    """Whichever line it was; those that are not taken may change."""
+    path, turns = tmp_path / "own.jsonl", [conversation["messages"] for conversation in made_up(8, 150, 200)]
+
+    def batches():
+        path.write_text("\n".join(map(json.dumps, turns)))
+        rows = Mixture((f"{path}:149",), "train", DataConfig())
+        return conversation_batches(rows, tokenizer, rows=3, sequence_len=256, packing="pad", loss_on="all", seed=2)
+
+    state = batches().get_state()
+    for line in range(0, 150, 10):
+        turns[line][0]["content"] += "!"
+        with pytest.raises(UserError, match=r"saved position belongs to other data: .* was"):
+            batches().set_state(state)
+        turns[line][0]["content"] = turns[line][0]["content"][:-1]
+    turns[149][0]["content"] += "!"
+    batches().set_state(state)
+    del state["origin"]["own conversations"]  # as older positions have none
+    batches().set_state(state)
 
 
 def test_nothing_to_learn_is_an_error(tokenizer):

@@ -150,6 +150,8 @@ class PackedConversations(grain.DatasetIterator[Batch]):
             "some of their text": digest(conversations),
             "tokenizer": tokenizer.fingerprint()[:16],
         }
+        if own := getattr(conversations, "own", ()):
+            self._origin["own conversations"] = " ".join(own)
         self._go_to(epoch=1, cursor=0)
 
     def __next__(self) -> Batch:

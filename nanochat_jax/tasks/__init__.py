@@ -10,6 +10,7 @@ from pathlib import Path
 
 from nanochat_jax.config import Config, DataConfig
 from nanochat_jax.data.conversations import read_jsonl
+from nanochat_jax.data.position import digest
 from nanochat_jax.errors import UserError
 from nanochat_jax.tasks import arc, arithmetic, choice, gsm8k, humaneval, identity, mmlu, multistep, smoltalk, spelling
 from nanochat_jax.tasks.task import Task
@@ -73,16 +74,19 @@ class Mixture(Sequence[dict]):
     """Conversations of several sets, shuffled once.
 
     specs: NAME[:ROWS][*EPOCHS] or FILE.jsonl[:ROWS][*EPOCHS]; the first ROWS rows (all where there are fewer), EPOCHS
-    times.
+    times. `own`: the digest of what was taken from each file, whole, as people edit theirs.
     """
 
     def __init__(self, specs: Sequence[str], split: str, data: DataConfig, seed: int = 42) -> None:
         self.sources: list[Sequence[dict]] = []
+        self.own: list[str] = []
         self.index: list[tuple[int, int]] = []
         for spec in specs:
             name, rows, epochs = parse(spec)
             source = read_jsonl(Path(name)) if name.endswith(".jsonl") else load(name, split, data, seed)
             count = len(source) if rows is None else min(rows, len(source))
+            if name.endswith(".jsonl"):
+                self.own.append(digest(source[:count], count))
             self.index += [(len(self.sources), row) for row in range(count)] * epochs
             self.sources.append(source)
         random.Random(seed).shuffle(self.index)
