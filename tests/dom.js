@@ -44,7 +44,7 @@ class Strict {
 // Not live, but no array either.
 const nodeList = (nodes) =>
   new Proxy(
-    { ...nodes, length: nodes.length, [Symbol.iterator]: () => nodes.values() },
+    { ...nodes, length: nodes.length, [Symbol.iterator]: () => nodes.values(), forEach: (run) => nodes.forEach(run) },
     { get: (list, key) => (key in list || /^-?\d+$/.test(String(key)) ? list[key] : missing(`NodeList.${String(key)}`)) },
   );
 
@@ -259,9 +259,11 @@ const toggle = (node, name, on) => (on ? node.setAttribute(name, "") : node.attr
 const ifAny = (value) => value ?? "";
 reflect(Element, ifAny, set, ["id", "className", "title", "tabIndex"]);
 reflect(Element, (value) => value, set, ["ariaLabel", "ariaCurrent"]);
-reflect(Element, (value) => value !== null, toggle, ["hidden"]);
+reflect(Element, (value) => value !== null, toggle, ["hidden", "inert"]);
 
-class Button extends Element {}
+class Button extends Element {
+  until; // the page's own
+}
 reflect(Button, (value) => value ?? "submit", set, ["type"]);
 reflect(Button, (value) => value !== null, toggle, ["disabled"]);
 
@@ -326,7 +328,7 @@ function focusable(node) {
   const all = [node, ...ancestors(node)];
   const modal =
     all.at(-1) === node.ownerDocument && descendants(node.ownerDocument).find((other) => other instanceof Dialog && other.open);
-  const shown = all.every((other) => !other.hidden && !(other instanceof Dialog && !other.open));
+  const shown = all.every((other) => !other.hidden && !other.inert && !(other instanceof Dialog && !other.open));
   const takes = ["button", "textarea", "input"].includes(node.localName) || node.tabIndex || node.localName === "a";
   return Boolean(
     takes &&

@@ -570,6 +570,8 @@ def test_the_menu_of_narrow_screens(tab):
         assert not is_open()
         tab.click("Conversations", "header")
         assert is_open() and tab.focus == "+ New chat"
+        tab.do("all('#input')[0].focus")  # what the menu covers
+        assert tab.focus == "+ New chat"
         close()
         assert not is_open()
         if close is closings[0]:
@@ -838,6 +840,18 @@ def test_copying(tab):
     tab.set("copied", None)
     tab.click("Copy", "#messages 0")
     assert tab.messages[0] == "You: a *b* [Not allowed] [Edit]"
+
+
+def test_copied_is_said_for_as_long_while_an_answer_comes(tab):
+    tab.ask("Code")
+    tab.begin(text("```\none"))
+    tab.wait(20)
+    tab.click("Copy", "pre")
+    for words, shown in ((" more", "Copied"), ("\n```\nend", "Copied"), (".", "Copy")):
+        tab.more(text(words))
+        tab.wait(700)
+        assert f"[{shown}]" in tab.messages[1]
+    assert tab.get("copied") == ["one"]
 
 
 def test_what_does_not_change_while_an_answer_comes_is_left_alone(tab):
