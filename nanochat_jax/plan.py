@@ -42,7 +42,7 @@ ACTIVATION_BYTES = {"cpu": {"float32": 106, "bfloat16": 71}, "gpu": {"float32": 
 for an H100; without the scores of attention."""
 SCORE_BYTES = {"float32": 11, "bfloat16": 9}
 """The same per head and visible key, where attention keeps its scores."""
-LOGIT_BYTES = {"cpu": {"float32": 15, "bfloat16": 11}, "gpu": {"float32": 4, "bfloat16": 2}}
+LOGIT_BYTES = {"cpu": {"float32": 15, "bfloat16": 18}, "gpu": {"float32": 4, "bfloat16": 2}}
 """The same per logit that is there at once; on a GPU their gradients take their place."""
 KEEPS_SCORES = ("reference", "xla_blocked")
 REMAT_VALUES = 3.5
