@@ -1,6 +1,8 @@
 """The engine: greedy is exact, rows do not see each other, tools are called, streams cancel, sampling obeys its knobs."""
 
+import gc
 import threading
+import weakref
 from collections import deque
 from contextlib import nullcontext
 from dataclasses import replace
@@ -56,6 +58,20 @@ def one_at_a_time(params, cfg, tokenizer, prompt, count):
             break
         ids.append(token)
     return ids[len(prompt) :]
+
+
+def test_an_engine_that_is_let_go_of_leaves_the_device_at_once(model, tokenizer, prompts):
+    """Not when Python next looks for cycles: training goes on meanwhile, in the memory that is left."""
+    gc.collect()
+    gc.disable()
+    try:
+        engine = Engine(*model, tokenizer, max_rows=2)
+        engine.generate(prompts, SamplingParams(0.0, max_tokens=4))
+        held = weakref.ref(engine)
+        del engine
+        assert held() is None
+    finally:
+        gc.enable()
 
 
 def test_greedy_equals_the_full_forward_with_rows_joining_and_leaving(model, tokenizer, prompts):

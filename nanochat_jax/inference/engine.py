@@ -12,6 +12,7 @@ row, as the reference does; forced tokens carry mask 0.
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import time
 from collections import deque
@@ -112,9 +113,12 @@ class Engine:
         self._drivers: set[int] = set()
         self._rows: dict[int, Row] = {}
         self._flight: Flight | None = None
-        shapes = jax.eval_shape(self._empty_cache)
+        shared = (self._groups, self.max_len) if samples > 1 else (0, 0)
+        # Not a method of this engine: held by it, it would keep the cache on the device until Python looks for cycles.
+        empty = functools.partial(empty_cache, cfg, self.max_rows, self.reaches[-1], *shared)
+        shapes = jax.eval_shape(empty)
         self.cache_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
-        self._new_cache = jax.jit(self._empty_cache, out_shardings=self._cache_shardings(shapes))
+        self._new_cache = jax.jit(empty, out_shardings=self._cache_shardings(shapes))
         self._cache = self._new_cache()
         names = ("bos", "assistant_end", "python_start", "python_end", "output_start", "output_end")
         self._token = {name: tokenizer.special_id(f"<|{name}|>") for name in names}
@@ -506,16 +510,6 @@ class Engine:
 
     def _round(self, rows: int) -> int:
         return -(-rows // self._shards) * self._shards
-
-    def _empty_cache(self) -> dict:
-        sharing = self.samples > 1
-        return empty_cache(
-            self.cfg,
-            self.max_rows,
-            self.reaches[-1],
-            self._groups if sharing else 0,
-            self.max_len if sharing else 0,
-        )
 
     def _cache_shardings(self, shapes: dict) -> dict | None:
         if self.mesh is None:
