@@ -25,9 +25,10 @@ from nanochat_jax.config import Config
 from nanochat_jax.errors import UserError
 from nanochat_jax.optim import Schedule
 from nanochat_jax.run import _fixed, finished, load_model
-from nanochat_jax.stages import pretrain, rl
+from nanochat_jax.stages import finetune, pretrain, rl
 from nanochat_jax.stages import session as session_module
 from nanochat_jax.stages.session import Session
+from nanochat_jax.tasks import Mixture
 
 ROOT = Path(__file__).parent.parent
 PATIENCE = 120  # seconds
@@ -206,6 +207,24 @@ def test_another_horizon_or_tokenizer_is_refused_unless_forced(run, tmp_path, to
     assert "base: forced: steps was 12, now 13" in said
     assert "base: forced: other data, read from its beginning" in said
     assert json.loads((folder / "base" / "done.json").read_text())["steps"] == 13
+
+
+def test_force_reads_on_where_positions_did_not_note_own_conversations_yet(run, tmp_path, monkeypatch):
+    rows = Mixture(("choice:40",), "train", ALONE.data)
+    (tmp_path / "own.jsonl").write_text("\n".join(json.dumps(row["messages"]) for row in rows))
+    config = changed("mid", mixture=(f"{tmp_path}/own.jsonl",), num_iterations=4)
+    folder, said = start_after(run, tmp_path / "run", "mid", config), []
+
+    def older(*sets):
+        mixture = Mixture(*sets)
+        mixture.own = []
+        return mixture
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "Mixture", older)
+        WORK["mid"](replace(config, mid=replace(config.mid, stop_after=2)), folder, quiet)
+    finetune.run(config, folder, "mid", said.append, force=True)
+    assert "mid: going on from step 2" in said and not [line for line in said if "forced" in line]
 
 
 FREE = {

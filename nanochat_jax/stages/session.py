@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from nanochat_jax.checkpoint import Checkpointer, restore, restore_params, steps
 from nanochat_jax.config import ARCHITECTURE, Config, GPTConfig, StageConfig
 from nanochat_jax.data.files import expanded, write_json
+from nanochat_jax.data.position import check_origin
 from nanochat_jax.data.pretrain import merge_states
 from nanochat_jax.distributed import barrier, gather_json, is_leader, leaders
 from nanochat_jax.errors import UserError
@@ -171,7 +172,11 @@ class Session:
             self.log(f"{self.name}: forced: {line}")
 
     def _go_on_reading(self, data: grain.DatasetIterator) -> None:
-        if self.force and data.get_state()["origin"] != self.meta["data"]["origin"]:
+        try:
+            check_origin(self.meta["data"]["origin"], data.get_state()["origin"])
+        except UserError:
+            if not self.force:
+                raise
             self.log(f"{self.name}: forced: other data, read from its beginning")
         else:
             data.set_state(self.meta["data"])
