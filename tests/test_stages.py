@@ -24,7 +24,7 @@ from nanochat_jax.optim import horizon
 from nanochat_jax.report import write_report
 from nanochat_jax.run import finished, gpt_config, load_model, open_run
 from nanochat_jax.sharding import make_mesh
-from nanochat_jax.stages import evaluate, finetune, pretrain, samples
+from nanochat_jax.stages import ahead, evaluate, finetune, pretrain, samples
 from nanochat_jax.stages.ahead import check_ahead
 from nanochat_jax.stages.session import open_session
 from nanochat_jax.tasks import Mixture, humaneval
@@ -195,6 +195,15 @@ def test_prompts_too_long_for_rl_are_found_when_there_is_a_tokenizer(run, tmp_pa
         open_run(config, tmp_path, log=quiet)
         speedrun(SpeedrunOptions(config), tmp_path)
     assert finished(tmp_path, "tokenizer") and not (tmp_path / "base").exists()
+
+
+def test_whether_there_is_a_tokenizer_is_as_the_leader_sees_it(run, monkeypatch):
+    """Another process may not see yet what was just written; what the check does all do together."""
+    config = replace(tiny.config, model=replace(tiny.config.model, sequence_len=16))
+    monkeypatch.setattr(ahead, "finished", lambda *_: None)
+    monkeypatch.setattr(ahead, "leaders", lambda _: {"stage": "tokenizer"})
+    with pytest.raises(UserError, match=r"--rl\.task arithmetic has a prompt of"):
+        check_ahead(config, ["rl"], run, quiet)
 
 
 def test_a_start_may_be_what_the_same_run_makes(tmp_path):

@@ -9,6 +9,7 @@ from nanochat_jax.config import DEFAULT_ROWS, MODEL_STAGES, Config
 from nanochat_jax.data.download import fetch_eval_bundle
 from nanochat_jax.data.files import expanded
 from nanochat_jax.data.pretrain import check_dealt
+from nanochat_jax.distributed import leaders
 from nanochat_jax.evals.core import checked_tasks
 from nanochat_jax.fp8 import precision
 from nanochat_jax.optim import check_horizon, horizon
@@ -55,7 +56,7 @@ def check_ahead(config: Config, stages: Collection[str], workdir: Path, log: Log
         if not made_here:
             check_start(name, getattr(config, name), source)
     fetch_sets(config, (*stages, *continued), log)
-    if finished(workdir, "tokenizer"):
+    if leaders(finished(workdir, "tokenizer")):
         check_prompts(config, stages, Tokenizer.load(workdir / "tokenizer"), log)
 
 
