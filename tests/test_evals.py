@@ -358,6 +358,11 @@ def test_scores_do_not_depend_on_batching_or_mesh(model):
     np.testing.assert_allclose([loss for loss, _ in two], losses, rtol=1e-5)
 
 
+def test_half_of_a_pair_of_surrogates_is_scored(tmp_path):
+    rows = [{"context": "x \ud83d", "continuation": "y"}]
+    assert run_core(bundle(tmp_path, [("lm", "language_modeling", 0, None, 0, rows)]))["n"] == {"lm": 1}
+
+
 def test_long_prompts_and_broken_bundles_are_one_line_each(tmp_path, monkeypatch):
     rows = [{"context": "x" * 700, "continuation": "y"}]
     folder = bundle(

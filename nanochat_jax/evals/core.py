@@ -119,7 +119,8 @@ def checked_tasks(
         if n < 1:
             raise UserError(f"CORE {task.label}: no row to score")
         for text in itertools.chain.from_iterable(prompts(task, i) for i in range(n)):
-            if len(text.encode()) >= cfg.max_positions:  # with the BOS, it might be as many tokens
+            # With the BOS, it might be more tokens than it has bytes; JSON can hold half of a pair of surrogates.
+            if len(text.encode(errors="surrogatepass")) >= cfg.max_positions:
                 padded_length(1 + len(tokenizer.encode(text)), cfg, task.label)
         tasks.append((task, n))
     return tasks
