@@ -298,7 +298,7 @@ def test_fine_tuning_measures_its_tasks_on_the_way(run, tmp_path):
     assert [row["step"] for row in rows] == [2, 4]
     figures = evaluate.run(config, folder, "sft", ("choice",), None, quiet, step=4)
     assert rows[1]["accuracy"]["choice"] == figures["tasks"]["choice"]["accuracy"]
-    assert [line.split("(n ")[1].split(",")[0] for line in said if ": accuracy" in line] == ["8", "3"] * 2
+    assert [line.split("(n ")[1].split(",")[0] for line in said if ": accuracy" in line] == ["3", "8"] * 2
     # Continuing sft for rl's comparison is timed, and measured at its end.
     folder = start_after(run, tmp_path / "after", "rl", replace(config, sft=replace(sft, tasks_every=1)))
     finetune.continued(config, folder, 2 * 512 * flops_per_token(gpt_config(config, 512)), quiet)
@@ -309,17 +309,18 @@ def test_chatcore_on_the_way_is_that_of_its_five_tasks(monkeypatch):
     chances = {"arc_easy": 0.25, "arc_challenge": 0.25, "mmlu": 0.25, "gsm8k": 0.0, "humaneval": 0.0}
     asked = {}
 
-    def half_right(model, tasks, config, mesh, limit, log):
-        asked.update((task.name, limit) for task in tasks)
-        return {task.name: {"accuracy": 0.5, "n": 8} for task in tasks}
+    def half_right(task, engine, tokenizer, settings, limit, log, seed):
+        asked[task.name] = limit
+        return {"accuracy": 0.5, "n": 8}
 
-    monkeypatch.setattr(finetune, "measure", half_right)
+    monkeypatch.setattr(evaluate, "evaluate_task", half_right)
+    monkeypatch.setattr(evaluate, "make_engine", lambda *_, **__: SimpleNamespace(describe=lambda: "engine"))
     names = [*chances, "spelling_bee"]
     tasks = [SimpleNamespace(name=name, kind="categorical" if chances.get(name) else "generative") for name in names]
-    state, said = SimpleNamespace(params=None), []
+    state, cfg, said = SimpleNamespace(params=None), SimpleNamespace(sequence_len=64), []
     config = replace(tiny.config, eval=replace(tiny.config.eval, max_examples=None))
     session = SimpleNamespace(
-        config=config, state=state, cfg=None, tokenizer=None, mesh=None, name="sft", step=7, log=said.append
+        config=config, state=state, cfg=cfg, tokenizer=None, mesh=None, name="sft", step=7, log=said.append
     )
     found = finetune.task_figures(session, tasks, 24)
     assert found["accuracy"] == dict.fromkeys(names, 0.5)
@@ -327,7 +328,7 @@ def test_chatcore_on_the_way_is_that_of_its_five_tasks(monkeypatch):
     assert {name: limit for name, limit in asked.items() if limit} == dict.fromkeys(
         ("gsm8k", "humaneval", "spelling_bee"), 24
     )
-    assert said == ["sft 7: ChatCORE 0.4000"]
+    assert said == ["engine", "sft 7: ChatCORE 0.4000"]
     assert finetune.task_figures(session, tasks[1:], 24)["chatcore"] is None
 
 

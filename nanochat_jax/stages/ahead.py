@@ -57,11 +57,12 @@ def check_ahead(config: Config, stages: Collection[str], workdir: Path, log: Log
             check_start(name, getattr(config, name), source)
     fetch_sets(config, (*stages, *continued), log)
     if leaders(finished(workdir, "tokenizer")):
-        check_prompts(config, stages, Tokenizer.load(workdir / "tokenizer"), log)
+        check_prompts(config, stages, workdir, log)
 
 
-def check_prompts(config: Config, stages: Collection[str], tokenizer: Tokenizer, log: Log) -> None:
-    """UserError for prompts of rl or of CORE, where these stages ask them, that are too long for the model."""
+def check_prompts(config: Config, stages: Collection[str], workdir: Path, log: Log) -> None:
+    """UserError for prompts of rl or of CORE, where these stages ask them, that this run's tokenizer makes too long."""
+    tokenizer = Tokenizer.load(workdir / "tokenizer")
     if measures_core(config, stages):
         cfg = gpt_config(config, tokenizer.vocab_size)
         checked_tasks(cfg, tokenizer, fetch_eval_bundle(config.data, log), config.eval.max_examples)

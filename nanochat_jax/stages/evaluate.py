@@ -201,13 +201,22 @@ def measure(
     mesh: Mesh,
     limit: int | None,
     log: Log,
+    written: int | None = None,
 ) -> dict[str, dict]:
-    """{"accuracy", "n", "interval", "correct"} by task."""
+    """{"accuracy", "n", "interval", "correct"} by task, of its first `limit` rows; `written`: of a generative task's.
+
+    None: all.
+    """
     params, cfg, tokenizer = model
     settings = config.eval
     engine = make_engine(params, cfg, tokenizer, max_rows=settings.batch_size, max_len=cfg.sequence_len, mesh=mesh)
     log(engine.describe())
-    return {task.name: evaluate_task(task, engine, tokenizer, settings, limit, log, config.seed) for task in tasks}
+    found = {}
+    for task in tasks:
+        limits = [most for most in (limit, written if task.kind == "generative" else None) if most is not None]
+        most = min(limits, default=None)
+        found[task.name] = evaluate_task(task, engine, tokenizer, settings, most, log, config.seed)
+    return found
 
 
 def finite(value: Any, name: str, log: Log) -> Any:

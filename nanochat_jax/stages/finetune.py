@@ -179,10 +179,7 @@ def check_mixture(name: str, settings: FinetuneConfig) -> None:
 def task_figures(session: Session, tasks: Iterable[Task], rows: int) -> dict:
     """{"accuracy": {task: share}, "chatcore"} of the model as it is, `rows` questions of each generative task."""
     config, model = session.config, (session.state.params, session.cfg, session.tokenizer)
-    most, found = config.eval.max_examples, {}
-    for kind, limit in (("categorical", most), ("generative", min(rows, most or rows))):
-        if chosen := [task for task in tasks if task.kind == kind]:
-            found |= measure(model, chosen, config, session.mesh, limit, session.log)
+    found = measure(model, tasks, config, session.mesh, config.eval.max_examples, session.log, written=rows)
     value = chatcore(found)["chatcore"]
     if value is not None:
         session.log(f"{session.name} {session.step}: ChatCORE {value:.4f}")
