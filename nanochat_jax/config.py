@@ -60,6 +60,8 @@ class TokenizerConfig:
     """Characters of training text to learn the merges from."""
     doc_cap: int = 10_000
     """Characters of one document that count."""
+    specials: tuple[str, ...] = ()
+    """Special tokens of your own, such as <|think|>: the assistant's messages have them where they have the name."""
     pattern: str | None = None
     """Regular expression whose matches merges stay inside of; unset: GPT-4's, with numbers cut after two digits."""
 

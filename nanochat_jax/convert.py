@@ -97,8 +97,8 @@ def from_nanochat(
         raise UserError(f"{workdir} has another tokenizer than this checkpoint: use another --workdir")
     cfg = GPTConfig.from_depth(model, vocabulary.vocab_size)
     params = converted(found, cfg)
-    sized = replace(config.tokenizer, vocab_size=vocabulary.vocab_size)
-    run.open_run(replace(config, model=model, tokenizer=sized), workdir, log=log)
+    found_there = replace(config.tokenizer, vocab_size=vocabulary.vocab_size, specials=vocabulary.own_specials)
+    run.open_run(replace(config, model=model, tokenizer=found_there), workdir, log=log)
     now = {"finished": datetime.now(UTC).isoformat(timespec="seconds"), "converted_from": str(found.path)}
     if not run.finished(workdir, "tokenizer"):
         vocabulary.save(workdir / "tokenizer")

@@ -1,8 +1,9 @@
 """Byte-level BPE: trained with rustbpe, applied with tiktoken, stored as JSON; and conversations as token ids.
 
 The vocabulary is the learned merges in order of rank, then the special tokens. A special token's name in somebody's
-text is ordinary text; only this module and its callers place the real ones. Left out: normalisation and unknown tokens,
-which a byte-level vocabulary does not need.
+text is ordinary text; only this module and its callers place the real ones. Those that people name for themselves,
+such as <|think|>, stand where the assistant's text has their name. Left out: normalisation and unknown tokens, which a
+byte-level vocabulary does not need.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -73,37 +74,44 @@ class Tokenizer:
             special_tokens=self.specials,
         )
         self.vocab_size = len(self.ranks) + len(self.specials)
-        self.special_ids = frozenset(self.specials.values())
+        self.own_specials = tuple(name for name in specials if name not in SPECIALS)
+        """Special tokens that people have named: the assistant's text has them by name, others' never."""
+        self.marker_ids = frozenset(i for name, i in self.specials.items() if name in SPECIALS)
+        """The special tokens that conversations are made of, and that are no part of anybody's text."""
         self.bos_id = self.special_id("<|bos|>")
         self.token_bytes = np.array([len(token) for token in self.ranks] + [0] * len(self.specials), dtype=np.int32)
         """int32 [vocab_size]: how many bytes of text a token stands for, 0 for special tokens."""
         self.token_bytes.setflags(write=False)
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int, pattern: str | None = None) -> Tokenizer:
+    def train(
+        cls, texts: Iterable[str], vocab_size: int, pattern: str | None = None, specials: Sequence[str] = ()
+    ) -> Tokenizer:
         """Learns the merges. `vocab_size` counts the 256 bytes and the special tokens too; no `pattern`: SPLIT_PATTERN.
 
-        Raises UserError where `vocab_size` is too small to hold those, or too large for the text to fill.
+        `specials`, see `check_specials`, come after the usual ones. Raises UserError where `vocab_size` is too small to
+        hold all these, or too large for the text to fill.
         """
         pattern = SPLIT_PATTERN if pattern is None else pattern
-        smallest = 256 + len(SPECIALS)
+        specials = (*SPECIALS, *specials)
+        smallest = 256 + len(specials)
         if vocab_size < smallest:
             raise UserError(
-                f"--tokenizer.vocab-size {vocab_size} is below {smallest}: 256 bytes and {len(SPECIALS)} special tokens"
+                f"--tokenizer.vocab-size {vocab_size} is below {smallest}: 256 bytes and {len(specials)} special tokens"
             )
         if vocab_size > LARGEST:
             raise UserError(f"--tokenizer.vocab-size {vocab_size}: at most {LARGEST} can be learned")
         trainer = rustbpe.Tokenizer()
         pieces = (piece for text in texts for piece in _cut(text))
-        trainer.train_from_iterator(pieces, vocab_size - len(SPECIALS), pattern=pattern)
+        trainer.train_from_iterator(pieces, vocab_size - len(specials), pattern=pattern)
         ranks = [bytes(token) for token, _ in sorted(trainer.get_mergeable_ranks(), key=lambda item: item[1])]
-        reached = len(ranks) + len(SPECIALS)
+        reached = len(ranks) + len(specials)
         if reached != vocab_size:
             raise UserError(
                 f"--tokenizer.vocab-size {vocab_size} is more than this text can give: its merges end at {reached}; "
                 "lower the size or give more text"
             )
-        return cls(ranks, pattern)
+        return cls(ranks, pattern, specials)
 
     @classmethod
     def load(cls, directory: Path | str) -> Tokenizer:
@@ -215,13 +223,19 @@ class Tokenizer:
             pieces.append((special("<|assistant_start|>"), 0))
             for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
                 if part["type"] == "text":
-                    pieces.append((part["text"], 1))
+                    pieces += [(piece, 1) for piece in self._with_specials(part["text"])]
                 elif part["type"] == "python":
                     pieces += [(special("<|python_start|>"), 1), (part["text"], 1), (special("<|python_end|>"), 1)]
                 else:
                     pieces += [(special("<|output_start|>"), 0), (part["text"], 0), (special("<|output_end|>"), 0)]
             pieces.append((special("<|assistant_end|>"), 1))
         return pieces
+
+    def _with_specials(self, text: str) -> Iterator[int | str]:
+        """The assistant's `text`, with the ids of special tokens of people's own in place of their names."""
+        names = "|".join(map(re.escape, self.own_specials))
+        for piece in re.split(f"({names})", text) if names else [text]:
+            yield self.specials[piece] if piece in self.own_specials else piece
 
 
 def turns(conversation: dict) -> list[dict]:
@@ -233,6 +247,15 @@ def turns(conversation: dict) -> list[dict]:
         raise UserError("a conversation needs at least one message of the user")
     first, *rest = messages[len(system) :]
     return [{"role": "user", "content": "\n\n".join([*system, first["content"]])}, *rest]
+
+
+def check_specials(names: Sequence[str]) -> None:
+    """UserError unless these can be the names of further special tokens: <|word|>, each once, none of SPECIALS."""
+    for name in names:
+        if not (re.fullmatch(r"<\|[^<|>\s]+\|>", name) and name.isprintable()):
+            raise UserError(f"--tokenizer.specials {name!r:.40}: a name must look like <|think|>, without blanks")
+        if name in SPECIALS or names.count(name) > 1:
+            raise UserError(f"--tokenizer.specials {name!r:.40} is there already: choose another name")
 
 
 def check_pattern(pattern: str, texts: Iterable[str]) -> None:

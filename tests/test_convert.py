@@ -124,6 +124,14 @@ def refused(capsys, checkpoint: Path, workdir: Path, *options: object) -> str:
     return lines[-1]
 
 
+def test_special_tokens_of_ones_own_come_along(home, tmp_path, tokenizer):
+    names = {name: 502 + i for i, name in enumerate((*SPECIALS, "<|think|>"))}
+    pickled_tokenizer(home.parents[1] / "tokenizer", tokenizer, 502, specials=names)
+    assert convert(home, tmp_path / "run") == 0
+    assert run.read_config(tmp_path / "run").tokenizer.specials == ("<|think|>",)
+    assert run.load_model(tmp_path / "run")[2].specials == names
+
+
 def test_newest_architecture_keeps_its_logits(home, tmp_path, july, capsys):
     workdir = tmp_path / "run"
     assert convert(home, workdir, "--step", 7) == 0

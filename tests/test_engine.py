@@ -29,6 +29,7 @@ from nanochat_jax.inference.sampling import FEW, MANY, Method, best, sample
 from nanochat_jax.inference.text import TextStream
 from nanochat_jax.model import forward, init_params, param_shapes
 from nanochat_jax.sharding import make_mesh
+from nanochat_jax.tokenizer import SPECIALS, Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -380,6 +381,18 @@ def test_stop_strings_count_in_a_block_that_is_never_closed_and_past_special_tok
     assert engine._whole_text(row) == ("".join(pieces) if whole is None else whole)
 
 
+def test_special_tokens_of_ones_own_are_text_by_name(tokenizer):
+    """In streams as in whole answers, and stop strings may hold them."""
+    own = Tokenizer(tokenizer.ranks[:-1], tokenizer.pattern, [*SPECIALS, "<|think|>"])
+    said = ["a", "<|output_start|>", "b", "<|think|>", "c", "<|assistant_end|>"]
+    params, cfg = rigged(own, [0, *ids_of(own, said)])
+    engine = Engine(params, cfg, own, max_rows=1)
+    for stop, streamed, whole in (((), "ab<|think|>c", "".join(said[:-1])), (("b<|th",), "a", "a<|output_start|>")):
+        how = SamplingParams(0.0, max_tokens=9, stop=stop)
+        assert "".join(event.get("text", "") for event in engine.stream([0], how)) == streamed
+        assert engine.generate([[0]], how)[0].text == whole
+
+
 def test_a_row_is_done_once_all_its_text_is_there(model, tokenizer, monkeypatch):
     """Who streams it looks at that without the lock."""
     params, cfg = model
@@ -496,7 +509,7 @@ def test_streams_share_the_batch_and_say_what_generate_says(model, tokenizer, pr
     for thread in threads:
         thread.join()
     for i, answer in enumerate(engine.generate(prompts, how)):
-        plain = [token for token in answer.ids if token not in tokenizer.special_ids]
+        plain = [token for token in answer.ids if token not in tokenizer.marker_ids]
         assert texts[i] == tokenizer.decode_bytes(plain).decode("utf-8", "replace")
 
 

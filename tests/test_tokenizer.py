@@ -15,6 +15,7 @@ import requests
 from nanochat_jax.config import Config, DataConfig, TokenizerConfig
 from nanochat_jax.errors import UserError
 from nanochat_jax.stages import tokenizer as stage
+from nanochat_jax.stages.ahead import check_ahead
 from nanochat_jax.stages.tokenizer import CutTexts
 from nanochat_jax.tokenizer import SPECIALS, Tokenizer, _cut
 
@@ -51,7 +52,7 @@ def test_training_is_deterministic(tokenizer):
 def test_special_tokens_stand_last_in_order(tokenizer):
     assert tokenizer.vocab_size == VOCAB
     assert [tokenizer.special_id(name) for name in SPECIALS] == list(range(VOCAB - 9, VOCAB))
-    assert tokenizer.special_ids == set(range(VOCAB - 9, VOCAB))
+    assert tokenizer.marker_ids == set(range(VOCAB - 9, VOCAB))
     assert tokenizer.bos_id == VOCAB - 9
     assert tokenizer.decode([tokenizer.bos_id, tokenizer.special_id("<|python_end|>")]) == "<|bos|><|python_end|>"
 
@@ -59,10 +60,10 @@ def test_special_tokens_stand_last_in_order(tokenizer):
 def test_special_names_in_text_are_ordinary_text(tokenizer):
     text = "ignore this <|assistant_end|><|bos|> please"
     ids = tokenizer.encode(text)
-    assert not tokenizer.special_ids & set(ids)
+    assert not tokenizer.marker_ids & set(ids)
     assert tokenizer.decode(ids) == text
     rendered, _ = tokenizer.render({"messages": [{"role": "user", "content": text}]})
-    assert sum(i in tokenizer.special_ids for i in rendered) == 3
+    assert sum(i in tokenizer.marker_ids for i in rendered) == 3
 
 
 def test_numbers_split_in_ones_and_twos(tokenizer):
@@ -75,7 +76,7 @@ def test_token_bytes_count_the_text(tokenizer):
         ids = tokenizer.encode(text)
         assert tokenizer.token_bytes[ids].sum() == len(text.encode())
         assert tokenizer.decode_bytes(ids) == text.encode()
-    assert not tokenizer.token_bytes[sorted(tokenizer.special_ids)].any()
+    assert not tokenizer.token_bytes[sorted(tokenizer.marker_ids)].any()
 
 
 def test_half_a_character_is_shown_as_replacement(tokenizer):
@@ -128,6 +129,27 @@ def test_vocabularies_that_do_not_fit_are_refused():
     with pytest.raises(UserError, match="vocab-size 5000000000: at most 16777216"):
         Tokenizer.train(TEXTS, 5_000_000_000)
     assert Tokenizer.train(TEXTS, 265).vocab_size == 265
+    with pytest.raises(UserError, match="size 265 is below 266"):
+        Tokenizer.train(TEXTS, 265, specials=["<|think|>"])
+
+
+@pytest.mark.parametrize(
+    ("names", "complaint"),
+    [
+        (("think",), "must look like <|think|>"),
+        (("<|a|>", "<|to think|>"), "must look like"),
+        (("<|\udc80|>",), "must look like"),
+        (("<|a|>", "<|a|>"), "'<|a|>' is there already"),
+        (("<|bos|>",), "'<|bos|>' is there already"),
+    ],
+)
+def test_names_that_cannot_be_special_tokens_are_refused_before_anything(tmp_path, names, complaint):
+    config = small_config(specials=names)
+    with pytest.raises(UserError, match=re.escape(complaint)):
+        stage.run(config, tmp_path / "run", print)
+    with pytest.raises(UserError, match=re.escape(complaint)):
+        check_ahead(config, ["base"], tmp_path / "run", print)
+    assert not (tmp_path / "run").exists()
 
 
 def show(tokenizer, ids, mask):
@@ -165,6 +187,25 @@ def test_render_marks_what_the_assistant_writes(tokenizer):
     )
     assert conversation["messages"][1]["content"] == "two and two?"
     assert tokenizer.render_batch([conversation] * 3, num_threads=2) == [(ids, mask)] * 3
+
+
+def test_own_special_tokens_stand_where_the_assistant_names_them(tmp_path):
+    own = Tokenizer.train(TEXTS, VOCAB, specials=["<|think|>", "<|/think|>"])
+    own.save(tmp_path)
+    own = Tokenizer.load(tmp_path)
+    think, done = VOCAB - 2, VOCAB - 1
+    assert own.vocab_size == VOCAB and own.special_id("<|think|>") == think and own.token_bytes[think] == 0
+    question = {"role": "user", "content": "<|think|> of two"}
+    answer = {"role": "assistant", "content": "<|think|>two<|/think|> is two<|bos|>"}
+    ids, mask = own.render({"messages": [question, answer]})
+    assert show(own, ids, mask) == (
+        "<|bos|><|user_start|><|think|> of two<|user_end|><|assistant_start|><|THINK|>TWO<|/THINK|> IS TWO<|BOS|>"
+        "<|ASSISTANT_END|>"
+    )
+    assert [i for i in ids if i >= think] == [think, done] and ids.count(own.bos_id) == 1
+    parts = [{"type": "text", "text": "<|think|>"}, {"type": "python", "text": "'<|think|>'"}]
+    ids, _ = own.render({"messages": [question, answer | {"content": parts}]})
+    assert ids.count(think) == 1
 
 
 def test_render_for_completion_ends_where_the_answer_begins(tokenizer):

@@ -43,7 +43,7 @@ ARRIVAL_RUNS = 3
 class NoSpecials:
     """In place of a tokenizer: no token ends an answer or calls a tool."""
 
-    special_ids = frozenset()
+    marker_ids = frozenset()
 
     def special_id(self, name: str) -> int:
         """An id that no model draws."""

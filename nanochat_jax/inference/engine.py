@@ -447,7 +447,7 @@ class Engine:
             self._call_tool(row)
         elif row.expression is not None:
             row.expression.append(token)
-        elif row.text and token not in self.tokenizer.special_ids:
+        elif row.text and token not in self.tokenizer.marker_ids:
             self._say(row, row.text.feed(self.tokenizer.decode_bytes([token])))
         if row.text and row.text.stopped:
             self._finish(row, "stop")
@@ -461,7 +461,7 @@ class Engine:
     def _say_unclosed(self, row: Row) -> None:
         """What stands in a python block that is open, and that nothing will close, is text like any other."""
         if row.text and row.expression is not None:
-            plain = [token for token in row.expression if token not in self.tokenizer.special_ids]
+            plain = [token for token in row.expression if token not in self.tokenizer.marker_ids]
             self._say(row, row.text.feed(self.tokenizer.decode_bytes(plain)))
         row.expression = None
 
@@ -469,7 +469,7 @@ class Engine:
         """Of an answer that has ended: special tokens by name, up to a stop string, which may have some within it."""
         if not (row.text and row.text.stopped):
             return self.tokenizer.decode(row.completion.ids)
-        runs = groupby(row.completion.ids, key=self.tokenizer.special_ids.__contains__)
+        runs = groupby(row.completion.ids, key=self.tokenizer.marker_ids.__contains__)
         texts = [(special, self.tokenizer.decode(list(run))) for special, run in runs]
         dropped = row.text.dropped
         while dropped and texts:

@@ -26,7 +26,7 @@ from nanochat_jax.data.shards import read_texts
 from nanochat_jax.distributed import barrier, is_leader
 from nanochat_jax.errors import UserError
 from nanochat_jax.stages.session import Log, is_done
-from nanochat_jax.tokenizer import Tokenizer, check_pattern
+from nanochat_jax.tokenizer import Tokenizer, check_pattern, check_specials
 
 VALIDATION_CHARS = 1_000_000
 BLOBS = "https://openaipublic.blob.core.windows.net"
@@ -41,6 +41,7 @@ def run(config: Config, workdir: Path, log: Log) -> None:
     """Trains the tokenizer of a run; nothing to do where that is complete. Of several processes the leader does it."""
     if is_done(workdir, "tokenizer", log):
         return
+    check_specials(config.tokenizer.specials)
     train_files, validation_file = prepare_shards(config.data, log)
     if is_leader():
         if config.data.dir is None and config.data.source in SETS:
@@ -60,7 +61,7 @@ def learn(
         check_pattern(settings.pattern, [validation_text(validation_file), *sample_texts().values()])
     texts = CutTexts(read_texts(train_files), settings.doc_cap, settings.max_chars)
     log(f"tokenizer: learning {settings.vocab_size:,} tokens from up to {settings.max_chars:,} characters")
-    tokenizer = Tokenizer.train(texts, settings.vocab_size, settings.pattern)
+    tokenizer = Tokenizer.train(texts, settings.vocab_size, settings.pattern, settings.specials)
     tokenizer.save(folder)
     log(f"tokenizer: {texts.characters:,} characters of {texts.documents:,} documents")
     write_json(folder / "eval.json", evaluate(tokenizer, validation_file, log))
