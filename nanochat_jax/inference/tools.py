@@ -22,8 +22,8 @@ MAX_RESULT = 40
 # What an expression may be spelled with, looked at before Python's parser sees anything.
 LEXICON = re.compile(r"""(?:[\d\s.+\-*/%()]|(?<=[\d.])[eE](?=[-+\d])|'[^'\\\n]*'|"[^"\\\n]*"|\.count\b|\blen\b)+""")
 
-# Texts, and the commas between digits.
-TEXT_OR_COMMA = re.compile(r"""('[^']*'|"[^"]*")|(?<=\d),(?=\d)""")
+# Texts, and the commas outside them.
+TEXT_OR_COMMA = re.compile(r"""('[^']*'|"[^"]*")|,""")
 
 BINARY = {
     ast.Add: operator.add,
