@@ -419,6 +419,8 @@ def test_humaneval_takes_imports_and_the_last_block_of_python():
         ("So:\n```python\na\n```\nor\n```\nb\n```\ndone", "b"),
         ("```bash\nls\n```\nNow the function:\n```Python\r\ndef f(x):\r\n  pass\r\n```", "def f(x):\r\n  pass"),
         ("```py\ndef f(x): 1\n```\nIt prints\n```text\n1\n```\nRun it: ```sh\n./f\n```", "def f(x): 1"),
+        ("```python\ndef f(x):\n    return '```' + x\n```\ndone", "def f(x):\n    return '```' + x"),
+        ("```python\ndef f(x): 1```", "def f(x): 1"),
         (" def f(x): 1", "def f(x): 1"),
     ):
         assert code(completion) == block

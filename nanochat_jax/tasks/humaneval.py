@@ -14,8 +14,8 @@ from nanochat_jax.tasks.hub import load_rows
 from nanochat_jax.tasks.task import Task, dialogue, one_of
 
 COLUMNS = ("prompt", "canonical_solution", "test", "entry_point")
-FENCED = re.compile(r"```([^\n`]*)\n(.*?)```", re.DOTALL)
-
+# A fence begins or ends its line when it closes a block: within one, it is text in a program.
+FENCED = re.compile(r"```([^\n`]*)\n(.*?)(?:^\s*```|```\s*$)", re.DOTALL | re.MULTILINE)
 PYTHON = ("", "python", "python3", "py")
 
 
