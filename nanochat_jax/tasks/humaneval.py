@@ -15,7 +15,7 @@ from nanochat_jax.tasks.task import Task, dialogue, one_of
 
 COLUMNS = ("prompt", "canonical_solution", "test", "entry_point")
 # A fence begins or ends its line when it closes a block: within one, it is text in a program.
-FENCED = re.compile(r"```([^\n`]*)\n(.*?)(?:^\s*```|```\s*$)", re.DOTALL | re.MULTILINE)
+FENCED = re.compile(r"```([^\n`]*)\n(.*?)(?:^[ \t]*```|```[ \t\r]*$)", re.DOTALL | re.MULTILINE)
 PYTHON = ("", "python", "python3", "py")
 
 
