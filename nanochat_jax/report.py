@@ -171,11 +171,20 @@ def _results(stages: list[Stage]) -> str:
         found = [measured(stage, keys) for stage in stages]
         counts = dict.fromkeys(show(dig(value, "n"), "{:,}") for value in found if dig(value, "n"))
         rows.append((label, *map(figure, found), " / ".join(counts) or "-"))
+    drawn: dict[str, list[str]] = {}
+    for stage in stages:
+        if how := entries(stage.eval, "tasks") and entries(stage.eval, "drawn"):
+            drawn.setdefault(", ".join(f"{name} {value}" for name, value in how.items()), []).append(stage.name)
     return "\n\n".join(
         [
             table((*HEADER, "n"), rows),
             "Accuracies with their 95% interval in brackets; n: examples. '-': not measured at that stage. CORE and "
             "ChatCORE are mean centred accuracies: 0 is chance, 1 is perfect; fewer bits per byte are better.",
+            *(
+                f"Written answers of {', '.join(names)} are drawn, not greedy, and one right answer to a question is "
+                f"enough: {plain(how)}."
+                for how, names in drawn.items()
+            ),
             "### For scale: karpathy/nanochat's $100 run",
             table(HEADER, [(label, *reference.split()) for label, (_, reference) in METRICS.items()]),
             "8 x H100, 3h51m, October 2025. Its best since: CORE 0.2626 after 1.65 h on the same machine.",

@@ -273,6 +273,18 @@ def test_an_evaluation_on_the_way_is_said(run):
     assert "sft/eval.json: of step 5, the stage ended at 100" in write_report(run).read_text()
 
 
+def test_drawn_answers_are_not_shown_as_greedy_ones(run):
+    write_report(run)
+    assert "drawn" not in (run / "report.md").read_text()
+    for stage in ("base", "sft", "rl"):  # base has no written answers
+        figures = json.loads((run / stage / "eval.json").read_text())
+        write_json(run / stage / "eval.json", figures | {"drawn": {"temperature": 0.8, "top_k": 50, "num_samples": 4}})
+    write_report(run)
+    [line] = [line for line in (run / "report.md").read_text().splitlines() if "drawn" in line]
+    assert "of sft, rl" in line
+    assert "temperature 0.8, top_k 50, num_samples 4" in line
+
+
 def test_a_folder_without_a_run_is_an_error(tmp_path):
     with pytest.raises(UserError, match="not the folder of a run"):
         write_report(tmp_path)
