@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tiny
-from stage_runs import last_state, losses, quiet, records, start, start_after
+from stage_runs import last_state, losses, quiet, records, reinforce, start, start_after
 
 from nanochat_jax.checkpoint import steps
 from nanochat_jax.config import DEFAULT_ROWS, MODEL_STAGES
@@ -357,6 +357,21 @@ def test_what_rl_is_compared_with_is_made_anew_after_another_sft(run, tmp_path, 
     said = []
     finetune.continued(tiny.config, tmp_path, before["flops"], said.append)
     assert not (tmp_path / "sft_continued").exists() and "made after another sft" in said[0] and len(trained) == 2
+
+
+def test_what_rl_is_compared_with_is_what_it_started_from(run, tmp_path, monkeypatch):
+    step = steps(run / "mid" / "checkpoints")[0]
+    start_from = {"init_from": str(run / "mid"), "init_step": step}
+    config = replace(tiny.config, rl=replace(tiny.config.rl, num_iterations=1, eval_every=0, **start_from))
+    folder, said = start(tmp_path / "run", config), []
+    reinforce(config, folder, said.append)  # there is no sft in this folder
+    begun = [line for line in said if "starting from" in line]
+    assert begun == [f"{name}: starting from step {step} of {run / 'mid'}" for name in ("rl", "sft_continued")]
+    asked = []
+    monkeypatch.setattr(evaluate, "load_model", lambda *args: asked.append((*args[:2], *args[4:])) or [None] * 5)
+    monkeypatch.setattr(evaluate, "measure", lambda *_: {"arithmetic": {"correct": [0] * 8}})
+    evaluate.compare(config, folder, None, SimpleNamespace(name="arithmetic"), [1] * 8, 8, quiet)
+    assert asked == [(run, "mid", step), (folder, "sft_continued", None)]
 
 
 def test_rows_to_validate_on_are_missed_before_training(tmp_path):

@@ -34,7 +34,7 @@ from nanochat_jax.model import Params
 from nanochat_jax.optim import horizon
 from nanochat_jax.run import finished, load_model, read_config, recorded_files
 from nanochat_jax.sharding import data_shards, make_mesh, put_batch
-from nanochat_jax.stages.session import Log
+from nanochat_jax.stages.session import Log, start_of
 from nanochat_jax.tasks import Task, load
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train import eval_losses
@@ -250,20 +250,25 @@ def decides(config: Config, source: str, limit: int | None) -> dict:
 
 
 def compare(config: Config, workdir: Path, mesh: Mesh, task: Task, rl: list[int], limit: int | None, log: Log) -> dict:
-    """rl beside sft, and beside sft continued for rl's compute, on the same questions, with paired 95% intervals."""
-    done = {source: leaders(finished(workdir, source)) or {} for source in ("rl", "sft", "sft_continued")}
+    """rl beside sft, and beside sft continued for rl's compute, on the same questions, with paired 95% intervals.
+
+    sft is the model that rl started from, wherever it is.
+    """
+    folders = {"rl": workdir / "rl", "sft": start_of(config.rl, workdir, "sft")}
+    folders["sft_continued"] = workdir / "sft_continued"
+    done = {source: leaders(finished(path.parent, path.name)) or {} for source, path in folders.items()}
     right = {"rl": rl}
     for source in ("sft", "sft_continued"):
-        saved = workdir / source / "correct.json"
+        folder, step = folders[source], config.rl.init_step if source == "sft" else None
+        saved = folder / "correct.json"
         before = leaders(read_json(saved) if saved.exists() else {})
-        same = before.get("step") == done[source].get("steps") and before.get("settings") == decides(
-            config, source, limit
-        )
+        newest = before.get("step") == done[source].get("steps") and step is None
+        same = newest and before.get("settings") == decides(config, folder.name, limit)
         if same and task.name in before["correct"]:
             right[source] = before["correct"][task.name]
             continue
         log(f"{source}: {task.name}, for the comparison with rl")
-        model = load_model(workdir, source, config, mesh)[:3]
+        model = load_model(folder.parent, folder.name, config, mesh, step)[:3]
         right[source] = measure(model, [task], config, mesh, limit, log)[task.name]["correct"]
     return {
         "task": task.name,

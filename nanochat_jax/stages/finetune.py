@@ -30,7 +30,7 @@ from nanochat_jax.run import finished
 from nanochat_jax.sharding import put_batch
 from nanochat_jax.stages.evaluate import load_tasks, measure
 from nanochat_jax.stages.samples import write_samples
-from nanochat_jax.stages.session import Log, Session, is_done, open_session, state_from, step_batch
+from nanochat_jax.stages.session import Log, Session, is_done, open_session, start_of, state_from, step_batch
 from nanochat_jax.tasks import Mixture, Task
 from nanochat_jax.train import eval_losses
 
@@ -50,9 +50,9 @@ def run(config: Config, workdir: Path, stage: str, log: Log, force: bool = False
 
 
 def continued(config: Config, workdir: Path, flops: float, log: Log, force: bool = False) -> None:
-    """Train sft on, in `workdir`/sft_continued, with its own schedule anew, for `flops` FLOPs."""
+    """Train the model that rl started from on as sft does, in `workdir`/sft_continued, for `flops` FLOPs."""
     before = leaders(finished(workdir, "sft_continued"))
-    sft = leaders(finished(workdir, "sft") or {}).get("finished")
+    sft = leaders(begun_from(config, workdir))
     stale = before is not None and before.get("after", sft) != sft
     if before is not None and (stale or not 0.9 < before["flops"] / flops < 1.1):
         was = "after another sft" if stale else f"for {before['flops']:.3g} FLOPs, now {flops:.3g}"
@@ -60,10 +60,15 @@ def continued(config: Config, workdir: Path, flops: float, log: Log, force: bool
         if is_leader():
             shutil.rmtree(workdir / "sft_continued")
         barrier("sft_continued removed")
-    settings = dataclasses.replace(
-        config.sft, init_from=None, init_step=None, init_optimizer=False, stop_after=None, tasks_every=0
-    )
+    same = {"init_from": config.rl.init_from, "init_step": config.rl.init_step, "init_optimizer": False}
+    settings = dataclasses.replace(config.sft, **same, stop_after=None, tasks_every=0)
     train(config, settings, workdir, "sft_continued", log, force, flops)
+
+
+def begun_from(config: Config, workdir: Path) -> str | None:
+    """When the stage was finished that rl starts from."""
+    start = start_of(config.rl, workdir, "sft")
+    return (finished(start.parent, start.name) or {}).get("finished")
 
 
 def train(
@@ -166,7 +171,7 @@ def train(
         batch_tokens=batch_tokens,
         truncated=position["truncated"],
         dropped=position["dropped"],
-        **({} if flops is None else {"after": (finished(workdir, "sft") or {}).get("finished")}),
+        **({} if flops is None else {"after": begun_from(config, workdir)}),
     )
 
 

@@ -337,12 +337,17 @@ def is_done(workdir: Path, name: str, log: Log) -> bool:
     return True
 
 
+def start_of(stage: StageConfig, workdir: Path, previous: str) -> Path:
+    """WORKDIR/STAGE that a stage starts from: that of `init_from`, else the stage `previous` of the run."""
+    return expanded(stage.init_from) if stage.init_from else workdir / previous
+
+
 def state_from(session: Session, workdir: Path, previous: str) -> TrainState:
     """The newest model of the stage before, or of `init_from` WORKDIR/STAGE, or its `init_step`, on the session's mesh.
 
     Moments are fresh, or with `init_optimizer` those of that stage.
     """
-    source = expanded(session.stage.init_from) if session.stage.init_from else workdir / previous
+    source = start_of(session.stage, workdir, previous)
     check_start(session.name, session.stage, source)
     if source.parent.resolve() != session.folder.parent.resolve():
         check_origin_of(session, source)
