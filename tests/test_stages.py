@@ -7,6 +7,8 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tiny
 from stage_runs import last_state, losses, quiet, records, reinforce, start, start_after
@@ -379,6 +381,19 @@ def test_rows_to_validate_on_are_missed_before_training(tmp_path):
     config, said = replace(tiny.config, base=base), []
     with pytest.raises(UserError, match="gives no row of 64 tokens within eval-tokens 10"):
         pretrain.run(config, start(tmp_path, config), said.append)
+    assert not any("compiled" in line for line in said)
+
+
+def test_a_first_shard_that_gives_no_figure_is_missed_before_training(tmp_path):
+    train_files, val_file = shard_files(ensure_shards(tiny.config.data, quiet))
+    data, said = tmp_path / "data", []
+    data.mkdir()
+    pq.write_table(pa.table({"text": [""] * 3}), data / "a.parquet")
+    (data / "b.parquet").symlink_to(train_files[0])
+    (data / "c.parquet").symlink_to(val_file)
+    config = replace(tiny.config, data=replace(tiny.config.data, dir=str(data)))
+    with pytest.raises(UserError, match=f"{data}/a.parquet gives no row"):
+        pretrain.run(config, start(tmp_path / "run", config), said.append)
     assert not any("compiled" in line for line in said)
 
 

@@ -93,9 +93,10 @@ def open_readers(
     for stream in numbers:
         mine = [(file, group) for file, group in groups if group % streams == stream]
         if not mine:
+            where = files[0] if len(files) == 1 else f"the {len(files)} files of {files[0].parent}"
             raise UserError(
-                f"--data.streams {streams}: stream {stream} has no row group in the {len(files)} files of "
-                f"{files[0].parent}; use fewer streams or smaller row groups"
+                f"--data.streams {streams}: stream {stream} has no row group in {where}; use fewer streams or smaller "
+                "row groups"
             )
         readers.append(DocumentReader(files, mine, tokenizer))
     return readers

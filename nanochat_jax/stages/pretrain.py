@@ -58,8 +58,9 @@ def run(config: Config, workdir: Path, log: Log, force: bool = False) -> None:
             f"base: best fit chooses among {wanted:,} documents, here are {few[-1]:,}: they are read again and "
             "again, most of a long one is dropped; --data.packing stream is for few documents"
         )
-    # What is missing should be missed now, not after hours.
-    next(validation_set(val_file, session.tokenizer, config, cfg, rows=1))
+    # What is missing should be missed now, not after hours; the evaluation reads the first training shard, too.
+    for file in (val_file, train_files[0]):
+        next(validation_set(file, session.tokenizer, config, cfg, rows=1))
     if stage.core_every:
         checked_tasks(cfg, session.tokenizer, fetch_eval_bundle(config.data, log), config.eval.max_examples)
     start = functools.partial(initial_state, session, config.seed)
