@@ -486,7 +486,7 @@ def serve(options: ServeOptions, workdir: Path) -> None:
 def report(options: ReportOptions, workdir: Path) -> None:
     from nanochat_jax.report import write_report
 
-    print(write_report(workdir))
+    print(write_report(workdir, options.config.device_hour_cost))
     if options.against:
         from nanochat_jax.compare import write_comparison
 

@@ -106,13 +106,15 @@ def gather(workdir: Path) -> Run:
     return Run(record, tokenizer, stages, [first, *control], problems)
 
 
-def write_report(workdir: Path) -> Path:
+def write_report(workdir: Path, price: float = 0) -> Path:
     """Writes report.md, report.html and plots/ in the run's folder; returns the path of report.md.
 
-    Raises UserError where the folder holds nothing of a run.
+    `price`: dollars of a device for an hour; 0: as the run was told. Raises UserError where the folder holds nothing of
+    a run.
     """
     run = gather(workdir)
     record, stages, (tokenizer_stage, *control) = run.record, run.stages, run.others
+    price = price or number(dig(record, "config", "device_hour_cost")) or 0
     pictures = {stage.name: f"plots/{stage.name}.png" for stage in stages}
     drawn = [
         pictures[stage.name] for stage in stages if plot(stage.metrics, stage.name, workdir / pictures[stage.name])
@@ -122,7 +124,7 @@ def write_report(workdir: Path) -> Path:
         "Missing or damaged": bullets(run.problems),
         "Results": _results(stages),
         "Reinforcement learning against more fine-tuning": _comparison(entries(stages[-1].eval, "comparison")),
-        "Stages": _costs([tokenizer_stage, *stages, *control], number(dig(record, "config", "device_hour_cost")) or 0),
+        "Stages": _costs([tokenizer_stage, *stages, *control], price),
         "Curves": "\n\n".join(f"![Curves]({name})" for name in drawn),
         "Model": _model(record),
         "Tokenizer": _tokenizer(run.tokenizer),

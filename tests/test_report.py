@@ -10,7 +10,7 @@ import matplotlib.colors
 import pytest
 from matplotlib.figure import Figure
 
-from nanochat_jax import plots, report
+from nanochat_jax import cli, plots, report
 from nanochat_jax.config import Config, ModelConfig, TokenizerConfig
 from nanochat_jax.errors import UserError
 from nanochat_jax.report import write_report
@@ -283,6 +283,15 @@ def test_drawn_answers_are_not_shown_as_greedy_ones(run):
     [line] = [line for line in (run / "report.md").read_text().splitlines() if "drawn" in line]
     assert "of sft, rl" in line
     assert "temperature 0.8, top_k 50, num_samples 4" in line
+
+
+def test_what_a_device_costs_can_be_said_afterwards(run):
+    def cost(*words):
+        assert cli.main(["report", "--workdir", str(run), *words]) == 0
+        return next(row for row in md_rows((run / "report.md").read_text()) if row[:2] == ["base", "100"])[-1]
+
+    assert cost() == "$3.00"
+    assert cost("--device-hour-cost", "5") == "$5.00"
 
 
 def test_a_folder_without_a_run_is_an_error(tmp_path):
