@@ -85,7 +85,8 @@ def gather(workdir: Path) -> Run:
 
     def read_stage(name: str) -> Stage:
         done = read(f"{name}/done.json", {}, needed=False)
-        metrics = read(f"{name}/metrics.jsonl", [], MetricsLog.read, needed=bool(done))
+        trained = bool(done) and "converted_from" not in done
+        metrics = read(f"{name}/metrics.jsonl", [], MetricsLog.read, needed=trained)
         if not done:
             steps = [record["step"] for record in metrics if "step" in record]
             problems.append(f"{name}: not finished, last logged step {max(steps)}" if steps else f"{name}: not started")
@@ -95,12 +96,12 @@ def gather(workdir: Path) -> Run:
         last = done.get("steps")
         if wanted and (step := evaluation.get("step", last)) != last:
             problems.append(f"{name}/eval.json: of step {step}, the stage ended at {last}")
-        samples = read(f"{name}/samples.md", "", lambda path: path.read_text(encoding="utf-8"), needed=bool(done))
+        samples = read(f"{name}/samples.md", "", lambda path: path.read_text(encoding="utf-8"), needed=trained)
         return Stage(name, done, evaluation, metrics, samples)
 
     record = read("config.json", {})
-    tokenizer = read("tokenizer/eval.json", {})
     first = Stage("tokenizer", read("tokenizer/done.json", {}, needed=False), {}, [], "")
+    tokenizer = read("tokenizer/eval.json", {}, needed="converted_from" not in first.done)
     stages = [read_stage(name) for name in MODEL_STAGES]
     control = [read_stage("sft_continued")] if (workdir / "sft_continued").is_dir() else []
     return Run(record, tokenizer, stages, [first, *control], problems)

@@ -285,6 +285,18 @@ def test_drawn_answers_are_not_shown_as_greedy_ones(run):
     assert "temperature 0.8, top_k 50, num_samples 4" in line
 
 
+def test_what_a_conversion_does_not_make_is_not_missing(run):
+    for stage in ("tokenizer", "base"):
+        done = json.loads((run / stage / "done.json").read_text())
+        write_json(run / stage / "done.json", done | {"converted_from": "model_000100.pt"})
+    for path in ("tokenizer/eval.json", "base/metrics.jsonl", "base/samples.md", "sft/samples.md"):
+        (run / path).unlink()
+    write_report(run)
+    text = (run / "report.md").read_text()
+    assert "sft/samples.md: missing" in text
+    assert text.count(": missing") == 1
+
+
 def test_what_a_device_costs_can_be_said_afterwards(run):
     def cost(*words):
         assert cli.main(["report", "--workdir", str(run), *words]) == 0
