@@ -146,6 +146,7 @@ def test_mistakes_in_an_experiment_file(capsys, tmp_path):
     [
         (["--sft.mixture", "arithmetic:5", "nosuch"], "unknown task 'nosuch'"),
         (["--mid.mixture", "bpb"], "--mid.mixture: unknown task 'bpb'"),
+        (["--sft.mixture", "chats.json"], "gsm8k, files named *.jsonl"),
         (["--eval.chat", "arithmetic", "foo"], "--eval.chat: unknown task 'foo'"),
         (["--rl.task", "bar"], "--rl.task: unknown task 'bar'"),
         (["--rl.task", "choice"], "--rl.task: 'choice' cannot be used here"),

@@ -63,7 +63,8 @@ def check_names(config: Config, asked: Sequence[str] = ()) -> None:
         if option in evaluations:
             there = [name for name in (*LOADERS, "bpb", "core") if name not in NOT_TO_GRADE]
         else:
-            there = TO_REINFORCE if option == "--rl.task" else [name for name in LOADERS if name not in NOT_TO_LEARN]
+            learnt = [*(name for name in LOADERS if name not in NOT_TO_LEARN), "files named *.jsonl"]
+            there = TO_REINFORCE if option == "--rl.task" else learnt
         for name in names:
             if name not in there:
                 what = f"{name!r} cannot be used here" if name in LOADERS else f"unknown task {name!r}"
