@@ -144,12 +144,12 @@ def test_what_ends_a_later_stage_is_known_before_the_first(change, words, tmp_pa
 
 
 @pytest.mark.parametrize(("streams", "words"), [(1, "--data.streams 1 cannot be dealt to 2"), (6, "no multiple of")])
-def test_streams_that_processes_cannot_share_are_refused_ahead(streams, words, tmp_path, monkeypatch):
+def test_streams_that_processes_cannot_share_are_refused_ahead(streams, words, run, tmp_path, monkeypatch):
     monkeypatch.setattr("nanochat_jax.stages.ahead.data_part", lambda mesh: (1, 2))
     config = replace(tiny.config, data=replace(tiny.config.data, streams=streams))
     with pytest.raises(UserError, match=words):
         check_ahead(config, ["base"], tmp_path, quiet)
-    check_ahead(config, ["mid"], tmp_path, quiet)  # which reads everything in every process
+    check_ahead(config, ["mid"], run, quiet)  # which reads everything in every process
 
 
 def test_what_an_evaluation_needs_is_known_before_the_first_stage(tmp_path, monkeypatch):
@@ -163,7 +163,7 @@ def test_what_an_evaluation_needs_is_known_before_the_first_stage(tmp_path, monk
     monkeypatch.setattr(humaneval, "require_isolation", refuse)
     programs = replace(tiny.config, eval=replace(tiny.config.eval, chat=("humaneval",)))
     with pytest.raises(UserError, match="no isolation here"):
-        check_ahead(programs, ["mid"], tmp_path, quiet)
+        check_ahead(programs, ["base", "mid"], tmp_path, quiet)
     check_ahead(programs, ["base"], tmp_path, quiet)  # after which no programs are run
     on_the_way = replace(tiny.config.base, core_every=5)
     with pytest.raises(UserError, match=r"has no core\.yaml"):
@@ -213,6 +213,32 @@ def test_a_start_may_be_what_the_same_run_makes(tmp_path):
         config = replace(tiny.config, sft=replace(tiny.config.sft, init_from=str(folder / "base")))
         with contextlib.nullcontext() if there else pytest.raises(UserError, match=r"sft starts from .* has no check"):
             check_ahead(config, MODEL_STAGES, tmp_path, quiet)
+
+
+def test_a_stage_without_a_start_is_refused_ahead(run, tmp_path):
+    for stages, missing in ((["base", "rl"], "sft"), (["tokenizer", "sft"], "base"), (["mid"], "base")):
+        with pytest.raises(UserError, match=rf"{stages[-1]} starts from .*, which .*: train {missing} first"):
+            check_ahead(tiny.config, stages, tmp_path, quiet)
+    check_ahead(tiny.config, ["base", "sft"], tmp_path, quiet)
+    check_ahead(tiny.config, ["rl"], run, quiet)
+    config = replace(tiny.config, rl=replace(tiny.config.rl, init_from=str(run)))
+    with pytest.raises(UserError, match=rf"--rl\.init-from {run} is a run: name the stage of it, such as {run}/base"):
+        check_ahead(config, ["rl"], tmp_path, quiet)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"tokenizer": replace(tiny.config.tokenizer, vocab_size=400)}, "was trained with another tokenizer"),
+        ({"model": replace(tiny.config.model, head_dim=8)}, "has n_head 2, this run 4"),
+    ],
+)
+def test_a_start_that_does_not_fit_is_found_when_there_is_a_tokenizer(change, words, run, tmp_path):
+    config = replace(tiny.config, rl=replace(tiny.config.rl, init_from=str(run / "sft")), **change)
+    with pytest.raises(UserError, match=words):
+        open_run(config, tmp_path, log=quiet)
+        speedrun(SpeedrunOptions(config), tmp_path)
+    assert finished(tmp_path, "tokenizer") and not (tmp_path / "base").exists()
 
 
 def test_a_horizon_of_no_step_is_refused_ahead(tmp_path):

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from nanochat_jax.config import DEFAULT_ROWS, MODEL_STAGES, Config
 from nanochat_jax.data.download import fetch_eval_bundle
-from nanochat_jax.data.files import expanded
 from nanochat_jax.data.pretrain import check_dealt
 from nanochat_jax.distributed import leaders
 from nanochat_jax.evals.core import checked_tasks
@@ -16,9 +15,9 @@ from nanochat_jax.optim import check_horizon, horizon
 from nanochat_jax.run import finished, gpt_config
 from nanochat_jax.sharding import check_mesh, data_part, data_shards, make_mesh, rows_of_microbatch, rows_of_step
 from nanochat_jax.stages.evaluate import load_tasks
-from nanochat_jax.stages.finetune import check_mixture
+from nanochat_jax.stages.finetune import PREVIOUS, check_mixture
 from nanochat_jax.stages.rl import check_settings, longest_asked
-from nanochat_jax.stages.session import Log, check_start
+from nanochat_jax.stages.session import Log, check_origin_of, check_start, start_of
 from nanochat_jax.tasks import Mixture, load
 from nanochat_jax.tokenizer import Tokenizer, check_specials
 
@@ -50,22 +49,29 @@ def check_ahead(config: Config, stages: Collection[str], workdir: Path, log: Log
     if "rl" in stages:
         check_settings(config.rl)
     for name in [name for name in MODEL_STAGES if name in stages]:
-        if getattr(config, name).init_from is None:
+        stage, previous = getattr(config, name), PREVIOUS.get(name)
+        if name == "sft" and "mid" not in stages and not leaders((workdir / "mid" / "checkpoints").is_dir()):
+            previous = "base"
+        if previous is None and stage.init_from is None:
             continue
-        source = expanded(getattr(config, name).init_from)
+        source = start_of(stage, workdir, previous)
         made_here = source.name in stages and source.parent.resolve() == workdir.resolve()
         if not made_here:
-            check_start(name, getattr(config, name), source)
+            check_start(name, stage, source)
     fetch_sets(config, (*stages, *continued), log)
     if leaders(finished(workdir, "tokenizer")):
         check_prompts(config, stages, workdir, log)
 
 
 def check_prompts(config: Config, stages: Collection[str], workdir: Path, log: Log) -> None:
-    """UserError for prompts of rl or of CORE, where these stages ask them, that this run's tokenizer makes too long."""
+    """UserError for what shows when there is a tokenizer: starts from other runs whose models these stages cannot take,
+    and prompts of rl or of CORE, where these stages ask them, that it makes too long.
+    """
     tokenizer = Tokenizer.load(workdir / "tokenizer")
+    cfg = gpt_config(config, tokenizer.vocab_size)
+    for name in [name for name in MODEL_STAGES if name in stages and getattr(config, name).init_from]:
+        check_origin_of(name, cfg, tokenizer, workdir, start_of(getattr(config, name), workdir, ""), log)
     if measures_core(config, stages):
-        cfg = gpt_config(config, tokenizer.vocab_size)
         checked_tasks(cfg, tokenizer, fetch_eval_bundle(config.data, log), config.eval.max_examples)
     if "rl" in stages:
         splits = [load(config.rl.task, split, config.data, config.seed) for split in ("train", "val")]

@@ -34,7 +34,8 @@ from nanochat_jax.stages.session import Log, Session, is_done, open_session, sta
 from nanochat_jax.tasks import Mixture, Task
 from nanochat_jax.train import eval_losses
 
-PREVIOUS = {"mid": "base", "sft": "mid", "sft_continued": "sft"}
+PREVIOUS = {"mid": "base", "sft": "mid", "sft_continued": "sft", "rl": "sft"}
+"""What a stage starts from, unless it is told otherwise."""
 
 
 def run(config: Config, workdir: Path, stage: str, log: Log, force: bool = False) -> None:

@@ -349,8 +349,7 @@ def state_from(session: Session, workdir: Path, previous: str) -> TrainState:
     """
     source = start_of(session.stage, workdir, previous)
     check_start(session.name, session.stage, source)
-    if source.parent.resolve() != session.folder.parent.resolve():
-        check_origin_of(session, source)
+    check_origin_of(session.name, session.cfg, session.tokenizer, session.folder.parent, source, session.log)
     if finished(source.parent, source.name) is None:
         session.log(f"{session.name}: {source} is not finished; starting from it as it is")
     cfg, mesh, step = session.cfg, session.mesh, session.stage.init_step
@@ -367,6 +366,8 @@ def state_from(session: Session, workdir: Path, previous: str) -> TrainState:
 def check_start(name: str, stage: StageConfig, source: Path) -> None:
     """UserError where the stage at `source`, WORKDIR/STAGE, has not what this one is to start from."""
     checkpoints = source / "checkpoints"
+    if (source / "config.json").exists():
+        raise UserError(f"--{name}.init-from {source} is a run: name the stage of it, such as {source / 'base'}")
     if not checkpoints.is_dir():
         raise UserError(f"{name} starts from {source}, which has no checkpoint: train {source.name} first")
     if isinstance(stage.init_step, int) and stage.init_step not in (there := steps(checkpoints)):
@@ -375,22 +376,26 @@ def check_start(name: str, stage: StageConfig, source: Path) -> None:
         raise UserError(f"--{name}.init-optimizer: {source} was converted and holds no moments: leave the option out")
 
 
-def check_origin_of(session: Session, source: Path) -> None:
-    """UserError where the model at WORKDIR/STAGE of another run reads other tokens, or computes something else."""
-    if Tokenizer.load(source.parent / "tokenizer").fingerprint() != session.tokenizer.fingerprint():
+def check_origin_of(stage: str, cfg: GPTConfig, tokenizer: Tokenizer, workdir: Path, source: Path, log: Log) -> None:
+    """UserError where the model at `source`, WORKDIR/STAGE of another run, reads other tokens than one of `workdir`, or
+    computes something else.
+    """
+    if source.parent.resolve() == workdir.resolve():
+        return
+    if Tokenizer.load(source.parent / "tokenizer").fingerprint() != tokenizer.fingerprint():
         raise UserError(
             f"{source} was trained with another tokenizer than that of this run: copy {source.parent / 'tokenizer'} to "
-            f"{session.folder.parent / 'tokenizer'} before anything is trained there"
+            f"{workdir / 'tokenizer'} before anything is trained there"
         )
-    was = gpt_config(read_config(source.parent), session.tokenizer.vocab_size)
+    was = gpt_config(read_config(source.parent), tokenizer.vocab_size)
     for name in ("n_head", "n_kv_head", *ARCHITECTURE):
-        before, now = getattr(was, name), getattr(session.cfg, name)
+        before, now = getattr(was, name), getattr(cfg, name)
         if before != now:
             raise UserError(
                 f"{source} has {name} {before}, this run {now}: give --model.* the values of {source.parent}"
             )
-    if was.windows != session.cfg.windows:
-        session.log(f"{session.name}: {source} had the windows {was.windows}, from now on {session.cfg.windows}")
+    if was.windows != cfg.windows:
+        log(f"{stage}: {source} had the windows {was.windows}, from now on {cfg.windows}")
 
 
 def initial_state(session: Session, seed: int) -> TrainState:
