@@ -280,6 +280,14 @@ def test_devices_that_hold_different_copies_stop_the_run(tmp_path, monkeypatch):
     assert not list((tmp_path / "base" / "checkpoints").glob("step*"))
 
 
+def test_a_stage_says_the_seconds_that_it_notes(run, tmp_path):
+    """rl leaves out those of what it is compared with."""
+    folder, said = start_after(run, tmp_path, "rl", tiny.config), []
+    open_session(tiny.config, folder, "rl", tiny.config.rl, said.append).finish(seconds=3600.0)
+    assert finished(folder, "rl")["seconds"] == 3600
+    assert "in 1h00m" in said[-1]
+
+
 def test_validation_loss_counts_each_conversation_once(run, tmp_path):
     """However many rows a batch has: smaller and larger than the held-out rows."""
     session = open_session(tiny.config, run, "sft", tiny.config.sft, quiet)

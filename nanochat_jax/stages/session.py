@@ -296,9 +296,10 @@ class Session:
             "devices": self.mesh.size,
             "params": count_params(self.cfg)["total"],
             "peak_memory_bytes": peak_memory_bytes(),
+            **facts,
         }
         if is_leader():
-            write_json(self.folder / "done.json", done | facts)
+            write_json(self.folder / "done.json", done)
         self.log(
             f"{self.name}: finished: {self.step:,} steps, {si(done['tokens'])} tokens, {done['flops']:.3g} FLOPs in "
             f"{duration(done['seconds'])}; at most {gib(done['peak_memory_bytes'])} of memory so far"
