@@ -418,6 +418,13 @@ def test_rows_to_validate_on_are_missed_before_training(tmp_path):
     assert not any("compiled" in line for line in said)
 
 
+def test_rl_is_measured_where_what_it_started_from_is_gone(run):
+    config, said = replace(tiny.config, rl=replace(tiny.config.rl, init_from="deleted/sft")), []
+    figures = evaluate.run(config, run, "rl", ("arithmetic",), None, said.append)
+    assert figures["tasks"]["arithmetic"]["n"] == 8 and "comparison" not in figures
+    assert "rl: not compared with what it started from, as deleted/sft/checkpoints is not there" in said
+
+
 def test_a_first_shard_that_gives_no_figure_is_missed_before_training(tmp_path):
     train_files, val_file = shard_files(ensure_shards(tiny.config.data, quiet))
     data, said = tmp_path / "data", []

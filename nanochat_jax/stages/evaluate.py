@@ -83,8 +83,11 @@ def run(
         figures |= chatcore(figures["tasks"])
     in_pairs = len(correct.get(config.rl.task, ())) > 1  # one has no interval
     if source == "rl" and in_pairs and leaders(finished(workdir, "sft_continued")):
-        task = loaded[config.rl.task]
-        figures["comparison"] = compare(config, workdir, mesh, task, correct[task.name], limit, log)
+        task, begun = loaded[config.rl.task], start_of(config.rl, workdir, "sft") / "checkpoints"
+        if leaders(begun.is_dir()):
+            figures["comparison"] = compare(config, workdir, mesh, task, correct[task.name], limit, log)
+        else:
+            log(f"rl: not compared with what it started from, as {begun} is not there")
     figures = finite(figures, source, log)
     settings, configured = decides(config, source, limit), read_config(workdir)
     as_configured = settings == decides(configured, source, configured.eval.max_examples)
