@@ -221,6 +221,8 @@ def test_a_stage_without_a_start_is_refused_ahead(run, tmp_path):
             check_ahead(tiny.config, stages, tmp_path, quiet)
     check_ahead(tiny.config, ["base", "sft"], tmp_path, quiet)
     check_ahead(tiny.config, ["rl"], run, quiet)
+    (tmp_path / "mid" / "checkpoints" / "step_00000005").mkdir(parents=True)
+    check_ahead(tiny.config, ["mid"], tmp_path, quiet)  # which goes on from there
     config = replace(tiny.config, rl=replace(tiny.config.rl, init_from=str(run)))
     with pytest.raises(UserError, match=rf"--rl\.init-from {run} is a run: name the stage of it, such as {run}/base"):
         check_ahead(config, ["rl"], tmp_path, quiet)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
+from nanochat_jax.checkpoint import steps
 from nanochat_jax.config import DEFAULT_ROWS, MODEL_STAGES, Config
 from nanochat_jax.data.download import fetch_eval_bundle
 from nanochat_jax.data.pretrain import check_dealt
@@ -48,19 +49,30 @@ def check_ahead(config: Config, stages: Collection[str], workdir: Path, log: Log
             check_mixture(name, stage)
     if "rl" in stages:
         check_settings(config.rl)
+    for name, source in starts(config, stages, workdir).items():
+        check_start(name, getattr(config, name), source)
+    fetch_sets(config, (*stages, *continued), log)
+    if leaders(finished(workdir, "tokenizer")):
+        check_prompts(config, stages, workdir, log)
+
+
+def starts(config: Config, stages: Collection[str], workdir: Path) -> dict[str, Path]:
+    """The WORKDIR/STAGE that each of these stages starts from and that has to be there already; without stages that go
+    on from a checkpoint of their own.
+    """
+    found = {}
     for name in [name for name in MODEL_STAGES if name in stages]:
         stage, previous = getattr(config, name), PREVIOUS.get(name)
         if name == "sft" and "mid" not in stages and not leaders((workdir / "mid" / "checkpoints").is_dir()):
             previous = "base"
-        if previous is None and stage.init_from is None:
+        needed_again = name == "rl" and config.rl.control  # sft_continued starts there too
+        begun = leaders(steps(workdir / name / "checkpoints")) and not needed_again
+        if begun or (previous is None and stage.init_from is None):
             continue
         source = start_of(stage, workdir, previous)
-        made_here = source.name in stages and source.parent.resolve() == workdir.resolve()
-        if not made_here:
-            check_start(name, stage, source)
-    fetch_sets(config, (*stages, *continued), log)
-    if leaders(finished(workdir, "tokenizer")):
-        check_prompts(config, stages, workdir, log)
+        if source.name not in stages or source.parent.resolve() != workdir.resolve():
+            found[name] = source
+    return found
 
 
 def check_prompts(config: Config, stages: Collection[str], workdir: Path, log: Log) -> None:
@@ -69,8 +81,8 @@ def check_prompts(config: Config, stages: Collection[str], workdir: Path, log: L
     """
     tokenizer = Tokenizer.load(workdir / "tokenizer")
     cfg = gpt_config(config, tokenizer.vocab_size)
-    for name in [name for name in MODEL_STAGES if name in stages and getattr(config, name).init_from]:
-        check_origin_of(name, cfg, tokenizer, workdir, start_of(getattr(config, name), workdir, ""), log)
+    for name, source in starts(config, stages, workdir).items():
+        check_origin_of(name, cfg, tokenizer, workdir, source, log)
     if measures_core(config, stages):
         checked_tasks(cfg, tokenizer, fetch_eval_bundle(config.data, log), config.eval.max_examples)
     if "rl" in stages:
