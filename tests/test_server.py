@@ -253,12 +253,18 @@ def test_token():
     client = client_of(ScriptedEngine(*SCRIPT), token="geheim")
     assert client.get("/health").get_json() == {"status": "ok", "model": "tiny/sft", "token_required": True}
     assert client.get("/").status_code == 200
-    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer gehéim"}):
+    for headers in (
+        {},
+        {"Authorization": "Bearer wrong"},
+        {"Authorization": "Bearer gehéim"},
+        {"Authorization": "Basic geheim"},
+    ):
         response = client.post("/v1/chat/completions", json=user(), headers=headers)
         assert response.status_code == 401 and "token" in response.get_json()["error"]["message"]
         assert client.get("/v1/models", headers=headers).status_code == 401
-    response = client.post("/v1/chat/completions", json=user(), headers={"Authorization": "Bearer geheim"})
-    assert response.status_code == 200
+    for scheme in ("Bearer", "bearer"):  # whose case does not matter, RFC 9110
+        response = client.post("/v1/chat/completions", json=user(), headers={"Authorization": f"{scheme} geheim"})
+        assert response.status_code == 200
 
 
 def test_models_and_page():

@@ -64,8 +64,9 @@ def create_app(
 
     @app.before_request
     def check_token() -> None:
-        given = request.headers.get("Authorization", "").removeprefix("Bearer ").encode()
-        if token and request.path.startswith("/v1/") and not hmac.compare_digest(given, token.encode()):
+        scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+        known = scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), (token or "").encode())
+        if token and request.path.startswith("/v1/") and not known:
             raise ApiError("this server asks for a token: send 'Authorization: Bearer TOKEN'", status=401)
 
     @app.get("/")
