@@ -234,15 +234,8 @@ def put_batch(
     `local`: the arrays are this process's part of the rows (`data_part`); otherwise every process holds all rows.
     """
     sharding = NamedSharding(mesh, P(*([None] * leading), *BATCH))
-    if jax.process_count() == 1:
-        return {name: jax.device_put(value, sharding) for name, value in batch.items()}
-    if not local:
-        return {name: jax.make_array_from_callback(x.shape, sharding, x.__getitem__) for name, x in batch.items()}
-    parts = data_part(mesh)[1]
-    shapes = {
-        name: (*x.shape[:leading], x.shape[leading] * parts, *x.shape[leading + 1 :]) for name, x in batch.items()
-    }
+    # Without a global shape JAX takes what it is given for this process's part.
     return {
-        name: jax.make_array_from_process_local_data(sharding, x, global_shape=shapes[name])
+        name: jax.make_array_from_process_local_data(sharding, x, None if local else x.shape)
         for name, x in batch.items()
     }
