@@ -46,15 +46,12 @@ def scaled(scalar: jax.Array, x: jax.Array) -> jax.Array:
     return (scalar * x.astype(jnp.float32)).astype(x.dtype)
 
 
-def rope_angles(positions: jax.Array, head_dim: int, base: float) -> jax.Array:
-    """Angles in radians, float32 [..., H / 2], for integer `positions` [...] (RoFormer, arXiv 2104.09864)."""
-    inverse = 1.0 / base ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    return positions[..., None].astype(jnp.float32) * inverse.reshape((1,) * positions.ndim + (-1,))
-
-
 def rope(positions: jax.Array, head_dim: int, base: float, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-    """What `rotate` multiplies with: cos and signed sin [..., 1, H] in `dtype` for integer `positions` [...]."""
-    angle = rope_angles(positions, head_dim, base)[..., None, :]
+    """What `rotate` multiplies with (RoFormer, arXiv 2104.09864): cos and signed sin [..., 1, H] in `dtype` for integer
+    `positions` [...].
+    """
+    inverse = 1.0 / base ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angle = positions[..., None, None].astype(jnp.float32) * inverse.reshape((1,) * positions.ndim + (1, -1))
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     tables = jnp.concatenate([cos, cos], axis=-1).astype(dtype), jnp.concatenate([sin, -sin], axis=-1).astype(dtype)
     # Else the compiler computes the cosines again wherever they are used, for every head of every layer.
