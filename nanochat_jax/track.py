@@ -85,13 +85,11 @@ def tracked(log: MetricsLog, config: Config, step: int, say: Callable[[str], Non
 
 def numbers(record: dict) -> dict[str, float]:
     """The numbers of a record by name: "rl/pass/1" of {"kind": "rl", "step": 3, "loss": None, "pass": {"1": 0.5}}."""
+    from flax.traverse_util import flatten_dict
 
-    def flat(name: str, value: object) -> dict[str, float]:
-        if isinstance(value, dict):
-            return {path: x for inner in value for path, x in flat(f"{name}/{inner}", value[inner]).items()}
-        return {name: value} if isinstance(value, int | float) else {}
-
-    return flat(record["kind"], {name: value for name, value in record.items() if name not in ("kind", "step")})
+    values = {name: value for name, value in record.items() if name not in ("kind", "step")}
+    flat = flatten_dict({record["kind"]: values}, sep="/")
+    return {name: value for name, value in flat.items() if isinstance(value, int | float)}
 
 
 def _wandb(log: MetricsLog, config: Config, step: int) -> Sink:
