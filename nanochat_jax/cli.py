@@ -378,15 +378,15 @@ def load_experiment(path: Path) -> Config:
         raise UsageError(f"--experiment {path}: {type(error).__name__}: {error}") from None
     if not isinstance(config, Config):
         raise UsageError(f"--experiment {path}: it must define `config`, a nanochat_jax.config.Config")
-    try:
-        check_types(config)
-    except UserError as error:
-        raise UsageError(f"--experiment {path}: {error}") from None
+    with _usage():
+        check_types(config, f"--experiment {path}: --")
     return config
 
 
-def check_types(config: Any, prefix: str = "--") -> None:
-    """UserError naming the first field, of `config` or of a section in it, whose value is not of the declared type."""
+def check_types(config: Any, prefix: str) -> None:
+    """UserError naming, after `prefix`, the first field of `config` or of a section in it whose value is not of the
+    declared type.
+    """
     hints, every = get_type_hints(type(config)), typeguard.CollectionCheckStrategy.ALL_ITEMS
     for field in dataclasses.fields(config):
         name, value = f"{prefix}{field.name.replace('_', '-')}", getattr(config, field.name)
