@@ -14,6 +14,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from kernels.attention import generation
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.errors import UserError
 from nanochat_jax.sharding import PARAM_SPECS, gathered, match, shard
@@ -88,9 +89,8 @@ def precision(cfg: GPTConfig, device: jax.Device) -> str:
         )
     if device.platform == "cpu":
         return f"{cfg.compute_dtype}, layers train in fp8 (emulated)"
-    # Kinds of GPU from other vendors are no numbers.
-    capability = str(getattr(device, "compute_capability", "none")) if device.platform == "gpu" else "none"
-    if not capability.replace(".", "").isdigit() or float(capability) < CAPABILITY:
+    capability = str(getattr(device, "compute_capability", "none"))
+    if generation(capability) < CAPABILITY:
         raise UserError(
             f"--fp8: {device.device_kind} has compute capability {capability}, {CAPABILITY} is needed (Ada, Hopper "
             "or later): leave --fp8 out"
