@@ -156,8 +156,8 @@ def profile(
     take("  layers forward", lambda: hidden_states(params, micro["inputs"], cfg=cfg), microbatches)
     take("  layers", lambda: hidden_gradients(params, batch, cfg=cfg), 1)
     qkv = [
-        _random(i, (rows, cfg.sequence_len, n, cfg.head_dim), cfg)
-        for i, n in enumerate((cfg.n_head, *[cfg.n_kv_head] * 2))
+        jax.random.normal(jax.random.key(i), (rows, cfg.sequence_len, n, cfg.head_dim), cfg.compute_dtype)
+        for i, n in enumerate((cfg.n_head, cfg.n_kv_head, cfg.n_kv_head))
     ]
     for window, layers in sorted(Counter(min(w, cfg.sequence_len) for w in cfg.windows).items()):
         name = f"    attention, window {window}, {layers} of {cfg.n_layer} layers"
@@ -173,10 +173,6 @@ def profile(
     take("optimizer", update, 1)
     seconds["rest, by difference"] = step - seconds["gradients"] - seconds["optimizer"]
     return [{"part": name, "ms": 1000 * value, "share": value / step} for name, value in seconds.items()]
-
-
-def _random(seed: int, shape: tuple[int, ...], cfg: GPTConfig) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape, jnp.dtype(cfg.compute_dtype))
 
 
 @functools.partial(jax.jit, static_argnames="cfg")

@@ -7,6 +7,7 @@ tests, and a program that leaves early with status 0 has not passed.
 from __future__ import annotations
 
 import re
+from functools import partial
 
 from nanochat_jax.config import DataConfig
 from nanochat_jax.inference.sandbox import require_isolation, run_tests
@@ -25,11 +26,7 @@ def load(split: str, data: DataConfig, unsafe_sandbox: bool = False) -> Task:
     if not unsafe_sandbox:
         require_isolation()
     rows = load_rows(data, "openai/openai_humaneval", "openai_humaneval", "test", COLUMNS)
-
-    def grade(conversation: dict, completion: str) -> bool:
-        return passes(conversation, completion, unsafe_sandbox)
-
-    return Task("humaneval", "generative", rows, conversation, grade)
+    return Task("humaneval", "generative", rows, conversation, partial(passes, unsafe_sandbox=unsafe_sandbox))
 
 
 def conversation(row: dict) -> dict:
