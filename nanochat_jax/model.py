@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from kernels.attention import GPU_IMPLEMENTATIONS, attention
 from nanochat_jax import fp8
 from nanochat_jax.config import GPTConfig
-from nanochat_jax.sharding import PARAM_SPECS, automatic_axes, cut_axes, gathered, match, only, shard
+from nanochat_jax.sharding import PARAM_SPECS, automatic_axes, cut_axes, data_shards, gathered, match, only, shard
 
 EPS = 1.1920929e-07
 SOFTCAP = 15.0
@@ -324,7 +324,7 @@ def ramp(first: float, last: float) -> nn.initializers.Initializer:
 def init_params(cfg: GPTConfig, key: jax.Array) -> Params:
     """Initial parameters, a nested dict of arrays; float32, embeddings in the compute dtype."""
     mesh = jax.sharding.get_abstract_mesh()
-    rows = 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = 1 if mesh.empty else data_shards(mesh)
     return GPT(cfg).init(key, jnp.zeros((rows, 2), jnp.int32))["params"]
 
 

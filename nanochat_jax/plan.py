@@ -89,9 +89,9 @@ def plan(config: Config, chosen: Collection[str] = MODEL_STAGES) -> dict[str, An
     if "rl" in chosen:
         check_settings(config.rl)
         stages.append(_rl(config, cfg, per_token))
-    if "rl" in chosen and config.rl.control:
-        # sft continued for the compute that rl used.
-        stages.append({"stage": "sft_continued", "steps": 0, "tokens": 0, "flops": stages[-1]["flops"]})
+        if config.rl.control:
+            # sft continued for the compute that rl used.
+            stages.append({"stage": "sft_continued", "steps": 0, "tokens": 0, "flops": stages[-1]["flops"]})
     for stage in stages:
         rollouts = stage.get("rollout_flops", 0)
         work = (stage["flops"] - rollouts) * (4 / 3 if config.remat else 1) + rollouts / ROLLOUT_EFFICIENCY

@@ -23,7 +23,6 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from nanochat_jax.config import GPTConfig
-from nanochat_jax.data.files import expanded
 from nanochat_jax.distributed import gather_json
 from nanochat_jax.errors import UserError
 from nanochat_jax.evals.intervals import centred_mean, wilson
@@ -66,7 +65,7 @@ def evaluate_core(
     params: Params,
     cfg: GPTConfig,
     tokenizer: Tokenizer,
-    bundle: Path | str,
+    bundle: Path,
     mesh: Mesh,
     batch_size: int,
     max_examples: int | None,
@@ -110,11 +109,11 @@ def evaluate_core(
 
 
 def checked_tasks(
-    cfg: GPTConfig, tokenizer: Tokenizer, bundle: Path | str, max_examples: int | None
+    cfg: GPTConfig, tokenizer: Tokenizer, bundle: Path, max_examples: int | None
 ) -> list[tuple[CoreTask, int]]:
     """The tasks, and how many rows of each are scored. UserError as `evaluate_core`, whichever task is at fault."""
     tasks = []
-    for task in read_bundle(expanded(bundle)):
+    for task in read_bundle(bundle):
         n = len(task.rows) if max_examples is None else min(max_examples, len(task.rows))
         if n < 1:
             raise UserError(f"CORE {task.label}: no row to score")
