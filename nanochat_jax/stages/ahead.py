@@ -16,7 +16,7 @@ from nanochat_jax.optim import check_horizon, horizon
 from nanochat_jax.run import finished, gpt_config
 from nanochat_jax.sharding import check_mesh, data_part, data_shards, make_mesh, rows_of_microbatch, rows_of_step
 from nanochat_jax.stages.evaluate import load_tasks
-from nanochat_jax.stages.finetune import PREVIOUS, check_mixture
+from nanochat_jax.stages.finetune import check_mixture
 from nanochat_jax.stages.rl import check_settings, longest_asked
 from nanochat_jax.stages.session import Log, check_origin_of, check_start, start_of
 from nanochat_jax.tasks import Mixture, load
@@ -62,15 +62,13 @@ def starts(config: Config, stages: Collection[str], workdir: Path) -> dict[str, 
     """
     found = {}
     for name in [name for name in MODEL_STAGES if name in stages]:
-        stage, previous = getattr(config, name), PREVIOUS.get(name)
-        if name == "sft" and "mid" not in stages and not leaders((workdir / "mid" / "checkpoints").is_dir()):
-            previous = "base"
+        source = start_of(name, getattr(config, name), workdir)
+        if source == workdir / "mid" and "mid" not in stages and not leaders((source / "checkpoints").is_dir()):
+            source = workdir / "base"
         needed_again = name == "rl" and config.rl.control  # sft_continued starts there too
         begun = leaders(steps(workdir / name / "checkpoints")) and not needed_again
-        if begun or (previous is None and stage.init_from is None):
-            continue
-        source = start_of(stage, workdir, previous)
-        if source.name not in stages or source.parent.resolve() != workdir.resolve():
+        made_here = source and source.name in stages and source.parent.resolve() == workdir.resolve()
+        if source and not begun and not made_here:
             found[name] = source
     return found
 

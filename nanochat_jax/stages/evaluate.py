@@ -83,7 +83,7 @@ def run(
         figures |= chatcore(figures["tasks"])
     in_pairs = len(correct.get(config.rl.task, ())) > 1  # one has no interval
     if source == "rl" and in_pairs and leaders(finished(workdir, "sft_continued")):
-        task, begun = loaded[config.rl.task], start_of(config.rl, workdir, "sft") / "checkpoints"
+        task, begun = loaded[config.rl.task], start_of("rl", config.rl, workdir) / "checkpoints"
         if leaders(begun.is_dir()):
             figures["comparison"] = compare(config, workdir, mesh, task, correct[task.name], limit, log)
         else:
@@ -257,7 +257,7 @@ def compare(config: Config, workdir: Path, mesh: Mesh, task: Task, rl: list[int]
 
     sft is the model that rl started from, wherever it is.
     """
-    folders = {"rl": workdir / "rl", "sft": start_of(config.rl, workdir, "sft")}
+    folders = {"rl": workdir / "rl", "sft": start_of("rl", config.rl, workdir)}
     folders["sft_continued"] = workdir / "sft_continued"
     done = {source: leaders(finished(path.parent, path.name)) or {} for source, path in folders.items()}
     right = {"rl": rl}

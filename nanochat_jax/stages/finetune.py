@@ -11,7 +11,6 @@ of rl says little.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import shutil
 from collections.abc import Iterable, Sequence
@@ -30,12 +29,9 @@ from nanochat_jax.run import finished
 from nanochat_jax.sharding import put_batch
 from nanochat_jax.stages.evaluate import load_tasks, measure
 from nanochat_jax.stages.samples import write_samples
-from nanochat_jax.stages.session import Log, Session, is_done, open_session, start_of, state_from, step_batch
+from nanochat_jax.stages.session import Log, Session, is_done, open_session, start_of, step_batch
 from nanochat_jax.tasks import Mixture, Task
 from nanochat_jax.train import eval_losses
-
-PREVIOUS = {"mid": "base", "sft": "mid", "sft_continued": "sft", "rl": "sft"}
-"""What a stage starts from, unless it is told otherwise."""
 
 
 def run(config: Config, workdir: Path, stage: str, log: Log, force: bool = False) -> None:
@@ -68,7 +64,7 @@ def continued(config: Config, workdir: Path, flops: float, log: Log, force: bool
 
 def begun_from(config: Config, workdir: Path) -> str | None:
     """When the stage was finished that rl starts from."""
-    start = start_of(config.rl, workdir, "sft")
+    start = start_of("rl", config.rl, workdir)
     return (finished(start.parent, start.name) or {}).get("finished")
 
 
@@ -113,8 +109,7 @@ def train(
     schedule = Schedule(settings, steps, cfg.n_embd, weight_decay=settings.weight_decay)
     batches = conversation_batches(train_set, session.tokenizer, rows=microbatches * rows, **packed)
     tasks = load_tasks(config.eval.chat, config).values() if settings.tasks_every > 0 else ()
-    start = functools.partial(state_from, session, workdir, PREVIOUS[name])
-    pace = session.begin(schedule, start, batches, tokens_a_step=batch_tokens)
+    pace = session.begin(schedule, batches, tokens_a_step=batch_tokens)
     pending = None
 
     def record(step: int, metrics: dict, waited: float, place: str) -> None:
@@ -165,7 +160,7 @@ def train(
         complete = session.leave(stop, steps, batches)
     if not complete:
         return
-    write_samples(session, session.state.params, raw=False)
+    write_samples(session, raw=False)
     position = batches.get_state()
     session.finish(
         conversations=len(train_set),

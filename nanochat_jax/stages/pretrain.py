@@ -5,7 +5,6 @@ python -m nanochat_jax pretrain --experiment experiments/tiny_cpu.py
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from nanochat_jax.run import record_data, recorded_files
 from nanochat_jax.sharding import data_part
 from nanochat_jax.stages.evaluate import core_metric, validation_bpb, validation_set
 from nanochat_jax.stages.samples import write_samples
-from nanochat_jax.stages.session import Log, initial_state, is_done, open_session, step_batch
+from nanochat_jax.stages.session import Log, is_done, open_session, step_batch
 
 
 def run(config: Config, workdir: Path, log: Log, force: bool = False) -> None:
@@ -63,8 +62,7 @@ def run(config: Config, workdir: Path, log: Log, force: bool = False) -> None:
         next(validation_set(file, session.tokenizer, config, cfg, rows=1))
     if stage.core_every:
         checked_tasks(cfg, session.tokenizer, fetch_eval_bundle(config.data, log), config.eval.max_examples)
-    start = functools.partial(initial_state, session, config.seed)
-    pace = session.begin(schedule, start, batches, tokens_a_step=horizon.batch_tokens)
+    pace = session.begin(schedule, batches, tokens_a_step=horizon.batch_tokens)
     step_flops = horizon.batch_tokens * flops_per_token(cfg)
     first, pending = session.step, None
 
@@ -89,7 +87,7 @@ def run(config: Config, workdir: Path, log: Log, force: bool = False) -> None:
             session.metrics.write("core", step=session.step, core_metric=value, **session.spent())
             session.log(f"base {session.step}: CORE {value:.4f}")
         if stage.sample_every and session.step % stage.sample_every == 0 and 0 < session.step < session.last:
-            write_samples(session, session.state.params, raw=True)
+            write_samples(session, raw=True)
 
     with session.loop() as stop:
         stop.measure(measure)
@@ -116,7 +114,7 @@ def run(config: Config, workdir: Path, log: Log, force: bool = False) -> None:
         complete = session.leave(stop, schedule.steps, batches)
     if not complete:
         return
-    write_samples(session, session.state.params, raw=True)
+    write_samples(session, raw=True)
     session.finish(horizon_tokens=horizon.tokens, batch_tokens=horizon.batch_tokens)
 
 

@@ -38,7 +38,7 @@ from nanochat_jax.sharding import data_shards, put_batch
 from nanochat_jax.stages.finetune import continued
 from nanochat_jax.stages.policy import SHORTEST, clipped, policy_batch
 from nanochat_jax.stages.samples import write_samples
-from nanochat_jax.stages.session import Log, Session, is_done, open_session, state_from
+from nanochat_jax.stages.session import Log, Session, is_done, open_session
 from nanochat_jax.tasks import Task, load
 from nanochat_jax.tokenizer import Tokenizer
 
@@ -61,8 +61,7 @@ def run(config: Config, workdir: Path, log: Log, force: bool = False) -> None:
     longest = longest_asked(config, train_task, held_out, session.tokenizer)
     max_len = min(session.cfg.sequence_len, longest + settings.max_new_tokens + 1)
     fit_update(session, samples, max_len)
-    start = functools.partial(state_from, session, workdir, "sft")
-    session.begin(schedule, start, samples_a_step=samples, questions=f"{len(train_task):,} ({digest(train_task)})")
+    session.begin(schedule, samples_a_step=samples, questions=f"{len(train_task):,} ({digest(train_task)})")
     # The samples of a question share their prompt in the cache, where such groups divide over the mesh.
     together = math.gcd(settings.samples_per_question, settings.pass_k)
     engine = make_engine(
@@ -130,7 +129,7 @@ def run(config: Config, workdir: Path, log: Log, force: bool = False) -> None:
     if not complete:
         return
     seconds = session.meta["seconds"]
-    write_samples(session, session.state.params, raw=False)
+    write_samples(session, raw=False)
     if settings.control:
         continued(config, workdir, session.meta["flops"], log, force)
         if leaders(finished(workdir, "sft_continued")) is None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from nanochat_jax.distributed import is_leader
 from nanochat_jax.inference.requests import SamplingParams
 from nanochat_jax.inference.shared import make_engine
-from nanochat_jax.model import Params
 from nanochat_jax.stages.session import Session
 
 TEXTS = (
@@ -23,16 +22,16 @@ QUESTIONS = (
 )
 
 
-def write_samples(session: Session, params: Params, *, raw: bool) -> None:
+def write_samples(session: Session, *, raw: bool) -> None:
     """On the console and in the stage's samples.md: continuations of texts (`raw`), sampled, or greedy answers."""
-    tokenizer, length = session.tokenizer, session.stage.sample_tokens
+    tokenizer, cfg, length = session.tokenizer, session.cfg, session.stage.sample_tokens
     asked = TEXTS if raw else QUESTIONS
     if raw:
         prompts = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in asked]
     else:
         prompts = [tokenizer.render_for_completion({"messages": [{"role": "user", "content": text}]}) for text in asked]
-    limit = min(session.cfg.sequence_len, max(map(len, prompts)) + length + 1)
-    engine = make_engine(params, session.cfg, tokenizer, max_rows=len(prompts), max_len=limit, mesh=session.mesh)
+    limit = min(cfg.sequence_len, max(map(len, prompts)) + length + 1)
+    engine = make_engine(session.state.params, cfg, tokenizer, max_rows=len(prompts), max_len=limit, mesh=session.mesh)
     fitting = [(text, prompt) for text, prompt in zip(asked, prompts, strict=True) if len(prompt) < limit]
     # A base model left to its likeliest token goes round in circles.
     most = min(length, limit)

@@ -50,6 +50,8 @@ from nanochat_jax.train import (
 )
 
 Log = Callable[[str], None]
+PREVIOUS = {"mid": "base", "sft": "mid", "sft_continued": "sft", "rl": "sft"}
+"""Whose model a stage begins with, unless `init_from` names another one."""
 
 
 @dataclass
@@ -93,12 +95,11 @@ class Session:
     def begin(
         self,
         schedule: Schedule,
-        start: Callable[[], TrainState],
-        data: object = None,
+        data: grain.DatasetIterator | None = None,
         tokens_a_step: int | None = None,
         **facts: object,
     ) -> Pace:
-        """Take the state from the newest checkpoint, or from `start()`; restore `data`'s position.
+        """Take the state from the newest checkpoint, or from `start_state`; restore `data`'s position.
 
         `facts` go to the banner. UserError where they, or the horizon, are not those of the checkpoint.
         """
@@ -111,11 +112,11 @@ class Session:
             self.saved = self.step
             self._check_same(fixed)
             self.state = restored_state(self.cfg, self.mesh, tree)
-            if isinstance(data, grain.DatasetIterator):
+            if data is not None:
                 self._go_on_reading(data)
             self.log(f"{self.name}: going on from step {self.step}")
         else:
-            self.state = start()
+            self.state = start_state(self)
         self.meta["fixed"] = fixed
         self.metrics.drop_after(self.step)
         records = MetricsLog.read(self.metrics.path) if is_leader() else []
@@ -196,7 +197,7 @@ class Session:
                     self.checkpoints.settle()
                 raise
 
-    def leave(self, stop: Stop, steps: int, data: object = None) -> bool:
+    def leave(self, stop: Stop, steps: int, data: grain.DatasetIterator | None = None) -> bool:
         """The end of the loop: save what is not saved. Whether all `steps` are done; says why where they are not."""
         if self.saved < self.step:
             self.save(data)
@@ -211,10 +212,10 @@ class Session:
             )
         return self.step >= steps and not stop.agreed
 
-    def save(self, data: object = None) -> None:
+    def save(self, data: grain.DatasetIterator | None = None) -> None:
         """Begin to write a checkpoint: parameters, optimizer state, the position in the data and the counters."""
         self.meta["seconds"] = time.perf_counter() - self.started
-        if isinstance(data, grain.DatasetIterator):
+        if data is not None:
             self.meta["data"] = merge_states(gather_json(data.get_state()))
         with jax.set_mesh(self.mesh):
             if self.mesh.size > 1 and (differ := parted(self.state)):
@@ -338,17 +339,21 @@ def is_done(workdir: Path, name: str, log: Log) -> bool:
     return True
 
 
-def start_of(stage: StageConfig, workdir: Path, previous: str) -> Path:
-    """WORKDIR/STAGE that a stage starts from: that of `init_from`, else the stage `previous` of the run."""
-    return expanded(stage.init_from) if stage.init_from else workdir / previous
+def start_of(name: str, stage: StageConfig, workdir: Path) -> Path | None:
+    """WORKDIR/STAGE whose model a stage begins with: `init_from`, else the stage before it; None: new parameters."""
+    if stage.init_from:
+        return expanded(stage.init_from)
+    return workdir / PREVIOUS[name] if name in PREVIOUS else None
 
 
-def state_from(session: Session, workdir: Path, previous: str) -> TrainState:
-    """The newest model of the stage before, or of `init_from` WORKDIR/STAGE, or its `init_step`, on the session's mesh.
-
-    Moments are fresh, or with `init_optimizer` those of that stage.
+def start_state(session: Session) -> TrainState:
+    """What a stage begins with, on its mesh: the newest model of `start_of`, or its `init_step`, or new parameters from
+    the run's seed. Moments are fresh, or with `init_optimizer` those of that stage.
     """
-    source = start_of(session.stage, workdir, previous)
+    source = start_of(session.name, session.stage, session.folder.parent)
+    if source is None:
+        params = born_params(session.cfg, session.mesh, session.config.seed)
+        return with_optimizer(session.cfg, session.mesh, params)
     check_start(session.name, session.stage, source)
     check_origin_of(session.name, session.cfg, session.tokenizer, session.folder.parent, source, session.log)
     if finished(source.parent, source.name) is None:
@@ -397,13 +402,6 @@ def check_origin_of(stage: str, cfg: GPTConfig, tokenizer: Tokenizer, workdir: P
             )
     if was.windows != cfg.windows:
         log(f"{stage}: {source} had the windows {was.windows}, from now on {cfg.windows}")
-
-
-def initial_state(session: Session, seed: int) -> TrainState:
-    """New parameters from the run's seed, or the model of `init_from`."""
-    if session.stage.init_from:
-        return state_from(session, Path(), "")
-    return with_optimizer(session.cfg, session.mesh, born_params(session.cfg, session.mesh, seed))
 
 
 def step_batch(
