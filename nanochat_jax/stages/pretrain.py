@@ -5,7 +5,6 @@ python -m nanochat_jax pretrain --experiment experiments/tiny_cpu.py
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -49,12 +48,11 @@ def run(config: Config, workdir: Path, log: Log, force: bool = False) -> None:
         process_index=part,
         process_count=parts,
     )
-    wanted = config.data.buffer_docs * config.data.streams * (config.data.packing == "bestfit")
-    documents = itertools.accumulate(sum(Shard(file).rows) for file in train_files)
-    few = list(itertools.takewhile(lambda count: count < wanted, documents))  # of a large set the first file says it
-    if len(few) == len(train_files):
+    wanted = config.data.buffer_docs * config.data.streams
+    there = sum(sum(Shard(file).rows) for file in train_files)
+    if config.data.packing == "bestfit" and there < wanted:
         log(
-            f"base: best fit chooses among {wanted:,} documents, here are {few[-1]:,}: they are read again and "
+            f"base: best fit chooses among {wanted:,} documents, here are {there:,}: they are read again and "
             "again, most of a long one is dropped; --data.packing stream is for few documents"
         )
     # What is missing should be missed now, not after hours; the evaluation reads the first training shard, too.
