@@ -208,10 +208,8 @@ def _rl(config: Config, cfg: GPTConfig, per_token: int) -> dict[str, Any]:
 def _rows(config: Config, stage: dict[str, Any], shards: int) -> int:
     """Rows of a microbatch of a supervised stage on a device; 1 for `auto`. UserError where they do not divide."""
     name = stage["stage"]
-    rows, wanted = rows_of_step(name, stage["batch_tokens"], config.model.sequence_len, shards), 1
-    if getattr(config, name).device_batch_size != "auto":
-        wanted = rows_of_microbatch(name, rows, getattr(config, name).device_batch_size, shards) // shards
-    return wanted
+    rows = rows_of_step(name, stage["batch_tokens"], config.model.sequence_len, shards)
+    return rows_of_microbatch(name, rows, getattr(config, name).device_batch_size, shards) // shards
 
 
 def step_memory(config: Config, cfg: GPTConfig, rows: int, platform: str, attention: str) -> dict[str, float]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Collection, Sequence
+from typing import Literal
 
 import jax
 import numpy as np
@@ -116,9 +117,11 @@ def rows_of_step(name: str, batch_tokens: int, length: int, shards: int) -> int:
     return rows
 
 
-def rows_of_microbatch(name: str, rows: int, device_batch_size: int, shards: int) -> int:
-    """Rows of a microbatch of a step of `rows`, over all data shards; UserError where they do not divide."""
-    here = min(device_batch_size * shards, rows)
+def rows_of_microbatch(name: str, rows: int, device_batch_size: int | Literal["auto"], shards: int) -> int:
+    """Rows of a microbatch of a step of `rows`, over all data shards; UserError where they do not divide. Of "auto" the
+    fewest that it can come to: one on each shard.
+    """
+    here = shards if device_batch_size == "auto" else min(device_batch_size * shards, rows)
     if rows % here:
         raise UserError(
             f"--{name}.device-batch-size {device_batch_size} on {shards} data shards does not divide the {rows} rows "

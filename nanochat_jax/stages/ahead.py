@@ -41,8 +41,7 @@ def check_ahead(config: Config, stages: Collection[str], workdir: Path, log: Log
             check_horizon(config, found)
             tokens = found.batch_tokens
         rows = rows_of_step(name, tokens, cfg.sequence_len, shards)
-        if stage.device_batch_size != "auto":
-            rows_of_microbatch(name, rows, stage.device_batch_size, shards)
+        rows_of_microbatch(name, rows, stage.device_batch_size, shards)
         if name == "base":
             check_dealt(rows, config.data.streams, data_part(mesh)[1])
         else:
