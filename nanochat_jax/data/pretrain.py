@@ -122,12 +122,14 @@ def validation_batches(
         source = _bestfit_rows(file, tokenizer, sequence_len, eval_tokens, streams, buffer_docs)
     else:
         source = _document_rows(file, tokenizer, sequence_len, eval_tokens)
-    empty = (np.full(sequence_len, tokenizer.bos_id, np.int32), np.full(sequence_len, -1, np.int32))
     found = False
-    while batch := list(itertools.islice(source, rows)):
+    while pieces := list(itertools.islice(source, rows)):
         found = True
-        inputs, targets = zip(*batch, *[empty] * (rows - len(batch)), strict=True)
-        yield {"inputs": np.stack(inputs), "targets": np.stack(targets)}
+        inputs = np.full((rows, sequence_len), tokenizer.bos_id, np.int32)
+        targets = np.full((rows, sequence_len), -1, np.int32)
+        for i, piece in enumerate(pieces):
+            inputs[i, : len(piece) - 1], targets[i, : len(piece) - 1] = piece[:-1], piece[1:]
+        yield {"inputs": inputs, "targets": targets}
     if not found:
         raise UserError(
             f"{file} gives no row of {sequence_len} tokens within eval-tokens {eval_tokens}; raise it or add text"
@@ -136,21 +138,18 @@ def validation_batches(
 
 def _bestfit_rows(
     file: Path, tokenizer: Tokenizer, sequence_len: int, eval_tokens: int, streams: int, buffer_docs: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+) -> Iterator[np.ndarray]:
     readers = open_readers([file], tokenizer, streams, range(streams))
     sources = [BestFitStream(reader, buffer_docs) for reader in readers]
     limit, given = eval_tokens, 0
     while (given + 1) * sequence_len <= limit:
-        row = sources[given % streams].next_row(sequence_len + 1)
-        yield row[:-1], row[1:]
+        yield sources[given % streams].next_row(sequence_len + 1)
         given += 1
         if all(reader.epoch > 1 for reader in readers):  # a small file is read again and again: stop at its size
             limit = min(eval_tokens, sum(reader.first_pass_tokens for reader in readers))
 
 
-def _document_rows(
-    file: Path, tokenizer: Tokenizer, sequence_len: int, eval_tokens: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _document_rows(file: Path, tokenizer: Tokenizer, sequence_len: int, eval_tokens: int) -> Iterator[np.ndarray]:
     [reader] = open_readers([file], tokenizer, 1, [0])
     given = 0
     while reader.epoch == 1:
@@ -160,11 +159,7 @@ def _document_rows(
                 given += len(piece) - 1
                 if given > eval_tokens:
                     return
-                inputs = np.full(sequence_len, tokenizer.bos_id, np.int32)
-                targets = np.full(sequence_len, -1, np.int32)
-                inputs[: len(piece) - 1] = piece[:-1]
-                targets[: len(piece) - 1] = piece[1:]
-                yield inputs, targets
+                yield piece
 
 
 class BestFitStream:
