@@ -88,7 +88,7 @@ def plan(config: Config, chosen: Collection[str] = MODEL_STAGES) -> dict[str, An
     memory = step_memory(config, cfg, max(rows.values(), default=1), platform, attention)
     if "rl" in chosen:
         check_settings(config.rl)
-        stages.append(_rl(config, cfg, per_token))
+        stages.append(_rl(config, per_token))
         if config.rl.control:
             # sft continued for the compute that rl used.
             stages.append({"stage": "sft_continued", "steps": 0, "tokens": 0, "flops": stages[-1]["flops"]})
@@ -191,7 +191,7 @@ def _mixture_entry(spec: str, config: Config) -> tuple[int, int, int]:
     return there if rows is None else min(rows, there), epochs, length
 
 
-def _rl(config: Config, cfg: GPTConfig, per_token: int) -> dict[str, Any]:
+def _rl(config: Config, per_token: int) -> dict[str, Any]:
     """Every answer as long as allowed, so an upper bound: answers are sampled, then trained on with their questions."""
     rl = config.rl
     questions, _, length = _mixture_entry(rl.task, config)
