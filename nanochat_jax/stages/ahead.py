@@ -61,8 +61,10 @@ def starts(config: Config, stages: Collection[str], workdir: Path) -> dict[str, 
     """
     found = {}
     for name in [name for name in MODEL_STAGES if name in stages]:
-        source = start_of(name, getattr(config, name), workdir)
-        if source == workdir / "mid" and "mid" not in stages and not leaders((source / "checkpoints").is_dir()):
+        stage = getattr(config, name)
+        source = start_of(name, stage, workdir)
+        no_mid = "mid" not in stages and not leaders((workdir / "mid" / "checkpoints").is_dir())
+        if name == "sft" and not stage.init_from and no_mid:
             source = workdir / "base"
         needed_again = name == "rl" and config.rl.control  # sft_continued starts there too
         begun = leaders(steps(workdir / name / "checkpoints")) and not needed_again
