@@ -396,4 +396,6 @@ def test_sigkill_at_any_moment_of_a_save(tmp_path):
             assert all((np.asarray(weight) == newest).all() for weight in params.values())
         zygote.stdin.close()
     Checkpointer(tmp_path, 2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step_{step:08d}" for step in (newest - 1, newest)]
+    names = [f"step_{step:08d}" for step in (newest - 2, newest - 1, newest)]
+    # One more where the kill came between a save and the removal of the oldest, which the next save then removes.
+    assert sorted(path.name for path in tmp_path.iterdir()) in (names[1:], names)
