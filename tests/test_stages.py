@@ -215,6 +215,13 @@ def test_a_start_may_be_what_the_same_run_makes(tmp_path):
             check_ahead(config, MODEL_STAGES, tmp_path, quiet)
 
 
+def test_a_start_that_the_same_run_makes_only_later_is_refused_ahead(tmp_path):
+    for later in ("mid", "sft"):
+        config = replace(tiny.config, mid=replace(tiny.config.mid, init_from=str(tmp_path / later)))
+        with pytest.raises(UserError, match=f"mid starts from .*, which has no checkpoint: train {later} first"):
+            check_ahead(config, MODEL_STAGES, tmp_path, quiet)
+
+
 def test_a_stage_without_a_start_is_refused_ahead(run, tmp_path):
     for stages, missing in ((["base", "rl"], "sft"), (["tokenizer", "sft"], "base"), (["mid"], "base")):
         with pytest.raises(UserError, match=rf"{stages[-1]} starts from .*, which .*: train {missing} first"):

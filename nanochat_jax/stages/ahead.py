@@ -59,8 +59,8 @@ def starts(config: Config, stages: Collection[str], workdir: Path) -> dict[str, 
     """The WORKDIR/STAGE that each of these stages starts from and that has to be there already; without stages that go
     on from a checkpoint of their own.
     """
-    found = {}
-    for name in [name for name in MODEL_STAGES if name in stages]:
+    found, chosen = {}, [name for name in MODEL_STAGES if name in stages]
+    for i, name in enumerate(chosen):
         stage = getattr(config, name)
         source = start_of(name, stage, workdir)
         no_mid = "mid" not in stages and not leaders((workdir / "mid" / "checkpoints").is_dir())
@@ -68,7 +68,7 @@ def starts(config: Config, stages: Collection[str], workdir: Path) -> dict[str, 
             source = workdir / "base"
         needed_again = name == "rl" and config.rl.control  # sft_continued starts there too
         begun = leaders(steps(workdir / name / "checkpoints")) and not needed_again
-        made_here = source and source.name in stages and source.parent.resolve() == workdir.resolve()
+        made_here = source and source.name in chosen[:i] and source.parent.resolve() == workdir.resolve()
         if source and not begun and not made_here:
             found[name] = source
     return found
