@@ -233,6 +233,11 @@ def test_a_stage_without_a_start_is_refused_ahead(run, tmp_path):
     config = replace(tiny.config, rl=replace(tiny.config.rl, init_from=str(run)))
     with pytest.raises(UserError, match=rf"--rl\.init-from {run} is a run: name the stage of it, such as {run}/base"):
         check_ahead(config, ["rl"], tmp_path, quiet)
+    (tmp_path / "rl" / "checkpoints" / "step_00000012").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"rl starts from .*/sft, which has no checkpoint"):  # so will sft_continued
+        check_ahead(tiny.config, ["rl"], tmp_path, quiet)
+    (tmp_path / "sft_continued" / "checkpoints" / "step_00000002").mkdir(parents=True)
+    check_ahead(tiny.config, ["rl"], tmp_path, quiet)
 
 
 @pytest.mark.parametrize(
@@ -397,11 +402,13 @@ def test_what_rl_is_compared_with_is_made_anew_after_another_sft(run, tmp_path, 
         (tmp_path / stage).mkdir()
         (tmp_path / stage / "done.json").write_text((run / stage / "done.json").read_text())
     finetune.continued(tiny.config, tmp_path, before["flops"], quiet)
+    (tmp_path / "sft" / "done.json").unlink()  # deleted, so that it could not be made again
+    finetune.continued(tiny.config, tmp_path, before["flops"], quiet)
     assert (tmp_path / "sft_continued").is_dir()
     (tmp_path / "sft" / "done.json").write_text(json.dumps(finished(run, "sft") | {"finished": "later"}))
     said = []
     finetune.continued(tiny.config, tmp_path, before["flops"], said.append)
-    assert not (tmp_path / "sft_continued").exists() and "made after another sft" in said[0] and len(trained) == 2
+    assert not (tmp_path / "sft_continued").exists() and "made after another sft" in said[0] and len(trained) == 3
 
 
 def test_what_rl_is_compared_with_is_what_it_started_from(run, tmp_path, monkeypatch):

@@ -66,7 +66,8 @@ def starts(config: Config, stages: Collection[str], workdir: Path) -> dict[str, 
         no_mid = "mid" not in stages and not leaders((workdir / "mid" / "checkpoints").is_dir())
         if name == "sft" and not stage.init_from and no_mid:
             source = workdir / "base"
-        needed_again = name == "rl" and config.rl.control  # sft_continued starts there too
+        control = name == "rl" and config.rl.control  # sft_continued starts there too
+        needed_again = control and not leaders(steps(workdir / "sft_continued" / "checkpoints"))
         begun = leaders(steps(workdir / name / "checkpoints")) and not needed_again
         made_here = source and source.name in chosen[:i] and source.parent.resolve() == workdir.resolve()
         if source and not begun and not made_here:

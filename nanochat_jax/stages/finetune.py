@@ -50,7 +50,8 @@ def continued(config: Config, workdir: Path, flops: float, log: Log, force: bool
     """Train the model that rl started from on as sft does, in `workdir`/sft_continued, for `flops` FLOPs."""
     before = leaders(finished(workdir, "sft_continued"))
     sft = leaders(begun_from(config, workdir))
-    stale = before is not None and before.get("after", sft) != sft
+    # Without what it started from, which may be deleted by then, it could not be made again.
+    stale = None not in (before, sft) and before.get("after", sft) != sft
     if before is not None and (stale or not 0.9 < before["flops"] / flops < 1.1):
         was = "after another sft" if stale else f"for {before['flops']:.3g} FLOPs, now {flops:.3g}"
         log(f"sft_continued: made {was}: made anew")
