@@ -208,6 +208,11 @@ def test_whether_there_is_a_tokenizer_is_as_the_leader_sees_it(run, monkeypatch)
         check_ahead(config, ["rl"], run, quiet)
 
 
+def test_special_tokens_that_a_converted_tokenizer_has_are_taken_as_they_are(run):
+    config = replace(tiny.config, tokenizer=replace(tiny.config.tokenizer, specials=("[PAD]",)))
+    check_ahead(config, ["mid"], run, quiet)
+
+
 def test_a_start_may_be_what_the_same_run_makes(tmp_path):
     for folder, there in ((tmp_path, True), (tmp_path / "other", False)):
         config = replace(tiny.config, sft=replace(tiny.config.sft, init_from=str(folder / "base")))

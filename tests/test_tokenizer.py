@@ -15,7 +15,6 @@ import requests
 from nanochat_jax.config import Config, DataConfig, TokenizerConfig
 from nanochat_jax.errors import UserError
 from nanochat_jax.stages import tokenizer as stage
-from nanochat_jax.stages.ahead import check_ahead
 from nanochat_jax.stages.tokenizer import CutTexts
 from nanochat_jax.tokenizer import SPECIALS, Tokenizer, _cut
 
@@ -147,8 +146,6 @@ def test_names_that_cannot_be_special_tokens_are_refused_before_anything(tmp_pat
     config = small_config(specials=names)
     with pytest.raises(UserError, match=re.escape(complaint)):
         stage.run(config, tmp_path / "run", print)
-    with pytest.raises(UserError, match=re.escape(complaint)):
-        check_ahead(config, ["base"], tmp_path / "run", print)
     assert not (tmp_path / "run").exists()
 
 

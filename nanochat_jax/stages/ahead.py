@@ -20,14 +20,13 @@ from nanochat_jax.stages.finetune import check_mixture
 from nanochat_jax.stages.rl import check_settings, longest_asked
 from nanochat_jax.stages.session import Log, check_origin_of, check_start, start_of
 from nanochat_jax.tasks import Mixture, load
-from nanochat_jax.tokenizer import Tokenizer, check_specials
+from nanochat_jax.tokenizer import Tokenizer
 
 
 def check_ahead(config: Config, stages: Collection[str], workdir: Path, log: Log) -> None:
     """UserError for what would end one of these stages, to be run in `workdir`, or the evaluation after it: mesh,
     batch, start, rl's settings, and see `fetch_sets` and, where there is a tokenizer by now, `check_prompts`.
     """
-    check_specials(config.tokenizer.specials)
     cfg, mesh = gpt_config(config, config.tokenizer.vocab_size), make_mesh(config.mesh)
     shards = data_shards(mesh)
     check_mesh(mesh, cfg)
