@@ -457,6 +457,10 @@ def test_a_first_shard_that_gives_no_figure_is_missed_before_training(tmp_path):
     with pytest.raises(UserError, match=f"{data}/a.parquet gives no row"):
         pretrain.run(config, start(tmp_path / "run", config), said.append)
     assert not any("compiled" in line for line in said)
+    # Which nobody misses where it is not asked for.
+    base, no_bpb = replace(tiny.config.base, num_iterations=1), replace(tiny.config.eval, base=())
+    pretrain.run(replace(config, base=base, eval=no_bpb), tmp_path / "run", quiet)
+    assert finished(tmp_path / "run", "base")
 
 
 def test_best_fit_from_few_documents_is_said(tmp_path):

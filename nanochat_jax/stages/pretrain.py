@@ -56,7 +56,7 @@ def run(config: Config, workdir: Path, log: Log, force: bool = False) -> None:
             "again, most of a long one is dropped; --data.packing stream is for few documents"
         )
     # What is missing should be missed now, not after hours; the evaluation reads the first training shard, too.
-    for file in (val_file, train_files[0]):
+    for file in (val_file, train_files[0])[: 2 if "bpb" in config.eval.base else 1]:
         next(validation_set(file, session.tokenizer, config, cfg, rows=1))
     if stage.core_every:
         checked_tasks(cfg, session.tokenizer, fetch_eval_bundle(config.data, log), config.eval.max_examples)
