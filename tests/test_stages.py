@@ -233,6 +233,9 @@ def test_a_stage_without_a_start_is_refused_ahead(run, tmp_path):
             check_ahead(tiny.config, stages, tmp_path, quiet)
     check_ahead(tiny.config, ["base", "sft"], tmp_path, quiet)
     check_ahead(tiny.config, ["rl"], run, quiet)
+    for stages in (["sft"], ["mid", "sft"]):  # the first is told its start, so nobody asks for base
+        told = replace(getattr(tiny.config, stages[0]), init_from=str(run / "base"))
+        check_ahead(replace(tiny.config, **{stages[0]: told}), stages, tmp_path, quiet)
     (tmp_path / "mid" / "checkpoints" / "step_00000005").mkdir(parents=True)
     check_ahead(tiny.config, ["mid"], tmp_path, quiet)  # which goes on from there
     config = replace(tiny.config, rl=replace(tiny.config.rl, init_from=str(run)))
