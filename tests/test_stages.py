@@ -442,11 +442,22 @@ def test_rows_to_validate_on_are_missed_before_training(tmp_path):
     assert not any("compiled" in line for line in said)
 
 
-def test_rl_is_measured_where_what_it_started_from_is_gone(run):
-    config, said = replace(tiny.config, rl=replace(tiny.config.rl, init_from="deleted/sft")), []
-    figures = evaluate.run(config, run, "rl", ("arithmetic",), None, said.append)
-    assert figures["tasks"]["arithmetic"]["n"] == 8 and "comparison" not in figures
-    assert "rl: not compared with what it started from, as deleted/sft/checkpoints is not there" in said
+@pytest.mark.parametrize("gone", ["sft", "sft_continued"])
+def test_rl_is_measured_where_what_it_is_compared_with_is_gone(gone, run, tmp_path):
+    """And compared with the rows that are left of it."""
+    for path in run.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / gone).unlink()
+    (tmp_path / gone).mkdir()
+    rows = {"step": finished(run, gone)["steps"], "correct": {"arithmetic": [0] * 8}}
+    rows["settings"] = evaluate.decides(tiny.config, gone, tiny.config.eval.max_examples)
+    for there in (True, False):
+        said = []
+        for name, value in (("done", finished(run, gone)), ("correct", rows if there else {})):
+            (tmp_path / gone / f"{name}.json").write_text(json.dumps(value))
+        figures = evaluate.run(tiny.config, tmp_path, "rl", ("arithmetic",), None, said.append)
+        assert figures["tasks"]["arithmetic"]["n"] == 8 and ("comparison" in figures) == there
+        assert (f"rl: not compared, as there is no checkpoint in {tmp_path / gone}" in said) != there
 
 
 def test_a_first_shard_that_gives_no_figure_is_missed_before_training(tmp_path):

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from nanochat_jax.checkpoint import Step
+from nanochat_jax.checkpoint import Step, steps
 from nanochat_jax.config import Config, GPTConfig
 from nanochat_jax.data.download import ensure_shards, fetch_eval_bundle, prepare_shards
 from nanochat_jax.data.files import read_json, write_json
@@ -83,11 +83,9 @@ def run(
         figures |= chatcore(figures["tasks"])
     in_pairs = len(correct.get(config.rl.task, ())) > 1  # one has no interval
     if source == "rl" and in_pairs and leaders(finished(workdir, "sft_continued")):
-        task, begun = loaded[config.rl.task], start_of("rl", config.rl, workdir) / "checkpoints"
-        if leaders(begun.is_dir()):
-            figures["comparison"] = compare(config, workdir, mesh, task, correct[task.name], limit, log)
-        else:
-            log(f"rl: not compared with what it started from, as {begun} is not there")
+        task = loaded[config.rl.task]
+        if found_out := compare(config, workdir, mesh, task, correct[task.name], limit, log):
+            figures["comparison"] = found_out
     figures = finite(figures, source, log)
     settings, configured = decides(config, source, limit), read_config(workdir)
     as_configured = settings == decides(configured, source, configured.eval.max_examples)
@@ -252,10 +250,12 @@ def decides(config: Config, source: str, limit: int | None) -> dict:
     return json.loads(json.dumps(found))
 
 
-def compare(config: Config, workdir: Path, mesh: Mesh, task: Task, rl: list[int], limit: int | None, log: Log) -> dict:
+def compare(
+    config: Config, workdir: Path, mesh: Mesh, task: Task, rl: list[int], limit: int | None, log: Log
+) -> dict | None:
     """rl beside sft, and beside sft continued for rl's compute, on the same questions, with paired 95% intervals.
 
-    sft is the model that rl started from, wherever it is.
+    sft is the model that rl started from, wherever it is. None where one that is to be measured is deleted.
     """
     folders = {"rl": workdir / "rl", "sft": start_of("rl", config.rl, workdir)}
     folders["sft_continued"] = workdir / "sft_continued"
@@ -270,6 +270,9 @@ def compare(config: Config, workdir: Path, mesh: Mesh, task: Task, rl: list[int]
         if same and task.name in before["correct"]:
             right[source] = before["correct"][task.name]
             continue
+        if not leaders(steps(folder / "checkpoints")):
+            log(f"rl: not compared, as there is no checkpoint in {folder}")
+            return None
         log(f"{source}: {task.name}, for the comparison with rl")
         model = load_model(folder.parent, folder.name, config, mesh, step)[:3]
         right[source] = measure(model, [task], config, mesh, limit, log)[task.name]["correct"]
