@@ -391,6 +391,9 @@ def test_special_tokens_of_ones_own_are_text_by_name(tokenizer):
         how = SamplingParams(0.0, max_tokens=9, stop=stop)
         assert "".join(event.get("text", "") for event in engine.stream([0], how)) == streamed
         assert engine.generate([[0]], how)[0].text == whole
+    params, cfg = rigged(own, [0, *ids_of(own, ["<|python_start|>", "<|think|>", "a", "<|assistant_end|>"])])
+    unclosed = Engine(params, cfg, own, max_rows=1).stream([0], SamplingParams(0.0, max_tokens=9))
+    assert "".join(event.get("text", "") for event in unclosed) == "<|think|>a"
 
 
 def test_a_row_is_done_once_all_its_text_is_there(model, tokenizer, monkeypatch):
