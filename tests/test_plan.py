@@ -166,9 +166,9 @@ def test_auto_on_generations_of_gpus(monkeypatch, capability, cuda, dtype, atten
     assert (cfg.compute_dtype, cfg.attention) == (dtype, attention)
 
 
-def test_auto_counts_one_row():
+def test_auto_counts_one_row_a_device():
     auto, one = (
-        plan(tiny(**dict.fromkeys(("base", "mid", "sft"), replace(tiny().base, device_batch_size=size))))
+        plan(tiny(mesh="2", **dict.fromkeys(("base", "mid", "sft"), replace(tiny().base, device_batch_size=size))))
         for size in ("auto", 1)
     )
     assert auto["rows"] == {"base": 1, "mid": 1, "sft": 1} and auto["memory"] == one["memory"]
