@@ -55,7 +55,7 @@ def speedrun(options: SpeedrunOptions, workdir: Path) -> None:
             cli.train(stage, options, workdir)
             if not distributed.leaders(run.finished(workdir, stage)):
                 return  # stopped, as the stage has said
-            if stage == "tokenizer" and todo:
+            if stage == "tokenizer":
                 check_prompts(options.config, todo, workdir, cli.log)
         if stage in MODEL_STAGES and not distributed.leaders(evaluate.is_current(options.config, workdir, stage)):
             evaluate.run(options.config, workdir, stage, None, None, cli.log)

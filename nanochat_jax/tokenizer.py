@@ -76,6 +76,7 @@ class Tokenizer:
         self.vocab_size = len(self.ranks) + len(self.specials)
         self.own_specials = tuple(name for name in specials if name not in SPECIALS)
         """Special tokens that people have named: the assistant's text has them by name, others' never."""
+        self._own_name = re.compile(f"({'|'.join(map(re.escape, self.own_specials))})")
         self.marker_ids = frozenset(i for name, i in self.specials.items() if name in SPECIALS)
         """The special tokens that conversations are made of, and that are no part of anybody's text."""
         self.bos_id = self.special_id("<|bos|>")
@@ -233,8 +234,7 @@ class Tokenizer:
 
     def _with_specials(self, text: str) -> Iterator[int | str]:
         """The assistant's `text`, with the ids of special tokens of people's own in place of their names."""
-        names = "|".join(map(re.escape, self.own_specials))
-        for piece in re.split(f"({names})", text) if names else [text]:
+        for piece in self._own_name.split(text) if self.own_specials else [text]:
             yield self.specials[piece] if piece in self.own_specials else piece
 
 

@@ -64,9 +64,10 @@ def create_app(
 
     @app.before_request
     def check_token() -> None:
+        if not token or not request.path.startswith("/v1/"):
+            return
         scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-        known = scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), (token or "").encode())
-        if token and request.path.startswith("/v1/") and not known:
+        if scheme.lower() != "bearer" or not hmac.compare_digest(given.encode(), token.encode()):
             raise ApiError("this server asks for a token: send 'Authorization: Bearer TOKEN'", status=401)
 
     @app.get("/")

@@ -60,11 +60,7 @@ def starts(config: Config, stages: Collection[str], workdir: Path) -> dict[str, 
     """
     found, chosen = {}, [name for name in MODEL_STAGES if name in stages]
     for i, name in enumerate(chosen):
-        stage = getattr(config, name)
-        source = start_of(name, stage, workdir)
-        no_mid = "mid" not in stages and not leaders((workdir / "mid" / "checkpoints").is_dir())
-        if name == "sft" and not stage.init_from and no_mid:
-            source = workdir / "base"
+        source = start_of(name, getattr(config, name), workdir, coming=stages)
         control = name == "rl" and config.rl.control  # sft_continued starts there too
         needed_again = control and not leaders(steps(workdir / "sft_continued" / "checkpoints"))
         begun = leaders(steps(workdir / name / "checkpoints")) and not needed_again

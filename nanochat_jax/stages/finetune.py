@@ -40,8 +40,7 @@ def run(config: Config, workdir: Path, stage: str, log: Log, force: bool = False
     `force`: go on with other data, horizon or precision than it was begun with.
     """
     settings: FinetuneConfig = getattr(config, stage)
-    if stage == "sft" and not settings.init_from and not leaders((workdir / "mid" / "checkpoints").is_dir()):
-        settings = dataclasses.replace(settings, init_from=str(workdir / "base"))
+    if stage == "sft" and not settings.init_from and start_of(stage, settings, workdir) == workdir / "base":
         log("sft: there is no mid stage in this run, so it starts from base")
     train(config, settings, workdir, stage, log, force)
 

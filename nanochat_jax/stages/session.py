@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -339,10 +339,15 @@ def is_done(workdir: Path, name: str, log: Log) -> bool:
     return True
 
 
-def start_of(name: str, stage: StageConfig, workdir: Path) -> Path | None:
-    """WORKDIR/STAGE whose model a stage begins with: `init_from`, else the stage before it; None: new parameters."""
+def start_of(name: str, stage: StageConfig, workdir: Path, coming: Collection[str] = ()) -> Path | None:
+    """WORKDIR/STAGE whose model a stage begins with: `init_from`, else the stage before it; None: new parameters.
+
+    A run that has no mid stage, nor has it `coming`, goes from base to sft.
+    """
     if stage.init_from:
         return expanded(stage.init_from)
+    if name == "sft" and "mid" not in coming and not leaders((workdir / "mid" / "checkpoints").is_dir()):
+        return workdir / "base"
     return workdir / PREVIOUS[name] if name in PREVIOUS else None
 
 
