@@ -42,7 +42,7 @@ def speedrun(options: SpeedrunOptions, workdir: Path) -> None:
     """Run all stages in order, evaluate each model and write the report."""
     from nanochat_jax.report import write_report
     from nanochat_jax.stages import evaluate
-    from nanochat_jax.stages.ahead import check_ahead, check_prompts
+    from nanochat_jax.stages.ahead import check_ahead, check_with_tokenizer
 
     stages = [name for name in STAGES if name in options.chosen()]
     done = {name: distributed.leaders(run.finished(workdir, name)) for name in stages}
@@ -56,7 +56,7 @@ def speedrun(options: SpeedrunOptions, workdir: Path) -> None:
             if not distributed.leaders(run.finished(workdir, stage)):
                 return  # stopped, as the stage has said
             if stage == "tokenizer":
-                check_prompts(options.config, todo, workdir, cli.log)
+                check_with_tokenizer(options.config, todo, workdir, cli.log)
         if stage in MODEL_STAGES and not distributed.leaders(evaluate.is_current(options.config, workdir, stage)):
             evaluate.run(options.config, workdir, stage, None, None, cli.log)
     if distributed.is_leader():

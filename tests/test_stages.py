@@ -233,6 +233,8 @@ def test_a_stage_without_a_start_is_refused_ahead(run, tmp_path):
             check_ahead(tiny.config, stages, tmp_path, quiet)
     check_ahead(tiny.config, ["base", "sft"], tmp_path, quiet)
     check_ahead(tiny.config, ["rl"], run, quiet)
+    elsewhere = replace(tiny.config, mid=replace(tiny.config.mid, init_from=str(run / "base")))
+    check_ahead(elsewhere, ["mid", "sft"], tmp_path, quiet)  # sft starts from the mid to come, not from base
     for stages in (["sft"], ["mid", "sft"]):  # the first is told its start, so nobody asks for base
         told = replace(getattr(tiny.config, stages[0]), init_from=str(run / "base"))
         check_ahead(replace(tiny.config, **{stages[0]: told}), stages, tmp_path, quiet)

@@ -25,7 +25,7 @@ from nanochat_jax.tokenizer import Tokenizer
 
 def check_ahead(config: Config, stages: Collection[str], workdir: Path, log: Log) -> None:
     """UserError for what would end one of these stages, to be run in `workdir`, or the evaluation after it: mesh,
-    batch, start, rl's settings, and see `fetch_sets` and, where there is a tokenizer by now, `check_prompts`.
+    batch, start, rl's settings, and see `fetch_sets` and, where there is a tokenizer by now, `check_with_tokenizer`.
     """
     cfg, mesh = gpt_config(config, config.tokenizer.vocab_size), make_mesh(config.mesh)
     shards = data_shards(mesh)
@@ -51,7 +51,7 @@ def check_ahead(config: Config, stages: Collection[str], workdir: Path, log: Log
         check_start(name, getattr(config, name), source)
     fetch_sets(config, (*stages, *continued), log)
     if leaders(finished(workdir, "tokenizer")):
-        check_prompts(config, stages, workdir, log)
+        check_with_tokenizer(config, stages, workdir, log)
 
 
 def starts(config: Config, stages: Collection[str], workdir: Path) -> dict[str, Path]:
@@ -70,7 +70,7 @@ def starts(config: Config, stages: Collection[str], workdir: Path) -> dict[str, 
     return found
 
 
-def check_prompts(config: Config, stages: Collection[str], workdir: Path, log: Log) -> None:
+def check_with_tokenizer(config: Config, stages: Collection[str], workdir: Path, log: Log) -> None:
     """UserError for what shows when there is a tokenizer: starts from other runs whose models these stages cannot take,
     and prompts of rl or of CORE, where these stages ask them, that it makes too long.
     """
