@@ -495,9 +495,10 @@ class Tab {
     new Function("window", `with (window) { (function () { "use strict"; ${world.source}\n})(); }`)(this.window);
   }
   fire(type) {
-    this.window.dispatchEvent(new Event(type));
+    return this.window.dispatchEvent(new Event(type));
   }
   reload() {
+    if (!this.fire("beforeunload") && !this.confirm("Leave?")) return;
     this.fire("pagehide");
     this.tasks = [];
     this.load();

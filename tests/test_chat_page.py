@@ -20,6 +20,7 @@ from nanochat_jax.server import app
 STATIC = Path(app.__file__).parent / "static"
 STAND_IN = Path(__file__).with_name("dom.js")
 VOID = {"meta", "link", "input", "br"}
+UNSENT = "The message you are editing was not sent. Discard the change?"
 LATER = "The later messages of this conversation will be removed. Continue?"
 FULL = "This browser's storage is full: delete old conversations to keep new ones."
 NOTHING = "This browser lets the page store nothing: conversations are gone when it is closed."
@@ -131,6 +132,9 @@ class Tab:
 
     def press(self, key, agree=None, **modifiers):
         return self._asked(agree, "press", key, modifiers)
+
+    def reload(self, agree):
+        return self._asked(agree, "reload")
 
     def _asked(self, agree, *action):
         """Does it; the question that is then asked, answered by `agree`; without that it must not come."""
@@ -473,7 +477,7 @@ def test_stopping_before_anything_came_brings_back_what_was_to_be_replaced(brows
     tab.press("Enter")
     tab.press("Escape")
     assert tab.messages == ["{other} [Cancel] [Send]", before[1]]
-    tab.do("reload")
+    tab.reload(agree=True)
     assert tab.messages == before
 
 
@@ -521,6 +525,60 @@ def test_editing(tab):
     tab.type("last")
     tab.click("Send", "#messages 0")  # the last question: not asked
     assert tab.sent["messages"] == [{"role": "user", "content": "last"}]
+
+
+def test_what_is_being_edited_is_not_lost_unasked(browser, tab):
+    tab.talk(("other", "0"))
+    tab.click("+ New chat")
+    tab.talk(("one", "1"), ("two", "2"))
+    actions = [
+        lambda agree: tab.press("Enter", agree=agree),
+        lambda agree: tab.click("Regenerate", "#messages 3", agree=agree),
+        lambda agree: tab.click("Edit", "#messages 2", agree=agree),
+        lambda agree: tab.click("other", agree=agree),
+        lambda agree: tab.click("+ New chat", agree=agree),
+        lambda agree: tab.press("O", agree=agree, ctrlKey=True, shiftKey=True),
+    ]
+    tab.type("three", "#input")
+    for act in actions:
+        tab.click("Edit", "#messages 0")
+        tab.type("  one\n")  # says the same: nothing to lose
+        tab.type("changed")
+        if act is actions[0]:
+            tab.do("all('#input')[0].focus")
+        before = tab.messages
+        assert before[0] == "{changed} [Cancel] [Send]" and act(False) == UNSENT
+        assert tab.messages == before and tab.do("request")["number"] == 3 and tab.look("#input").startswith("{three}")
+        tab.click("Cancel", "#messages 0")
+    assert tab.reload(agree=False) == "Leave?" and len(tab.messages) == 4, "of what is in the input"
+    tab.type("", "#input")
+    for act in (lambda agree: tab.click("other", agree=agree), lambda agree: tab.reload(agree=agree)):
+        tab.click("Edit", "#messages 0")
+        tab.type("one ")
+        tab.do("reload")
+        tab.click("Edit", "#messages 0")
+        tab.type("changed")
+        assert act(True)
+        assert "{changed}" not in tab.messages[0]
+        if len(tab.messages) == 2:
+            tab.click("one")
+    tab.click("Edit", "#messages 0")
+    tab.type("changed")
+    assert tab.click("Delete one", agree=True) == "Delete “one”?"  # the whole conversation: not asked twice
+
+
+def test_what_is_being_edited_outlives_what_another_tab_does(browser, tab):
+    other = browser.open()
+    tab.talk(("one", "1"), ("two", "2"))
+    other.wait(20)
+    other.click("one")
+    other.click("Edit", "#messages 2")
+    other.type("changed")
+    tab.talk(("three", "3"))
+    assert other.messages[2:5] == ["{changed} [Cancel] [Send]", said("2"), asked("three")]
+    assert tab.click("Regenerate", "#messages 1", agree=True) == LATER
+    tab.answer(text("I"), done(tokens=2))
+    assert other.messages == [asked("one"), said("I")]  # it is a message no more
 
 
 def test_a_key_that_an_input_method_takes_does_nothing_else(tab):

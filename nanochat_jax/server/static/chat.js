@@ -94,9 +94,11 @@ function follow({ key }) {
   if (!theirs) return drop(mine);
   if (!mine) return setConversations([theirs, ...conversations]);
   if (mine === current && running) return; // it is saved as it is here when the answer ends
+  const text = mine === current && unsent();
   Object.assign(mine, theirs);
   drawHistory();
   if (mine !== current) return;
+  if (text && mine.messages[editing]?.role === "user") return edit(editing, text);
   editing = -1;
   drawMessages();
 }
@@ -164,7 +166,7 @@ function messageNode(message, index) {
   const live = running && index === current.messages.length - 1;
   if (message.role === "user") {
     body.textContent = message.text;
-    node.append(element("div", { className: "actions" }, copyButton(() => message.text), button("Edit", () => edit(index), "again")));
+    node.append(element("div", { className: "actions" }, copyButton(() => message.text), button("Edit", () => settled() && edit(index), "again")));
     return node;
   }
   for (const part of message.parts) body.append(...(part.type === "tool" ? [toolCard(part)] : markdown(part.text)));
@@ -249,6 +251,7 @@ function menu(open) {
 
 function show(conversation) {
   menu(false);
+  if (conversation !== current && conversations.includes(current) && !settled()) return; // else it has been deleted
   focusInput();
   history.replaceState(conversation.id, ""); // opened again when the page is loaded again
   if (conversation === current) return;
@@ -321,7 +324,7 @@ function ask(text, before) {
 }
 
 function regenerate(index) {
-  if (running || !agreed(index + 1)) return;
+  if (running || !settled() || !agreed(index + 1)) return;
   editing = -1;
   const before = current.messages;
   current.messages = before.slice(0, index);
@@ -332,6 +335,15 @@ function regenerate(index) {
 // Asks, where there are any, before the messages from number `index` on are lost.
 const agreed = (index) =>
   index >= current.messages.length || confirm("The later messages of this conversation will be removed. Continue?");
+
+// The text of the open editor, where it was changed.
+function unsent() {
+  const text = document.querySelector(".edit textarea")?.value.trim();
+  return text !== current.messages[editing]?.text && text;
+}
+
+// Asks, where there is any, before such a text is lost.
+const settled = () => !unsent() || confirm("The message you are editing was not sent. Discard the change?");
 
 // What the model is shown of an earlier answer: the tool calls in it are part of what it said.
 function content(message) {
@@ -487,7 +499,7 @@ function busy(state) {
 
 function submit() {
   const text = $("input").value.trim();
-  if (running || !text) return;
+  if (running || !text || !settled()) return;
   $("input").value = "";
   grow();
   ask(text);
@@ -530,6 +542,9 @@ function connect() {
     }
   });
   window.addEventListener("storage", follow);
+  window.addEventListener("beforeunload", (event) => {
+    if ($("input").value.trim() || unsent()) event.preventDefault(); // the browser asks
+  });
   window.addEventListener("pagehide", () => {
     leaving = true;
     if (running && current.messages.at(-1).parts.length) save(current);
