@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +18,8 @@ from nanochat_jax.inference.engine import Engine
 from nanochat_jax.inference.requests import SamplingParams, collected
 from nanochat_jax.server.context import fit
 from nanochat_jax.tokenizer import Tokenizer
+
+COMMANDS = "/reset starts over, /quit leaves"
 
 
 def answer_once(
@@ -41,15 +44,19 @@ def answer_once(
 
 def talk(engine: Engine, tokenizer: Tokenizer, sampling: SamplingParams) -> None:
     """Reads messages from stdin and answers each, until /quit or the end of the input."""
-    print("/reset starts over, /quit leaves", file=sys.stderr)
+    print(COMMANDS, file=sys.stderr)
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):  # some Pythons are built without it
-            import readline  # noqa: F401 - with it `input` has arrow keys and a history
+            import readline  # with it `input` has arrow keys and a history
+
+            readline.parse_and_bind("set enable-bracketed-paste on")  # several lines pasted are one message
     messages: list[dict[str, Any]] = []
     while (text := _read_line()) not in (None, "/quit", "/exit", "quit", "exit"):
         if text == "/reset":
             messages.clear()
             print("(a new conversation)", file=sys.stderr)
+        elif re.fullmatch(r"/\w*", text):
+            print(f"{text} is no command: {COMMANDS}", file=sys.stderr)
         elif text:
             messages.append({"role": "user", "content": text})
             try:

@@ -447,7 +447,7 @@ def test_chat_answers_once(capsys, trained):
 
 
 def test_chat_of_several_turns(capsys, trained, monkeypatch):
-    lines = iter(["the cat", "", "dog " * 200, "and then", "/reset", "the dog", "/quit", "never read"])
+    lines = iter(["the cat", "", "dog " * 200, "and then", "/help", "/reset", "the dog", "/quit", "never read"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     lengths, seeds, stream = [], [], Engine.stream
 
@@ -465,6 +465,7 @@ def test_chat_of_several_turns(capsys, trained, monkeypatch):
     captured = capsys.readouterr()
     assert next(lines) == "never read"
     assert "the context holds 64" in captured.err and "new conversation" in captured.err
+    assert "/help is no command: /reset starts over, /quit leaves\n" in captured.err
     assert captured.out.count("\n") >= 3
     assert lengths == [1, 3, 3, 1]
     assert len(seeds) == 3 and seeds[0] != seeds[1], "one question asked twice is not one sample"
@@ -503,10 +504,11 @@ chat.talk(SimpleNamespace(max_len=64, stream=stream), tokenizer, SamplingParams(
 """
 
 
-def test_a_line_can_be_edited_in_a_terminal():
-    pytest.importorskip("readline")
+def test_a_line_can_be_edited_and_several_pasted_in_a_terminal():
+    readline = pytest.importorskip("readline")
     ours, theirs = pty.openpty()
-    with subprocess.Popen([sys.executable, "-c", TALK], stdin=theirs, stdout=theirs, stderr=theirs):
+    env = os.environ | {"TERM": "xterm"}
+    with subprocess.Popen([sys.executable, "-c", TALK], stdin=theirs, stdout=theirs, stderr=theirs, env=env):
         os.close(theirs)
         shown = ""
         while "> " not in shown:
@@ -514,9 +516,13 @@ def test_a_line_can_be_edited_in_a_terminal():
         os.write(ours, b"ac\x1b[Db\n")  # b, after the arrow to the left
         while "you said" not in shown or "> " not in shown.rpartition("you said")[2]:
             shown += os.read(ours, 1000).decode()
+        os.write(ours, b"\x1b[200~one\ntwo\x1b[201~\n")  # as terminals mark what is pasted, where they are asked to
+        while shown.count("you said") < 2 or "> " not in shown.rpartition("you said")[2]:
+            shown += os.read(ours, 1000).decode()
         os.write(ours, b"/quit\n")
     os.close(ours)
     assert "you said abc\r\n" in shown
+    assert ("\x1b[?2004h" in shown and "you said one\r\ntwo\r\n" in shown) or "libedit" in readline.__doc__
 
 
 def test_interrupt_is_quiet(capsys):
