@@ -267,6 +267,18 @@ def test_token():
         assert response.status_code == 200
 
 
+@pytest.mark.parametrize("token", [None, "geheim"])
+def test_without_a_token_only_this_machine_by_its_own_name_is_answered(token):
+    client = client_of(ScriptedEngine(*SCRIPT), token=token)
+    headers = {"Authorization": "Bearer geheim"}
+    for host in ("localhost", "LocalHost:8000", "127.0.0.1:8000", "127.0.0.2", "[::1]:8000", "[::1]"):
+        assert client.get("/v1/models", headers={**headers, "Host": host}).status_code == 200
+    for host in ("evil.example", "localhost.evil.example:8000", "10.0.0.1", "127.0.0.1.evil.example"):
+        response = client.post("/v1/chat/completions", json=user(), headers={**headers, "Host": host})
+        assert response.status_code == (200 if token else 403)
+        assert token or f"not as '{host}': give it a token" in response.get_json()["error"]["message"]
+
+
 def test_models_and_page():
     client = client_of(ScriptedEngine())
     (model,) = client.get("/v1/models").get_json()["data"]

@@ -47,7 +47,7 @@ MAX_BYTES = 2**18
 def create_app(
     engine: Engine, tokenizer: Tokenizer, *, model_name: str, token: str | None = None, max_requests: int | None = None
 ) -> Flask:
-    """The web application. With `token`, /v1 asks for `Authorization: Bearer TOKEN`.
+    """The web application. With `token`, /v1 asks for `Authorization: Bearer TOKEN`; without, for `Host: localhost`.
 
     The engine takes calls from several threads and batches them as it can; at most `max_requests` (unset: 32, or
     twice its rows) wait or run at once, the next one is told to come back (503).
@@ -63,12 +63,17 @@ def create_app(
         places.put(None)
 
     @app.before_request
-    def check_token() -> None:
-        if not token or not request.path.startswith("/v1/"):
+    def check_caller() -> None:
+        if not request.path.startswith("/v1/"):
             return
-        scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not hmac.compare_digest(given.encode(), token.encode()):
-            raise ApiError("this server asks for a token: send 'Authorization: Bearer TOKEN'", status=401)
+        if token:
+            scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+            if scheme.lower() != "bearer" or not hmac.compare_digest(given.encode(), token.encode()):
+                raise ApiError("this server asks for a token: send 'Authorization: Bearer TOKEN'", status=401)
+        # A web site that leads its name to this machine (DNS rebinding) is of our own origin to the browser.
+        elif not is_loopback(re.sub(r":\d*$", "", request.host).strip("[]")):
+            named = f"without --token this server answers as localhost, not as {request.host!r:.80}"
+            raise ApiError(f"{named}: give it a token, or let the proxy say Host: localhost", status=403)
 
     @app.get("/")
     def page() -> Response:
@@ -171,12 +176,16 @@ def check_host(host: str, token: str | None) -> None:
     """UserError for a public address without a token, or a token that browsers cannot send in a header."""
     if token is not None and not re.fullmatch("[!-~]+", token):
         raise UsageError("--token takes ASCII letters, digits and signs, at least one, without spaces")
-    try:
-        loopback = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = host == "localhost"
-    if not loopback and not token:
+    if not is_loopback(host) and not token:
         raise UsageError(f"--host {host} lets others reach this server: give --token TEXT, or use --host 127.0.0.1")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether this name or address is this machine's own."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
 
 
 def warm_up(engine: Engine) -> None:
