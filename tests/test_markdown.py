@@ -23,7 +23,25 @@ MARKUP = [
 ]
 LINKS = ["javascript:alert(1)", "[a](javascript:alert(1))", '[a](https://b.c/" onclick="x)', "[a](https://b.c/'x)"]
 LINKS += ["[<i>](https://b.c/(d)?e=<f>)", "![a](https://b.c)", "https://b.c", "[", "](", "(https://", ")"]
-MARKS = ["*", "**", "`", "``", "```", "```html\n", '```"><b>\n', "\n", "\n\n", "- ", "1. ", "> ", "# ", "    ", " "]
+MARKS = [
+    "*",
+    "**",
+    "`",
+    "``",
+    "```",
+    "```html\n",
+    '```"><b>\n',
+    "\n",
+    "\n\n",
+    "- ",
+    "1. ",
+    "\n  - ",
+    "\n\t2. ",
+    "> ",
+    "# ",
+    "    ",
+    " ",
+]
 OTHERS = ["\0", "\x000\x00", "word", '"', "'", "<", ">", "&", "\u2028", "\u202e", "e\u0301", "\U0001f600"]
 PIECES = MARKUP + LINKS + MARKS + OTHERS
 
@@ -67,8 +85,20 @@ class Page(HTMLParser):
         ("one\ntwo\n\nthree", "<p>one<br>two</p><p>three</p>"),
         ("# Head\n##### no head", "<h3>Head</h3><p>##### no head</p>"),
         ("a **bold** and *light* 2*3*4", "<p>a <strong>bold</strong> and <em>light</em> 2*3*4</p>"),
+        ("***both*** **a *b***", "<p><strong><em>both</em></strong> <strong>a <em>b</em></strong></p>"),
         ("`a < b` **`c`**", "<p><code>a &lt; b</code> <strong><code>c</code></strong></p>"),
         ("- one\n  more\n- two", "<ul><li>one<br>more</li><li>two</li></ul>"),
+        (
+            "1. one\n   - a\n     more\n   - b\n       1) c\n2. two\n\t- d",
+            '<ol start="1"><li>one<ul><li>a<br>more</li><li>b<ol start="1"><li>c</li></ol></li></ul></li>'
+            "<li>two<ul><li>d</li></ul></li></ol>",
+        ),
+        ("  - a\n- b\n * c", "<ul><li>a</li><li>b</li><li>c</li></ul>"),
+        (
+            "- a\n  - ```\n    x\n    ```\n  ```\n  y\n  ```\n- b",
+            '<ul><li>a<ul><li><pre data-language=""><code>x</code></pre><pre data-language=""><code>y</code></pre>'
+            "</li></ul></li><li>b</li></ul>",
+        ),
         ("3. three\n4. four", '<ol start="3"><li>three</li><li>four</li></ol>'),
         ("> said\n> twice", "<blockquote>said<br>twice</blockquote>"),
         ("```py\nif a < b:\n    *c*\n```", '<pre data-language="py"><code>if a &lt; b:\n    *c*</code></pre>'),

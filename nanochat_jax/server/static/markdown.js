@@ -1,5 +1,5 @@
 // A small, safe subset of Markdown: text in, HTML out. Everything is escaped before any tag is added, so nothing that a
-// model or a person writes can become markup. Left out: raw HTML, images, footnotes.
+// model or a person writes can become markup. Left out: raw HTML, images, tables, footnotes.
 
 const escapeHtml = (text) =>
   text.replace(/[&<>"']/g, (c) => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#39;" })[c]);
@@ -13,8 +13,8 @@ function shelf() {
 
 const emphasis = (html) =>
   html
-    .replace(/\*\*(\S(?:.*?\S)?)\*\*/g, "<strong>$1</strong>")
-    .replace(/(^|[\s(])\*(\S(?:.*?\S)?)\*(?=$|[\s).,;:!?])/g, "$1<em>$2</em>");
+    .replace(/\*\*(\S(?:.*?\S)?)\*\*(?!\*)/g, "<strong>$1</strong>")
+    .replace(/(^|[\s(>])\*(\S(?:.*?\S)?)\*(?=$|[\s).,;:!?<])/g, "$1<em>$2</em>");
 
 const CODE = /`+([^`\0]+)`+/g;
 const LINK = /\[([^\]]+)\]\((https?:\/\/(?:[^\s()\0]|\([^\s()\0]*\))+)\)/g; // the address may have (brackets)
@@ -55,21 +55,23 @@ function fencesAside(text, setAside) {
   return lines;
 }
 
+const indent = (line) => /^\s*/.exec(line)[0].replaceAll("\t", "    ").length;
+
 function list(lines, setAside) {
   const ordered = ITEM.exec(lines[0])[1];
   const items = [];
   for (const line of lines) {
     const match = ITEM.exec(line);
-    if (match) items.push(match[2]);
-    else items[items.length - 1] += "\n" + line.trim();
+    const item = items.at(-1);
+    if (match && indent(line) < indent(lines[0]) + 2) items.push({ text: match[2], below: [] });
+    else if (match || item.below.length) item.below.push(line);
+    else item.text += "\n" + line.trim();
   }
-  const body = items.map((item) => `<li>${inline(item, setAside)}</li>`).join("");
+  const body = items.map(({ text, below }) => `<li>${inline(text, setAside)}${blocks(below, setAside)}</li>`).join("");
   return ordered ? `<ol start="${Number(ordered)}">${body}</ol>` : `<ul>${body}</ul>`;
 }
 
-export function renderMarkdown(text) {
-  const { setAside, putBack } = shelf();
-  const lines = fencesAside(text, setAside);
+function blocks(lines, setAside) {
   const html = [];
   let i = 0;
   const take = (wanted) => {
@@ -85,8 +87,9 @@ export function renderMarkdown(text) {
       i++;
       html.push(`<h${heading[1].length + 2}>${inline(heading[2], setAside)}</h${heading[1].length + 2}>`);
     } else if (ITEM.test(lines[i])) {
-      const kind = Boolean(ITEM.exec(lines[i])[1]);
-      const belongs = (line) => (ITEM.test(line) ? Boolean(ITEM.exec(line)[1]) === kind : /^\s{2,}\S/.test(line));
+      const [kind, own] = [Boolean(ITEM.exec(lines[i])[1]), indent(lines[i])];
+      const belongs = (line) =>
+        ITEM.test(line) && indent(line) < own + 2 ? Boolean(ITEM.exec(line)[1]) === kind : line.trim() && indent(line) >= 2;
       html.push(list(take(belongs), setAside));
     } else if (QUOTE.test(lines[i])) {
       const quoted = take((line) => QUOTE.test(line)).map((line) => QUOTE.exec(line)[1]);
@@ -98,6 +101,12 @@ export function renderMarkdown(text) {
       html.push(`<p>${inline(take(plain).join("\n"), setAside)}</p>`);
     }
   }
+  return html.join("");
+}
+
+export function renderMarkdown(text) {
+  const { setAside, putBack } = shelf();
+  const html = blocks(fencesAside(text, setAside), setAside);
   // A code block in a list item begins and ends its own line.
-  return putBack(html.join("")).replace(/(<\/pre>)<br>|<br>(<pre)/g, "$1$2");
+  return putBack(html).replace(/(<\/pre>)<br>|<br>(<pre)/g, "$1$2");
 }
