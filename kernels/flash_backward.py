@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from kernels.flash_forward import LOG2_E, compiler_params, dot, scores_of
-from kernels.flash_tiles import Carry, Setup, first_keys, key_tiles, last_rows, row_tiles, walk
+from kernels.flash_tiles import Carry, Setup, first_keys, last_rows, visible_tiles, walk
 from kernels.reference import MASKED
 
 
@@ -41,7 +41,7 @@ def _dq_kernel(
         dscores = weights * (dot(dout, v_ref[here, :].T) - delta[:, None])
         return (carry[0] + dot(dscores.astype(k.dtype), k),)
 
-    (dq,) = walk(key_tiles(rows, first, keys), step, (jnp.zeros((height, width), jnp.float32),))
+    (dq,) = walk(visible_tiles(first, rows, keys), step, (jnp.zeros((height, width), jnp.float32),))
     dq_ref[...] = (dq * setup.scale).astype(dq_ref.dtype)
 
 
@@ -63,7 +63,7 @@ def _dkv_kernel(
     (length, group, _), height = q_ref.shape, setup.tiles.walked
     keys = pl.program_id(0) * count + jnp.arange(count)
     last = last_rows(keys, setup.window, length) if last_ref is None else last_ref[...]
-    span = row_tiles(keys, last, height)
+    span = visible_tiles(keys, last, height)
     k, v = k_ref[...], v_ref[...]
 
     def head(g: jax.Array, sums: Carry) -> Carry:

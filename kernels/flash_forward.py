@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from kernels.flash_tiles import Carry, Setup, first_keys, key_tiles, walk
+from kernels.flash_tiles import Carry, Setup, first_keys, visible_tiles, walk
 from kernels.reference import MASKED
 
 LOG2_E = math.log2(math.e)
@@ -70,7 +70,7 @@ def _kernel(
         return out * shrink[:, None] + dot(weights.astype(v.dtype), v), new_highest, total
 
     nothing = jnp.zeros((height, width), jnp.float32), jnp.full(height, MASKED), jnp.zeros(height, jnp.float32)
-    out, highest, total = walk(key_tiles(rows, first, keys), step, nothing)
+    out, highest, total = walk(visible_tiles(first, rows, keys), step, nothing)
     out_ref[...] = (out / total[:, None]).astype(out_ref.dtype)
     logsumexp_ref[...] = highest + jnp.log2(total)
 

@@ -75,37 +75,18 @@ def last_rows(keys: jax.Array, window: int, length: int) -> jax.Array:
     return jnp.minimum(keys + window, length - 1)
 
 
-def key_tiles(rows: jax.Array, first: jax.Array, tile: int) -> Span:
-    """Tiles of `tile` keys that a tile of consecutive `rows` sees, given the first key of each."""
-    return key_span(_ends(rows), _ends(first), tile)
+def visible_tiles(first: jax.Array, last: jax.Array, tile: int) -> Span:
+    """Tiles of `tile` keys that consecutive rows see, which are `last`, given the first key of each; or of `tile` rows
+    that see consecutive keys, which are `first`, given the last row of each.
+    """
+    return visible_span((jnp.min(first), jnp.max(first)), (jnp.min(last), jnp.max(last)), tile)
 
 
-def key_span(rows: Ends, first: Ends, tile: int) -> Span:
-    """As `key_tiles`, given the least and the greatest of the rows and of their first keys."""
-    return _span(first[0] // tile, _ceil(first[1], tile), (rows[0] + 1) // tile, rows[1] // tile + 1)
-
-
-def row_tiles(keys: jax.Array, last: jax.Array, tile: int) -> Span:
-    """Tiles of `tile` rows that see a tile of consecutive `keys`, given the last row of each."""
-    return row_span(_ends(keys), _ends(last), tile)
-
-
-def row_span(keys: Ends, last: Ends, tile: int) -> Span:
-    """As `row_tiles`, given the least and the greatest of the keys and of their last rows."""
-    return _span(keys[0] // tile, _ceil(keys[1], tile), (last[0] + 1) // tile, last[1] // tile + 1)
-
-
-def _ends(x: jax.Array) -> Ends:
-    return jnp.min(x), jnp.max(x)
-
-
-def _ceil(size: jax.Array, tile: int) -> jax.Array:
-    return (size + tile - 1) // tile
-
-
-def _span(begin: jax.Array, inner: jax.Array, outer: jax.Array, end: jax.Array) -> Span:
-    """Where no tile is wholly visible, the masked ones before and after meet at `inner`."""
-    return Span(begin, inner, jnp.maximum(inner, outer), end)
+def visible_span(first: Ends, last: Ends, tile: int) -> Span:
+    """As `visible_tiles`, given the least and the greatest of both."""
+    inner, outer = (first[1] + tile - 1) // tile, (last[0] + 1) // tile
+    # Where no tile is wholly visible, the masked ones before and after meet at `inner`.
+    return Span(first[0] // tile, inner, jnp.maximum(inner, outer), last[1] // tile + 1)
 
 
 def walk(span: Span, step: Callable[..., Carry], carry: Carry) -> Carry:
@@ -121,10 +102,10 @@ def visited_tiles(length: int, window: int, rows: int, keys: int) -> tuple[int, 
     by_rows = by_keys = 0
     for start in range(0, length, rows):
         tile = jnp.arange(start, start + rows)
-        span = key_tiles(tile, first_keys(tile, window), keys)
+        span = visible_tiles(first_keys(tile, window), tile, keys)
         by_rows += int(span.end - span.begin)
     for start in range(0, length, keys):
         tile = jnp.arange(start, start + keys)
-        span = row_tiles(tile, last_rows(tile, window, length), rows)
+        span = visible_tiles(tile, last_rows(tile, window, length), rows)
         by_keys += int(span.end - span.begin)
     return by_rows, by_keys

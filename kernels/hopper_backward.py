@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels import hopper_common as hopper
-from kernels.flash_tiles import Carry, Setup, Span, last_rows, row_span, walk
+from kernels.flash_tiles import Carry, Setup, Span, last_rows, visible_span, walk
 from kernels.hopper_common import BLOCK, HEIGHT, Refs
 
 STAGES = 2
@@ -119,7 +119,7 @@ def _dkv_kernel(refs: Refs, shared: SimpleNamespace, setup: Setup) -> None:
     def rows_of(low: jax.Array, count: int) -> Span:
         high = low + count - 1
         last = last_rows(low, setup.window, length), last_rows(high, setup.window, length)
-        return row_span((low, high), last, HEIGHT)
+        return visible_span((low, high), last, HEIGHT)
 
     both = rows_of(block * BLOCK, BLOCK)
     tiles = both.end - both.begin

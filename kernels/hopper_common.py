@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels.flash_tiles import Setup, Span, first_keys, key_span
+from kernels.flash_tiles import Setup, Span, first_keys, visible_span
 from kernels.reference import MASKED
 
 HEIGHT = 64
@@ -90,7 +90,7 @@ def fill(count: jax.Array, stages: int, *rings: tuple[jax.Ref, Callable[[jax.Arr
 def keys_of(top: jax.Array, height: int, setup: Setup, tile: int) -> Span:
     """Tiles of `tile` keys that the `height` rows from `top` on see."""
     bottom = top + height - 1
-    return key_span((top, bottom), (first_keys(top, setup.window), first_keys(bottom, setup.window)), tile)
+    return visible_span((first_keys(top, setup.window), first_keys(bottom, setup.window)), (top, bottom), tile)
 
 
 def visible(scores: jax.Array, setup: Setup, lead: jax.Array, masked: bool, rows_axis: int = 0) -> jax.Array:
