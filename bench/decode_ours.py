@@ -27,6 +27,7 @@ def main() -> None:
     from nanochat_jax.inference.engine import Engine
     from nanochat_jax.inference.requests import SamplingParams
     from nanochat_jax.run import gpt_config
+    from nanochat_jax.sharding import make_mesh
 
     found = convert.open_checkpoint(Path(spec["checkpoint"]), 0)
     config = replace(Config(), model=convert.model_config(found), compute_dtype="float32")
@@ -40,9 +41,8 @@ def main() -> None:
         together = {"samples": spec["samples"], "max_new": max_new} if shared else {}
         key = (max_rows, shared, quantize, max_len, max_new)
         if key not in engines:
-            engines[key] = Engine(
-                params, cfg, NoSpecials(), max_rows=max_rows, max_len=max_len, quantize=quantize, **together
-            )
+            where = {"max_rows": max_rows, "max_len": max_len, "mesh": make_mesh("1")}
+            engines[key] = Engine(params, cfg, NoSpecials(), quantize=quantize, **where, **together)
         return engines[key]
 
     def generate(engine: Engine, prompts: list[list[int]], tokens: int, samples: int, **changed: Any) -> tuple:

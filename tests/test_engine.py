@@ -6,6 +6,7 @@ import weakref
 from collections import deque
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from random import Random
 
@@ -23,13 +24,14 @@ from nanochat_jax.inference import engine as engine_module
 from nanochat_jax.inference import sampling as steps
 from nanochat_jax.inference.buckets import bucket, decode_buckets, prompt_bucket, prompts_at_once, reach_buckets
 from nanochat_jax.inference.decoding import prepare
-from nanochat_jax.inference.engine import Engine
 from nanochat_jax.inference.requests import Row, SamplingParams
 from nanochat_jax.inference.sampling import FEW, MANY, Method, best, sample
 from nanochat_jax.inference.text import TextStream
 from nanochat_jax.model import forward, init_params, param_shapes
 from nanochat_jax.sharding import make_mesh
 from nanochat_jax.tokenizer import SPECIALS, Tokenizer
+
+Engine = partial(engine_module.Engine, mesh=make_mesh("1"))
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,7 @@ from nanochat_jax.inference.sampling import decode, prefill
 from nanochat_jax.model import param_shapes
 from nanochat_jax.server.app import create_app, serve, warm_up
 from nanochat_jax.server.context import fit
+from nanochat_jax.sharding import make_mesh
 from nanochat_jax.tokenizer import Tokenizer
 
 STATIC = Path(nanochat_jax.server.__file__).parent / "static"
@@ -543,7 +544,7 @@ def test_with_a_real_engine():
     cfg = GPTConfig.from_depth(ModelConfig(depth=1, aspect_ratio=16, head_dim=16, sequence_len=64), 290)
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), param_shapes(cfg))
-    engine = Engine(params, cfg, tokenizer, max_rows=3, max_len=64, lone_prompts=True)
+    engine = Engine(params, cfg, tokenizer, max_rows=3, mesh=make_mesh("1"), max_len=64, lone_prompts=True)
     client = create_app(engine, tokenizer, model_name="m").test_client()
     warm_up(engine)
     compiled = prefill._cache_size() + decode._cache_size()

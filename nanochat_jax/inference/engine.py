@@ -22,7 +22,6 @@ from itertools import groupby
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -70,8 +69,8 @@ class Engine:
         tokenizer: Tokenizer,
         *,
         max_rows: int,
+        mesh: Mesh,
         max_len: int | None = None,
-        mesh: Mesh | None = None,
         samples: int = 1,
         max_new: int | None = None,
         quantize: str = "none",
@@ -86,27 +85,25 @@ class Engine:
         """
         if quantize not in ("none", "int8"):
             raise UserError(f"quantize {quantize!r} is not known; none and int8 are")
-        shards = 1 if mesh is None else data_shards(mesh)
-        unit = shards * samples
+        self._shards = data_shards(mesh)
+        unit = self._shards * samples
         self.cfg, self.tokenizer, self.mesh, self.samples = cfg, tokenizer, mesh, samples
         self.max_rows = -(-max_rows // unit) * unit
         self.max_len = min(max_len or cfg.sequence_len, cfg.max_positions)
         self.max_new = min(max_new or self.max_len, self.max_len)
         self.compiled: set[tuple] = set()
         """What generation was compiled for: function and static shapes. `logits_at` is not counted."""
-        self._quantize, self._logprobs = quantize, logprobs
-        self._shards = shards
-        self._lone_prompts = lone_prompts
+        self._quantize, self._logprobs, self._lone_prompts = quantize, logprobs, lone_prompts
         self._groups = self.max_rows // samples
         # Rounding differs with the number of rows and of slots. Where that shows in what a row says (16 bits, int8,
         # TF32), all are decoded always, which costs a GPU little; also where they are cut over data shards.
-        device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
-        exact = device.platform == "cpu" and cfg.compute_dtype == "float32" and quantize == "none"
-        few = decode_buckets(self._groups) if exact and shards == 1 else [self._groups]
+        on_cpu = mesh.devices.flat[0].platform == "cpu"
+        exact = on_cpu and cfg.compute_dtype == "float32" and quantize == "none" and self._shards == 1
+        few = decode_buckets(self._groups) if exact else [self._groups]
         self.decode_sizes = [size * samples for size in few]
         """Numbers of rows that are decoded at once."""
         own = self.max_new if samples > 1 else self.max_len
-        self.reaches = reach_buckets(own) if exact and shards == 1 else [own]
+        self.reaches = reach_buckets(own) if exact else [own]
         """Numbers of slots of a row that a decode reads."""
         self._lock = threading.RLock()
         self._waiting: deque[list[Row]] = deque()
@@ -118,7 +115,10 @@ class Engine:
         empty = functools.partial(empty_cache, cfg, self.max_rows, self.reaches[-1], *shared)
         shapes = jax.eval_shape(empty)
         self.cache_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
-        self._new_cache = jax.jit(empty, out_shardings=self._cache_shardings(shapes))
+        shardings = jax.tree_util.tree_map_with_path(
+            lambda path, _: NamedSharding(mesh, cache_spec(path_of(path))), shapes
+        )
+        self._new_cache = jax.jit(empty, out_shardings=shardings)
         self._cache = self._new_cache()
         names = ("bos", "assistant_end", "python_start", "python_end", "output_start", "output_end")
         self._token = {name: tokenizer.special_id(f"<|{name}|>") for name in names}
@@ -127,7 +127,7 @@ class Engine:
     def use(self, params: Params) -> None:
         """Generate with these parameters from now on."""
         self.weights = None  # not two copies at a time
-        with self._context():
+        with jax.set_mesh(self.mesh):
             self.weights = prepare(params, self.cfg, self._quantize)
 
     def describe(self) -> str:
@@ -228,7 +228,7 @@ class Engine:
         longest = prompt_bucket(max(map(len, prompts)), self.cfg.max_positions)
         rows = self._round(bucket(len(prompts)))
         tokens, counts = padded(prompts, rows, longest)
-        with self._context():
+        with jax.set_mesh(self.mesh):
             out = last_logits(self.weights, self._place(tokens), self._place(np.maximum(counts, 1)), cfg=self.cfg)
         return np.asarray(out)[: len(prompts)]
 
@@ -323,7 +323,7 @@ class Engine:
             place[at], last[at] = row.slot // self.samples, row.prompt[-1]
         tokens, counts = padded([row.prompt[:-1] for row, *_ in prompts], count, length)
         self.compiled.add(("prefill", tokens.shape, size))
-        with self._context():
+        with jax.set_mesh(self.mesh):
             self._cache = prefill(
                 self.weights,
                 self._cache,
@@ -355,7 +355,7 @@ class Engine:
     def _decode(self, rows: Rows, limit: int, method: Method, reach: int) -> tuple[Written, Rows]:
         ends = np.asarray([self._token["assistant_end"], self._token["bos"]], np.int32)
         self.compiled.add(("decode", method, reach, len(rows["slot"])))
-        with self._context():
+        with jax.set_mesh(self.mesh):
             written, rows, self._cache = decode(
                 self.weights,
                 self._cache,
@@ -511,16 +511,6 @@ class Engine:
     def _round(self, rows: int) -> int:
         return -(-rows // self._shards) * self._shards
 
-    def _cache_shardings(self, shapes: dict) -> dict | None:
-        if self.mesh is None:
-            return None
-        return jax.tree_util.tree_map_with_path(
-            lambda path, _: NamedSharding(self.mesh, cache_spec(path_of(path))), shapes
-        )
-
-    def _context(self) -> contextlib.AbstractContextManager:
-        return jax.set_mesh(self.mesh) if self.mesh is not None else contextlib.nullcontext()
-
     def _place(self, x: np.ndarray) -> jax.Array:
         """An array whose first axis is rows, cut over the mesh's data shards."""
-        return jnp.asarray(x) if self.mesh is None else jax.device_put(x, NamedSharding(self.mesh, P(BATCH_AXES)))
+        return jax.device_put(x, NamedSharding(self.mesh, P(BATCH_AXES)))

@@ -54,20 +54,11 @@ def own_copy(params: Params, mesh: Mesh) -> tuple[Params, Mesh]:
 class SharedEngine(Engine):
     """What all processes ask for alike, each answers a part of, and all get. Streams stay in their process."""
 
-    def __init__(
-        self,
-        params: Params,
-        cfg: GPTConfig,
-        tokenizer: Tokenizer,
-        *,
-        max_rows: int,
-        mesh: Mesh,
-        **options: Any,
-    ) -> None:
-        """`params` and `mesh` are those of all processes."""
+    def __init__(self, *model: Any, max_rows: int, mesh: Mesh, **options: Any) -> None:
+        """As `Engine`; parameters and `mesh` are those of all processes."""
         self._everywhere = mesh
         rows = -(-max_rows // jax.process_count())
-        super().__init__(params, cfg, tokenizer, max_rows=rows, mesh=own_copy({}, mesh)[1], **options)
+        super().__init__(*model, max_rows=rows, mesh=own_copy({}, mesh)[1], **options)
 
     def use(self, params: Params) -> None:
         """See `Engine.use`; parameters on the mesh of all."""

@@ -20,6 +20,7 @@ from nanochat_jax.data.shards import read_texts, shard_files
 from nanochat_jax.export import to_hf
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.inference.requests import SamplingParams
+from nanochat_jax.sharding import make_mesh
 from nanochat_jax.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent.parent
@@ -50,7 +51,7 @@ def test_the_logits_are_ours(name, tmp_path):
     to_hf(params, cfg, tokenizer, "run/sft", 1, tmp_path / "hf", "float32", print)
     tokens_BT = rng.integers(491, size=(2, LENGTH))
     logits_BTV = np.asarray(jax.jit(model.forward, static_argnums=1)(params, cfg, tokens_BT))
-    engine = Engine(jax.tree.map(jax.numpy.asarray, params), cfg, tokenizer, max_rows=1)
+    engine = Engine(jax.tree.map(jax.numpy.asarray, params), cfg, tokenizer, max_rows=1, mesh=make_mesh("1"))
     prompt = tokens_BT[0, :LENGTH].tolist()
     answer = engine.generate([prompt], SamplingParams(temperature=0.0, max_tokens=STEPS))[0].ids
     np.savez(tmp_path / "ours.npz", tokens=tokens_BT, logits=logits_BTV, answer=answer)
