@@ -28,7 +28,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import orbax.checkpoint as ocp
 
 from nanochat_jax.data.files import write_json
@@ -44,7 +43,7 @@ Step = int | Literal["best"] | None
 
 
 class Checkpointer:
-    """The checkpoints of one training stage, as their only writer. Readers use `restore_params`.
+    """The checkpoints of one training stage, as their only writer. Readers use `restore`.
 
     All processes make the same calls. `wait` before the program or a reader goes on after the last `save`.
     """
@@ -121,16 +120,6 @@ class Checkpointer:
         if better and is_leader():
             write_json(self.directory / BEST, {"step": step, "value": value})
 
-    def restore(self, step: Step, target: PyTree | None) -> tuple[PyTree, dict[str, Any], int]:
-        """(tree, meta, step) of a checkpoint.
-
-        `target` is a tree of `jax.ShapeDtypeStruct` with shardings: leaves come back with its structure, dtypes and
-        shardings, whatever the mesh they were saved from. None: nested dicts and lists of arrays on the default device.
-        Raises UserError when nothing undamaged is left or the shapes are not those of `target`.
-        """
-        self.wait()
-        return restore(self.directory, step, target)
-
     def _write(self, step: int, writer: ocp.AsyncCheckpointer, meta: str) -> None:
         """In the background: from files that orbax is writing to a checkpoint."""
         final, partial = self.directory / f"step_{step:08d}", self.directory / f"tmp-step_{step:08d}"
@@ -184,22 +173,19 @@ class Checkpointer:
             shutil.rmtree(leftover)
 
 
-def restore_params(
-    directory: Path, target: PyTree | None = None, step: Step = None
-) -> tuple[PyTree, dict[str, Any], int]:
-    """(params, meta, step) of a checkpoint without its optimizer state; changes nothing on disk.
-
-    `target` as in `Checkpointer.restore`, for the subtree `params` alone. A writer may be at work in the same folder.
-    """
-    whole = None if target is None else {"params": target}
-    tree, meta, step = restore(directory, step, whole, "params")
+def restore_params(directory: Path, target: PyTree, step: Step = None) -> tuple[PyTree, dict[str, Any], int]:
+    """As `restore`, (params, meta, step) without the optimizer state; `target` for the subtree `params` alone."""
+    tree, meta, step = restore(directory, step, {"params": target}, "params")
     return tree["params"], meta, step
 
 
-def restore(
-    directory: Path, step: Step, target: PyTree | None, only: str | None = None
-) -> tuple[PyTree, dict[str, Any], int]:
-    """As `Checkpointer.restore`, for a reader: changes nothing on disk. `only`: this subtree alone."""
+def restore(directory: Path, step: Step, target: PyTree, only: str | None = None) -> tuple[PyTree, dict[str, Any], int]:
+    """(tree, meta, step) of a checkpoint; `only`: this subtree alone. A writer may be at work in the same folder.
+
+    `target` is a tree of `jax.ShapeDtypeStruct` with shardings: leaves come back with its structure, dtypes and
+    shardings, whatever the mesh they were saved from. Raises UserError when nothing undamaged is left or the shapes are
+    not those of `target`. Changes nothing on disk.
+    """
     directory = Path(directory).absolute()
     found, error = None, None
     if is_leader():  # one process reads all files; the others take its word
@@ -293,14 +279,11 @@ def _verify(path: Path) -> str | None:
     return None
 
 
-def _read_state(path: Path, target: PyTree | None, only: str | None) -> PyTree:
+def _read_state(path: Path, target: PyTree, only: str | None) -> PyTree:
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         stored = reader.metadata(path).item_metadata.tree
         if only is not None:
             stored = {only: stored[only]}
-        if target is None:
-            device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-            target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), stored)
         wanted, found = _shapes(target), _shapes(stored)
         for name in sorted(wanted.keys() | found.keys()):
             if wanted.get(name) != found.get(name):

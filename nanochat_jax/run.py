@@ -77,7 +77,7 @@ def open_run(config: Config, workdir: Path, *, force: bool = False, log: Callabl
         # Fields that are newer than the run have had their default in it.
         both = dataclasses.asdict(read_config(workdir)), record["config"]
         before, now = (_fixed(json.loads(json.dumps(fields)), begun) for fields in both)
-        _refuse(workdir, before, now, force, log)
+        refuse_changes(str(workdir), before, now, force, log)
         forced = before != now
         record = old | {"config": record["config"], "later_starts": [*old.get("later_starts", []), environment]}
     _write_record(workdir, record)
@@ -141,7 +141,7 @@ def record_data(workdir: Path, files: Sequence[Path], force: bool = False) -> No
     found = {path.name: path.stat().st_size for path in files}
     if record["data"] is not None:
         before, now = ({f"bytes of {name}": size for name, size in sizes.items()} for sizes in (record["data"], found))
-        _refuse(workdir, before, now, force)
+        refuse_changes(str(workdir), before, now, force)
     _write_record(workdir, record | {"data": found})
 
 
@@ -158,19 +158,19 @@ def record_used(workdir: Path, cfg: GPTConfig, tokenizer: Tokenizer, force: bool
     now = {"compute_dtype": cfg.compute_dtype, "tokenizer": tokenizer.fingerprint()}
     if any(_begun(workdir, stage) for stage in MODEL_STAGES):
         before = record.get("used", {})
-        _refuse(workdir, {name: before.get(name, now[name]) for name in now}, now, force)
+        refuse_changes(str(workdir), {name: before.get(name, now[name]) for name in now}, now, force)
     _write_record(workdir, record | {"used": now | {"attention": cfg.attention}})
 
 
-def _refuse(
-    workdir: Path, before: dict[str, Any], now: dict[str, Any], force: bool, log: Callable[[str], None] | None = None
+def refuse_changes(
+    what: str, before: dict[str, Any], now: dict[str, Any], force: bool, log: Callable[[str], None] | None = None
 ) -> None:
-    """UserError naming the values that differ; with `force` `log` is told of them instead."""
+    """UserError naming the values of `what`, a run or stage, that differ; with `force` `log` is told of them."""
     names = sorted(name for name in before | now if before.get(name) != now.get(name))
     changed = [f"{name} was {before.get(name)}, now {now.get(name)}" for name in names]
     if changed and not force:
         raise UserError(
-            f"{workdir} was started with other values: {'; '.join(changed)}. Use the old ones, another --workdir, "
+            f"{what} was started with other values: {'; '.join(changed)}. Use the old ones, another --workdir, "
             "or --force to go on with the new ones"
         )
     for line in changed if log else ():

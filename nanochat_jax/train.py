@@ -35,14 +35,8 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
 
 
-@functools.cache
-def optimizer(dtype: str) -> optax.GradientTransformationExtraArgs:
-    """The optimizer for a compute dtype; one object each, so that jit sees the same static argument every time."""
-    return make_optimizer(dtype)
-
-
 def _new_opt_state(cfg: GPTConfig, params: Params) -> optax.OptState:
-    return optimizer(cfg.compute_dtype).init(view(params, jax.sharding.get_abstract_mesh().size))
+    return make_optimizer(cfg.compute_dtype).init(view(params, jax.sharding.get_abstract_mesh().size))
 
 
 def state_shapes(cfg: GPTConfig, mesh: Mesh) -> TrainState:
@@ -163,7 +157,7 @@ def apply_gradients(state: TrainState, cfg: GPTConfig, grads: Params, hyper: Hyp
     def on_a_device(state: TrainState, grads: Params, hyper: Hyper) -> tuple[TrainState, jax.Array]:
         reduced = owners.reduced(jax.tree.map(lambda g: g[0], grads))
         owned = owners.owned(state.params)
-        updates, opt_state = optimizer(cfg.compute_dtype).update(reduced, state.opt_state, owned, hyper=hyper)
+        updates, opt_state = make_optimizer(cfg.compute_dtype).update(reduced, state.opt_state, owned, hyper=hyper)
         params = owners.whole(optax.apply_updates(owned, updates))
         tree = jax.tree_util.tree_map_with_path(lambda path, _: params[path_of(path)], state.params)
         return TrainState(tree, opt_state), owners.norm(reduced)

@@ -4,11 +4,13 @@ from unittest import mock
 
 import numpy as np
 
-from nanochat_jax.checkpoint import Checkpointer
+from nanochat_jax.checkpoint import restore
 from nanochat_jax.metrics import MetricsLog
-from nanochat_jax.run import open_run
+from nanochat_jax.run import load_model, open_run
+from nanochat_jax.sharding import make_mesh
 from nanochat_jax.stages import finetune, pretrain, rl
 from nanochat_jax.stages import tokenizer as tokenizer_stage
+from nanochat_jax.train import saved_shapes
 
 
 def reinforce(config, folder, log):
@@ -66,5 +68,6 @@ def numbers(folder, stage):
 
 def last_state(folder, stage):
     """Parameters and optimizer state of the newest checkpoint, and its step."""
-    tree, _, step = Checkpointer(folder / stage / "checkpoints", 2).restore(None, None)
+    _, cfg, *_ = load_model(folder, stage)
+    tree, _, step = restore(folder / stage / "checkpoints", None, saved_shapes(cfg, make_mesh("1")))
     return tree, step

@@ -19,7 +19,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from nanochat_jax import checkpoint
-from nanochat_jax.checkpoint import Checkpointer, restore_params, steps
+from nanochat_jax.checkpoint import Checkpointer, restore, restore_params, steps
 from nanochat_jax.errors import UserError
 
 
@@ -71,6 +71,16 @@ def saved(folder: Path, *wanted: int, keep: int = 2) -> Checkpointer:
     return checkpoints
 
 
+def restored(checkpoints: Checkpointer, step=None, target=None) -> tuple:
+    """What is on disk, once it is."""
+    checkpoints.wait()
+    return restore(checkpoints.directory, step, spec(state()) if target is None else target)
+
+
+def params_of(folder: Path, step=None) -> tuple:
+    return restore_params(folder, spec(state()["params"]), step)
+
+
 def first_weight(tree: dict) -> float:
     return float(tree["params"]["block"]["w"][0, 0])
 
@@ -82,20 +92,19 @@ def test_round_trip_between_meshes(tmp_path):
     checkpoints = Checkpointer(tmp_path, 2)
     checkpoints.save(3, tree, {"loader": {"epoch": 1}})
     for sharding in (four, None):
-        restored, meta, step = checkpoints.restore(None, spec(tree, sharding))
-        assert_same(restored, tree)
+        found, meta, step = restored(checkpoints, target=spec(tree, sharding))
+        assert_same(found, tree)
         assert (meta, step) == ({"loader": {"epoch": 1}}, 3)
-        assert len(restored["params"]["block"]["w"].sharding.device_set) == (4 if sharding else 1)
+        assert len(found["params"]["block"]["w"].sharding.device_set) == (4 if sharding else 1)
 
 
 def test_params_alone(tmp_path):
     tree = state(3)
     saved(tmp_path, 3)
     before = sorted(tmp_path.rglob("*"))
-    for target in (None, spec(tree["params"])):
-        params, meta, step = restore_params(tmp_path, target)
-        assert_same(params, tree["params"])
-        assert (meta, step) == ({"step": 3}, 3)
+    params, meta, step = params_of(tmp_path)
+    assert_same(params, tree["params"])
+    assert (meta, step) == ({"step": 3}, 3)
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -111,7 +120,7 @@ def test_a_save_survives_the_donation_of_what_it_saves(tmp_path):
     for _ in range(3):
         tree = step(tree)
     jax.block_until_ready(tree)
-    assert_same(checkpoints.restore(1, None)[0]["params"], expected)
+    assert_same(restored(checkpoints, 1, {"params": spec(expected)})[0]["params"], expected)
 
 
 def test_writing_goes_on_behind_the_program(tmp_path, monkeypatch):
@@ -133,10 +142,10 @@ def test_writing_goes_on_behind_the_program(tmp_path, monkeypatch):
     threading.Timer(0.05, gate.set).start()
     checkpoints.save(2, state(2), meta)
     assert checkpoints.latest() == 1
-    restored = checkpoints.restore(None, None)
+    _, meta, step = restored(checkpoints)
     assert order == ["tmp-step_00000001", "tmp-step_00000002"]
-    assert (restored[1], restored[2]) == ({"counter": 2}, 2)
-    assert checkpoints.restore(1, None)[1] == {"counter": 1}
+    assert (meta, step) == ({"counter": 2}, 2)
+    assert restored(checkpoints, 1)[1] == {"counter": 1}
 
 
 def test_a_save_is_still_waited_for_after_a_wait_was_broken_off(tmp_path, monkeypatch):
@@ -174,7 +183,7 @@ def test_a_checkpoint_that_goes_while_it_is_verified_is_passed_over(tmp_path, mo
         return fingerprints(folder, names)
 
     monkeypatch.setattr(checkpoint, "_fingerprints", pruned_first)
-    assert restore_params(tmp_path)[2] == 1
+    assert params_of(tmp_path)[2] == 1
 
 
 def test_keeps_the_newest(tmp_path):
@@ -182,22 +191,22 @@ def test_keeps_the_newest(tmp_path):
     checkpoints = saved(tmp_path, 5, 10, 15)
     assert checkpoints.latest() == 15
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000010", "step_00000015"]
-    assert first_weight(checkpoints.restore(10, None)[0]) == 10
+    assert first_weight(restored(checkpoints, 10)[0]) == 10
 
 
 @pytest.mark.parametrize("higher", [False, True])
 def test_keeps_the_best(tmp_path, higher):
     checkpoints = Checkpointer(tmp_path, 1)
     with pytest.raises(UserError, match="has a validation"):
-        restore_params(tmp_path, step="best")
+        params_of(tmp_path, "best")
     for step, value in ((1, 3.0), (2, 1.0), (3, 2.0), (4, 5.0), (5, 4.0)):
         checkpoints.save(step, state(step), {})
         checkpoints.note_validation(step, value, higher_is_better=higher)
     checkpoints.wait()
     best = 4 if higher else 2
     assert steps(tmp_path) == [best, 5]
-    assert restore_params(tmp_path, step="best")[2] == best
-    assert restore_params(tmp_path)[2] == 5
+    assert params_of(tmp_path, "best")[2] == best
+    assert params_of(tmp_path)[2] == 5
     checkpoints.save(1, state(), {})  # all of these were of another history
     checkpoints.wait()
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
@@ -221,14 +230,14 @@ def test_damage_is_named_and_the_one_before_used(tmp_path, capsys, how, which):
     damage(victim, how)
     if (which, how) == ("manifest.json", "flipped"):
         victim.write_text(victim.read_text().replace('"sha256": "', '"sha256": "0', 1))
-    tree, meta, step = checkpoints.restore(None, None)
+    tree, meta, step = restored(checkpoints)
     assert (step, meta, first_weight(tree)) == (1, {"step": 1}, 1.0)
     assert str(newest) in capsys.readouterr().err
     with pytest.raises(UserError, match=r"no undamaged checkpoint of step 2 in .*: name another: 1$"):
-        checkpoints.restore(2, None)
+        restored(checkpoints, 2)
     damage(largest_file(tmp_path / "step_00000001"), how)
     with pytest.raises(UserError, match=f"no undamaged checkpoint in .*: delete {tmp_path.parent} to train"):
-        checkpoints.restore(None, None)
+        restored(checkpoints)
 
 
 def test_no_flipped_bit_of_a_manifest_stops_a_run(tmp_path):
@@ -255,7 +264,7 @@ def test_a_save_that_fails_does_not_take_the_best_with_it(tmp_path, monkeypatch)
             checkpoints.note_validation(2, 1.0)
     checkpoints.save(3, state(3), {})
     checkpoints.note_validation(3, float("nan"))
-    assert checkpoints.restore("best", None)[2] == 1
+    assert restored(checkpoints, "best")[2] == 1
 
 
 def test_a_failed_save_is_known_before_the_next_one(tmp_path, monkeypatch):
@@ -272,7 +281,7 @@ def test_going_on_after_a_fallback_replaces_what_was_damaged(tmp_path):
     checkpoints = saved(tmp_path, 1, 2, 3)
     flip(largest_file(tmp_path / "step_00000003"))
     checkpoints.save(2, state(20), {})
-    assert first_weight(checkpoints.restore(None, None)[0]) == 20
+    assert first_weight(restored(checkpoints)[0]) == 20
     assert checkpoints.latest() == 2
 
 
@@ -281,7 +290,7 @@ def test_leftovers_of_a_killed_writer(tmp_path):
     (tmp_path / "tmp-step_00000002" / "state").mkdir(parents=True)
     checkpoints = Checkpointer(tmp_path, 2)
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
-    assert checkpoints.restore(None, None)[2] == 1
+    assert restored(checkpoints)[2] == 1
 
 
 def test_full_disk(tmp_path, monkeypatch):
@@ -297,7 +306,7 @@ def test_full_disk(tmp_path, monkeypatch):
             with pytest.raises(UserError, match=r"disk is full.*step_00000002"):
                 go_on()
         assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
-        assert checkpoints.restore(None, None)[2] == 1
+        assert restored(checkpoints)[2] == 1
 
 
 def test_a_folder_that_was_removed_meanwhile(tmp_path):
@@ -325,16 +334,16 @@ def test_other_shapes_and_formats_are_refused(tmp_path):
         (8, 4), jnp.float32, sharding=target["params"]["wte"].sharding
     )
     with pytest.raises(UserError, match=re.escape("params/block/w is (8, 8) in the checkpoint and (8, 4)")):
-        checkpoints.restore(None, target)
+        restored(checkpoints, target=target)
     del target["params"]["block"]
     with pytest.raises(UserError, match=re.escape("params/block/w is (8, 8) in the checkpoint and absent")):
-        checkpoints.restore(None, target)
+        restored(checkpoints, target=target)
     manifest = tmp_path / "step_00000001" / "manifest.json"
     written = json.loads(manifest.read_text()) | {"format": 99}
     written["sha256"] = checkpoint._digest(written)
     manifest.write_text(json.dumps(written))
     with pytest.raises(UserError, match="format 99"):
-        checkpoints.restore(None, None)
+        restored(checkpoints)
 
 
 @pytest.mark.parametrize("contents", [b"", b"\xff{", b"[]", b'{"step": 5}', b'{"step": 5, "value": null}'])
@@ -342,9 +351,9 @@ def test_a_damaged_note_of_the_best_names_none(tmp_path, contents):
     checkpoints = saved(tmp_path, 4, 5)
     (tmp_path / "best.json").write_bytes(contents)
     with pytest.raises(UserError, match=r"has a validation that best\.json names: name a step \(4, 5\)"):
-        restore_params(tmp_path, step="best")
+        params_of(tmp_path, "best")
     checkpoints.note_validation(4, 2.0)  # training goes on
-    assert restore_params(tmp_path, step="best")[2] == 4
+    assert params_of(tmp_path, "best")[2] == 4
 
 
 def test_copies_under_other_names_are_no_checkpoints(tmp_path):
@@ -352,15 +361,15 @@ def test_copies_under_other_names_are_no_checkpoints(tmp_path):
     (tmp_path / "step_20_saved").mkdir()
     assert steps(tmp_path) == [20]
     checkpoints.save(21, state(21), {})
-    assert checkpoints.restore(None, None)[2] == 21 and (tmp_path / "step_20_saved").exists()
+    assert restored(checkpoints)[2] == 21 and (tmp_path / "step_20_saved").exists()
 
 
 def test_nothing_to_restore(tmp_path):
     with pytest.raises(UserError, match="no checkpoint in"):
-        restore_params(tmp_path)
+        params_of(tmp_path)
     saved(tmp_path, 4, 5)
     with pytest.raises(UserError, match=r"no checkpoint of step 3 in .* there: 4, 5"):
-        restore_params(tmp_path, step=3)
+        params_of(tmp_path, 3)
 
 
 ZYGOTE = """
@@ -380,6 +389,7 @@ for line in sys.stdin:  # forks before JAX has any thread: imports are paid once
 
 def test_sigkill_at_any_moment_of_a_save(tmp_path):
     """At several distances from the moment at which a save begins, from early in it to the renames and after."""
+    target = spec({f"w{i}": jnp.zeros((200, 200), int) for i in range(5)})
     arguments = [sys.executable, "-c", ZYGOTE, str(tmp_path)]
     newest = 0
     with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as zygote:
@@ -391,7 +401,7 @@ def test_sigkill_at_any_moment_of_a_save(tmp_path):
             time.sleep(delay)
             before = max(steps(tmp_path))
             os.kill(child, signal.SIGKILL)
-            params, meta, newest = restore_params(tmp_path)
+            params, meta, newest = restore_params(tmp_path, target)
             assert newest in (before, before + 1) and meta == {"step": newest}
             assert all((np.asarray(weight) == newest).all() for weight in params.values())
         zygote.stdin.close()

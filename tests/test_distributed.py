@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 
 from nanochat_jax import cli, distributed
-from nanochat_jax.checkpoint import restore_params
 from nanochat_jax.distributed import Link, Membership, membership
 from nanochat_jax.errors import UserError
 from nanochat_jax.metrics import MetricsLog
+from nanochat_jax.run import load_model
 from nanochat_jax.sharding import data_part
 
 ROOT = Path(__file__).parent.parent
@@ -316,7 +316,7 @@ def test_two_processes_train_what_one_trains(tmp_path, start, new_run, monkeypat
     # One process goes on from what two have saved.
     assert cli.main(pretrain("--base.stop-after", 6, "--workdir", two)) == 0
     np.testing.assert_allclose(losses(two), losses(one), rtol=1e-4)
-    ours, theirs = (restore_params(folder / "base" / "checkpoints")[0] for folder in (two, one))
+    ours, theirs = (load_model(folder, "base")[0] for folder in (two, one))
     # While the blocks add nothing yet, the norm hides this factor: its gradient is rounding, which Adam makes whole steps.
     assert ours.pop("backout_lambda").shape == theirs.pop("backout_lambda").shape
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):

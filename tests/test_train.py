@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanochat_jax.checkpoint import Checkpointer
+from nanochat_jax.checkpoint import Checkpointer, restore
 from nanochat_jax.config import BaseConfig, GPTConfig, ModelConfig
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.inference.requests import SamplingParams
@@ -67,7 +67,8 @@ def test_a_checkpoint_of_eight_devices_goes_on_on_one(tmp_path, alone):
     state, first = train(eight, 4)
     with jax.set_mesh(eight):
         (checkpoints := Checkpointer(tmp_path, 1)).save(4, saved_tree(state, cfg=CFG), {})
-    tree, _, step = checkpoints.restore(None, saved_shapes(CFG, one))
+        checkpoints.wait()
+    tree, _, step = restore(tmp_path, None, saved_shapes(CFG, one))
     _, then = train(one, 4, state=restored_state(CFG, one, tree), first=step)
     np.testing.assert_allclose(first + then, alone[1], rtol=1e-4)
 
@@ -77,7 +78,8 @@ def test_resuming_is_exact_on_one_mesh(tmp_path, alone):
     state, first = train(mesh, 4)
     with jax.set_mesh(mesh):
         (checkpoints := Checkpointer(tmp_path, 1)).save(4, saved_tree(state, cfg=CFG), {})
-    tree, _, _ = checkpoints.restore(None, saved_shapes(CFG, mesh))
+        checkpoints.wait()
+    tree, _, _ = restore(tmp_path, None, saved_shapes(CFG, mesh))
     state, then = train(mesh, 4, state=restored_state(CFG, mesh, tree), first=4)
     assert first + then == alone[1]
     jax.tree.map(np.testing.assert_array_equal, alone[0].params, state.params)
@@ -112,10 +114,11 @@ def test_overfit_one_sequence_then_say_it(tmp_path, tokenizer):
         for step in range(60):
             state, metrics = train_step(state, put_batch(batch, mesh, 1), schedule.hyper(step), cfg=cfg)
         (checkpoints := Checkpointer(tmp_path, 1)).save(60, saved_tree(state, cfg=cfg), {})
+        checkpoints.wait()
     assert float(metrics["loss"]) < 0.1
-    restored, _, _ = checkpoints.restore(None, saved_shapes(cfg, mesh))
+    restored, _, _ = restore(tmp_path, None, saved_shapes(cfg, mesh))
     for params in (state.params, restored["params"]):
-        engine = Engine(params, cfg, tokenizer, max_rows=1, max_len=len(tokens) + 1)
+        engine = Engine(params, cfg, tokenizer, max_rows=1, mesh=make_mesh("1"), max_len=len(tokens) + 1)
         answer = engine.generate([tokens[:3].tolist()], SamplingParams(0.0, max_tokens=len(tokens) - 3))
         assert answer[0].ids == tokens[3:].tolist()
     assert jnp.isfinite(metrics["loss"])

@@ -33,7 +33,7 @@ from nanochat_jax.metrics import Console, MetricsLog, Pace, banner, duration, gi
 from nanochat_jax.model import count_params, flops_per_token
 from nanochat_jax.optim import Hyper, Schedule
 from nanochat_jax.replicas import parted
-from nanochat_jax.run import finished, gpt_config, params_target, read_config, record_used
+from nanochat_jax.run import finished, gpt_config, params_target, read_config, record_used, refuse_changes
 from nanochat_jax.sharding import check_mesh, data_shards, make_mesh, put_batch, rows_of_microbatch, rows_of_step
 from nanochat_jax.stopping import Stop, stoppable
 from nanochat_jax.tokenizer import Tokenizer
@@ -107,10 +107,12 @@ class Session:
         self.last = min(schedule.steps, self.stage.stop_after or schedule.steps)
         fixed = {"steps": schedule.steps, "tokens_a_step": tokens_a_step, **facts}
         if leaders(self.checkpoints.latest()) is not None:
-            tree, meta, self.step = self.checkpoints.restore(None, saved_shapes(self.cfg, self.mesh))
+            tree, meta, self.step = restore(self.checkpoints.directory, None, saved_shapes(self.cfg, self.mesh))
             self.meta |= meta
             self.saved = self.step
-            self._check_same(fixed)
+            before = fixed | {name: was for name, was in meta.get("fixed", {}).items() if name in fixed}
+            name = f"{self.name}, of which step {self.step} is done,"
+            refuse_changes(name, before, fixed, self.force, lambda text: self.log(f"{self.name}: {text}"))
             self.state = restored_state(self.cfg, self.mesh, tree)
             if data is not None:
                 self._go_on_reading(data)
@@ -158,19 +160,6 @@ class Session:
             f"{gib(needs['temporary_bytes'])} of it temporary{flops} (a loop's body counted once)"
         )
         return program
-
-    def _check_same(self, fixed: dict) -> None:
-        before = self.meta.get("fixed", {})
-        changed = [
-            f"{name} was {before[name]}, now {now}" for name, now in fixed.items() if before.get(name, now) != now
-        ]
-        if changed and not self.force:
-            raise UserError(
-                f"{self.name}: {'; '.join(changed)} (step {self.step} is done): use the values and the data it was "
-                "begun with, another --workdir, or --force to go on with the new ones"
-            )
-        for line in changed:
-            self.log(f"{self.name}: forced: {line}")
 
     def _go_on_reading(self, data: grain.DatasetIterator) -> None:
         try:
