@@ -19,6 +19,7 @@ import os
 import re
 import runpy
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -283,7 +284,8 @@ def guarded(action: Callable[[], None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status, message = 1, "the reader of its output has gone"
     except Exception as error:
-        if _out_of_memory(error):
+        # The class of the error is not asked for: that would import JAX.
+        if type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error):
             error = UserError(
                 f"the device's memory is full ({str(error).splitlines()[0]}): --base.device-batch-size (or that of the "
                 "stage) auto or smaller, --remat, or fewer --rows; --plan says what a step needs"
@@ -294,16 +296,11 @@ def guarded(action: Callable[[], None]) -> int:
         elif not distributed.is_shared():
             raise
         else:
-            distributed.await_verdict()
+            time.sleep(distributed.VERDICT)  # a dead process is the likely reason: its listener names it and exits
             traceback.print_exc()
             status, message = 1, f"{type(error).__name__}: {error}".splitlines()[0]
     distributed.fail(message, status)
     return status
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """Whether XLA found no room for an array. Its class is not asked for: that would import JAX."""
-    return type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error)
 
 
 def run_command(prog: str, kind: type[Options], command: Command, about: str, argv: Sequence[str]) -> None:
@@ -409,10 +406,11 @@ def log(text: str) -> None:
 
 
 def download(options: Options, workdir: Path) -> None:
-    from nanochat_jax.data.download import download
+    from nanochat_jax.data.download import prepare_shards
     from nanochat_jax.stages.ahead import fetch_sets
 
-    download(options.config, log)
+    train, validation = prepare_shards(options.config.data, log)
+    log(f"{len(train)} training shards and {validation.name} for validation in {validation.parent}")
     # Programs may be run elsewhere.
     fetch_sets(dataclasses.replace(options.config, unsafe_sandbox=True), MODEL_STAGES, log)
     log("the sets of all stages and evaluations are here")

@@ -55,12 +55,9 @@ class NanochatCheckpoint:
     path: Path
     step: int
     meta: dict[str, Any]
+    sizes: dict[str, Any]
+    """What meta says about the model."""
     tensors: dict[str, np.ndarray]
-
-    @property
-    def sizes(self) -> dict[str, Any]:
-        """What meta says about the model."""
-        return self.meta["model_config"]
 
 
 def from_nanochat(
@@ -139,7 +136,7 @@ def open_checkpoint(folder: Path, step: int | None) -> NanochatCheckpoint:
     tensors = read_state_dict(steps[step])
     # torch.compile leaves a prefix.
     tensors = {name.removeprefix("_orig_mod."): tensor for name, tensor in tensors.items()}
-    return NanochatCheckpoint(steps[step], step, meta, tensors)
+    return NanochatCheckpoint(steps[step], step, meta, sizes, tensors)
 
 
 def model_config(found: NanochatCheckpoint) -> ModelConfig:

@@ -208,12 +208,6 @@ def fail(error: str, status: int) -> None:
         _exit(status)
 
 
-def await_verdict() -> None:
-    """After an exception of unknown origin: a dead process is the likely reason, and `Link` will name it and exit."""
-    if _link is not None:
-        time.sleep(VERDICT)
-
-
 class Link:
     """The connections of this process: to all others in process 0, to process 0 in the others."""
 

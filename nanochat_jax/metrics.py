@@ -77,7 +77,7 @@ class MetricsLog:
 
     def write(self, kind: str, **values: Any) -> None:
         """Appends {"kind": kind, **values}. NumPy and JAX scalars become numbers, NaN and infinities become null."""
-        record = {"kind": kind, **{name: _plain(value) for name, value in values.items()}}
+        record = jsonable({"kind": kind, **values})
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
         if self.listener:
@@ -121,15 +121,19 @@ class MetricsLog:
         return records
 
 
-def _plain(value: Any) -> Any:
-    """JSON-able form of a scalar, or of a dict or list of them."""
+def jsonable(value: Any, name: str = "", log: Callable[[str], None] | None = None) -> Any:
+    """A scalar, or a dict or list of them, as JSON has it: null for NaN and infinities, which `log` is told of."""
     if isinstance(value, dict):
-        return {str(name): _plain(inner) for name, inner in value.items()}
+        return {str(key): jsonable(inner, f"{name} {key}", log) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
+        return [jsonable(inner, name, log) for inner in value]
     if hasattr(value, "item"):
         value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    if not isinstance(value, float) or math.isfinite(value):
+        return value
+    if log is not None:
+        log(f"{name}: {value}, written as null; has the model diverged?")
+    return None
 
 
 class Pace:

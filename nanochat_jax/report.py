@@ -309,7 +309,7 @@ def _environment(record: dict, stages: list[Stage]) -> str:
 def measured(stage: Stage, keys: tuple[str, ...]) -> Any:
     """A figure of eval.json, those of CORE and ChatCORE in the shape of a task's; None where it was not measured."""
     value = dig(stage.eval, *keys)
-    if keys == ("chatcore",) and not isinstance(value, dict):  # one was, of runs of a few days
+    if keys == ("chatcore",):
         return {"accuracy": value, "interval": stage.eval.get("chatcore_interval")}
     if dig(value, "core_metric") is None:
         return value

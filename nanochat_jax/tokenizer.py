@@ -44,8 +44,6 @@ SPECIALS = (
 SPLIT_PATTERN = (
     r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"""
 )
-LARGEST = 2**24
-"""Tokens of a vocabulary, far above any in use; rustbpe counts in 32 bits."""
 BLANKS = 100_000
 """Characters of white space in a row after which a text is cut: tiktoken's stack ends at about ten times as many, and
 rustbpe's.
@@ -100,8 +98,6 @@ class Tokenizer:
             raise UserError(
                 f"--tokenizer.vocab-size {vocab_size} is below {smallest}: 256 bytes and {len(specials)} special tokens"
             )
-        if vocab_size > LARGEST:
-            raise UserError(f"--tokenizer.vocab-size {vocab_size}: at most {LARGEST} can be learned")
         trainer = rustbpe.Tokenizer()
         pieces = (piece for text in texts for piece in _cut(text))
         trainer.train_from_iterator(pieces, vocab_size - len(specials), pattern=pattern)

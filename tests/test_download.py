@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanochat_jax import run
-from nanochat_jax.config import Config, DataConfig
+from nanochat_jax import cli, run
+from nanochat_jax.config import Config, DataConfig, EvalConfig, FinetuneConfig, RLConfig
 from nanochat_jax.data import download as module
 from nanochat_jax.data.download import ensure_shards, fetch, fetch_eval_bundle, prepare_shards
 from nanochat_jax.data.files import write_json
@@ -478,10 +478,17 @@ def test_no_bundle_writes_outside_of_its_folder(server, tmp_path, lines):
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["eval_bundle"]
 
 
-def test_the_command_brings_shards_and_bundle(server, tmp_path, lines):
+def test_the_command_brings_shards_and_bundle(server, tmp_path, capsys):
     serve_set(server, 0, 1, 4)
     server.files["/bundle.zip"] = bundle(**{"core.yaml": "tasks"})
-    config = Config(data=DataConfig(cache=str(tmp_path), num_shards=2))
-    module.download(config, lines.append)
+    made = ("arithmetic",)
+    config = Config(
+        data=DataConfig(cache=str(tmp_path), num_shards=2),
+        mid=FinetuneConfig(mixture=made),
+        sft=FinetuneConfig(mixture=made),
+        rl=RLConfig(task="arithmetic"),
+        eval=EvalConfig(chat=made),
+    )
+    cli.download(cli.Options(config), tmp_path / "run")
     assert (tmp_path / "eval_bundle" / "core.yaml").exists()
-    assert any("2 training shards and shard_00004.parquet" in line for line in lines)
+    assert "2 training shards and shard_00004.parquet" in capsys.readouterr().err

@@ -23,6 +23,7 @@ from nanochat_jax.config import (
     GPTConfig,
     ModelConfig,
     RLConfig,
+    TokenizerConfig,
     check_ranges,
 )
 from nanochat_jax.errors import UserError
@@ -302,6 +303,7 @@ def test_options_reach_the_configuration_and_come_back():
         ({"mid": FinetuneConfig(val_rows=-1)}, "--mid.val-rows -1"),
         ({"model": ModelConfig(depth=100_000)}, "--model.depth 100000: 1 to 1000 is needed"),
         ({"model": ModelConfig(sequence_len=10**12)}, "--model.sequence-len 1000000000000: 1 to 16777216 is needed"),
+        ({"tokenizer": TokenizerConfig(vocab_size=5 * 10**9)}, "--tokenizer.vocab-size 5000000000: 1 to 16777216 is"),
         ({"rl": RLConfig(questions_per_step=10**9)}, "--rl.questions-per-step 1000000000: 1 to 65536 is needed"),
         ({"eval": EvalConfig(temperature=-0.5)}, "--eval.temperature -0.5: 0 to 100"),
         ({"eval": EvalConfig(num_samples=4)}, "--eval.num-samples 4 greedy answers are all the same"),

@@ -28,6 +28,7 @@ CHECKED_ROWS = 2
 LIMITS = {"float32": 1e-3, "bfloat16": 1e-2}
 """Relative errors up to which an implementation is right; float32 on a GPU may be TF32."""
 Arrays = tuple[jax.Array, ...]
+forward = jax.jit(attention, static_argnames=("window", "impl"))
 
 
 def figures(config: Config, settings: Settings, log: Callable[[str], None]) -> dict[str, Any]:
@@ -93,12 +94,6 @@ def measured(
         "max_abs_error": max(float(jnp.max(jnp.abs(x - y))) for x, y in pairs),
         "right": all(error <= limit for error in errors.values()),
     }
-
-
-@functools.partial(jax.jit, static_argnames=("window", "impl"))
-def forward(q: jax.Array, k: jax.Array, v: jax.Array, *, window: int, impl: str) -> jax.Array:
-    """The output alone."""
-    return attention(q, k, v, window=window, impl=impl)
 
 
 @functools.partial(jax.jit, static_argnames=("window", "impl"))

@@ -46,15 +46,12 @@ class NoSpecials:
     marker_ids = frozenset()
 
     def special_id(self, name: str) -> int:
-        """An id that no model draws."""
         return -1
 
     def decode(self, ids: Sequence[int]) -> str:
-        """No text."""
         return ""
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """No text."""
         return b""
 
 

@@ -25,7 +25,7 @@ from nanochat_jax.fp8 import check_compiled, fp8_products, precision
 from nanochat_jax.memory import account, train_rows, with_loss_chunk
 from nanochat_jax.metrics import mfu, peak_memory_bytes
 from nanochat_jax.model import Params, attend, count_params, flops_per_token, hidden
-from nanochat_jax.optim import Hyper, Schedule, base_schedule
+from nanochat_jax.optim import Schedule, base_schedule
 from nanochat_jax.run import gpt_config
 from nanochat_jax.sharding import check_mesh, data_shards, make_mesh, put_batch, rows_of_microbatch, rows_of_step
 from nanochat_jax.train import (
@@ -41,6 +41,8 @@ from nanochat_jax.train import (
 
 Log = Callable[[str], None]
 CACHE_HIT = "/jax/compilation_cache/cache_hits"
+hidden_states = jax.jit(hidden, static_argnames="cfg")
+optimizer_update = jax.jit(apply_gradients, static_argnames="cfg", donate_argnames="state")
 
 
 class Setup(NamedTuple):
@@ -153,7 +155,7 @@ def profile(
         seconds[name] = timed(action, repeat).median * times
 
     take("gradients", lambda: gradients(params, batch, cfg=cfg), 1)
-    take("  layers forward", lambda: hidden_states(params, micro["inputs"], cfg=cfg), microbatches)
+    take("  layers forward", lambda: hidden_states(params, cfg, micro["inputs"]), microbatches)
     take("  layers", lambda: hidden_gradients(params, batch, cfg=cfg), 1)
     qkv = [
         jax.random.normal(jax.random.key(i), (rows, cfg.sequence_len, n, cfg.head_dim), cfg.compute_dtype)
@@ -167,7 +169,7 @@ def profile(
 
     def update() -> jax.Array:
         nonlocal state
-        state, norm = optimizer_update(state, grads, hyper, cfg=cfg)
+        state, norm = optimizer_update(state, cfg, grads, hyper)
         return norm
 
     take("optimizer", update, 1)
@@ -179,12 +181,6 @@ def profile(
 def gradients(params: Params, batch: dict[str, jax.Array], *, cfg: GPTConfig) -> tuple[jax.Array, Params]:
     """Loss and gradients of a step, not yet reduced."""
     return unreduced_gradients(functools.partial(batch_loss, cfg), params, batch, jnp.sum(batch["targets"] >= 0))
-
-
-@functools.partial(jax.jit, static_argnames="cfg")
-def hidden_states(params: Params, tokens_BT: jax.Array, *, cfg: GPTConfig) -> jax.Array:
-    """Everything before the head."""
-    return hidden(params, cfg, tokens_BT)
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
@@ -205,9 +201,3 @@ def attention_gradients(
     """Attention of one layer, forward and backward."""
     out_BTNH, backward = jax.vjp(lambda q, k, v: attend(q, k, v, window, cfg.attention), q_BTNH, k_BSKH, v_BSKH)
     return out_BTNH, *backward(q_BTNH)
-
-
-@functools.partial(jax.jit, static_argnames="cfg", donate_argnames="state")
-def optimizer_update(state: TrainState, grads: Params, hyper: Hyper, *, cfg: GPTConfig) -> tuple[TrainState, jax.Array]:
-    """Reduction of the gradients and the update."""
-    return apply_gradients(state, cfg, grads, hyper)

@@ -74,29 +74,17 @@ def read_jsonl(path: Path) -> list[dict]:
 
 
 def conversation_batches(
-    conversations: Sequence[dict],
-    tokenizer: Tokenizer,
-    *,
-    rows: int,
-    sequence_len: int,
-    packing: Packing,
-    loss_on: LossOn,
-    seed: int,
+    conversations: Sequence[dict], tokenizer: Tokenizer, **options: Any
 ) -> grain.DatasetIterator[Batch]:
-    """Batches of [rows, sequence_len] without end, made by a background thread; every row has at least one target.
-
-    `loss_on` "assistant": targets are what the assistant writes; "all": every token but the padding. `get_state` and
-    `set_state` save and restore the position exactly, as in pretraining; the state also counts the conversations
-    `truncated` and `dropped` so far. Raises UserError where no conversation has a target.
-    """
-    packed = PackedConversations(conversations, tokenizer, rows, sequence_len, packing, loss_on, seed)
+    """Batches of [rows, sequence_len] without end, made by a background thread, see `PackedConversations`."""
+    packed = PackedConversations(conversations, tokenizer, **options)
     return grain.experimental.ThreadPrefetchDatasetIterator(packed, PREFETCH)
 
 
 def epoch_rows(
     conversations: Sequence[dict], tokenizer: Tokenizer, *, log: Callable[[str], None] | None = None, **options: Any
 ) -> int:
-    """Rows of the first epoch, with the options of `conversation_batches`; tokenizes all of it.
+    """Rows of the first epoch, with the options of `PackedConversations`; tokenizes all of it.
 
     Tells `log` how many conversations were cut or dropped.
     """
@@ -124,7 +112,12 @@ class Rendered:
 
 
 class PackedConversations(grain.DatasetIterator[Batch]):
-    """Conversations in rows of at most T+1 tokens, epoch after epoch; see `conversation_batches`."""
+    """Conversations in rows of at most T+1 tokens, epoch after epoch; every row has at least one target.
+
+    `loss_on` "assistant": targets are what the assistant writes; "all": every token but the padding. `get_state` and
+    `set_state` save and restore the position exactly, as in pretraining; the state also counts the conversations
+    `truncated` and `dropped` so far. Raises UserError where no conversation has a target.
+    """
 
     def __init__(
         self,

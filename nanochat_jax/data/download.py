@@ -26,7 +26,7 @@ from typing import BinaryIO
 import requests
 from werkzeug.http import parse_date
 
-from nanochat_jax.config import Config, DataConfig
+from nanochat_jax.config import DataConfig
 from nanochat_jax.data.files import expanded
 from nanochat_jax.data.shards import Shard, shard_files
 from nanochat_jax.distributed import leader_first
@@ -61,14 +61,6 @@ SETS = {
     "fineweb-edu": ShardSet("karpathy/fineweb-edu-100b-shuffle", 1822),
     "climbmix": ShardSet("karpathy/climbmix-400b-shuffle", 6542),
 }
-
-
-def download(config: Config, log: Log) -> None:
-    """The `download` command: the shards, and the CORE bundle where the run measures CORE. UserError on failure."""
-    train, validation = prepare_shards(config.data, log)
-    log(f"{len(train)} training shards and {validation.name} for validation in {validation.parent}")
-    if "core" in config.eval.base or config.base.core_every:
-        log(f"CORE bundle in {fetch_eval_bundle(config.data, log)}")
 
 
 def prepare_shards(config: DataConfig, log: Log, recorded: Sequence[str] | None = None) -> tuple[list[Path], Path]:

@@ -96,9 +96,7 @@ def run_program(source: str, *, timeout: float = 5.0, memory_mb: int = 256, unsa
     return ProgramResult(reason == "ok", output, errors, reason)
 
 
-def run_tests(
-    source: str, tests: str, entry_point: str, *, timeout: float = 5.0, memory_mb: int = 256, unsafe: bool = False
-) -> ProgramResult:
+def run_tests(source: str, tests: str, entry_point: str, *, unsafe: bool = False) -> ProgramResult:
     """Runs Python source in one process and `check(entry_point)`, which tests define, in another. ok: the tests pass.
 
     The tests call the function of that name with values of built-in types and see its answers as such
@@ -106,7 +104,7 @@ def run_tests(
     """
     text = Path(__file__).with_name("sandbox_judge.py").read_text()
     program = f"{text}\njudge({text!r}, {source!r}, {tests!r}, {entry_point!r})"
-    return run_program(program, timeout=timeout, memory_mb=memory_mb, unsafe=unsafe)
+    return run_program(program, unsafe=unsafe)
 
 
 def require_isolation() -> None:

@@ -6,11 +6,9 @@ python -m nanochat_jax eval --workdir runs/tiny_cpu --source sft --tasks arithme
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -30,6 +28,7 @@ from nanochat_jax.inference.engine import Engine
 from nanochat_jax.inference.sampling import token_nats
 from nanochat_jax.inference.shared import make_engine, own_copy
 from nanochat_jax.memory import with_loss_chunk
+from nanochat_jax.metrics import jsonable
 from nanochat_jax.model import Params
 from nanochat_jax.optim import horizon
 from nanochat_jax.run import finished, load_model, read_config, recorded_files
@@ -86,7 +85,7 @@ def run(
         task = loaded[config.rl.task]
         if found_out := compare(config, workdir, mesh, task, correct[task.name], limit, log):
             figures["comparison"] = found_out
-    figures = finite(figures, source, log)
+    figures = jsonable(figures, source, log)
     settings, configured = decides(config, source, limit), read_config(workdir)
     as_configured = settings == decides(configured, source, configured.eval.max_examples)
     if tasks is None and step is None and as_configured and is_leader():
@@ -218,18 +217,6 @@ def measure(
         most = min(limits, default=None)
         found[task.name] = evaluate_task(task, engine, tokenizer, settings, most, log, config.seed)
     return found
-
-
-def finite(value: Any, name: str, log: Log) -> Any:
-    """`value` with null for every number in it that JSON has no form for, which is said by `name`."""
-    if isinstance(value, dict):
-        return {key: finite(inner, f"{name} {key}", log) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(inner, name, log) for inner in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        log(f"{name}: {value}, written as null; has the model diverged?")
-        return None
-    return value
 
 
 def decides(config: Config, source: str, limit: int | None) -> dict:

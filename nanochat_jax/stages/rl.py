@@ -191,9 +191,9 @@ def sampling(settings: RLConfig, seed: int, step: int) -> list[SamplingParams]:
 
 
 def graded(task: Task, questions: Sequence[dict], answers: Sequence[Completion]) -> np.ndarray:
-    """Rewards float32 [questions, samples]."""
+    """Rewards float32 [questions, samples]: 1 for a right answer, else 0."""
     samples = len(answers) // len(questions)
-    rewards = [task.reward(questions[i // samples], answer.text) for i, answer in enumerate(answers)]
+    rewards = [task.grade(questions[i // samples], answer.text) for i, answer in enumerate(answers)]
     # One grader's word for all processes: a time limit may cut one program here and not there.
     rewards = gather_json(rewards, "rewards")[0]
     return np.asarray(rewards, np.float32).reshape(len(questions), samples)

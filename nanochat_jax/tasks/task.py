@@ -44,10 +44,6 @@ class Task:
     def __getitem__(self, index: int) -> dict:
         return self.make(self.rows[index])
 
-    def reward(self, conversation: dict, completion: str) -> float:
-        """The reward of reinforcement learning: 1 if right, else 0."""
-        return float(self.grade(conversation, completion))
-
 
 def split_of(key: str) -> str:
     """The split that a thing made by code belongs to, for ever: about 80% train, 10% val, 10% test."""
