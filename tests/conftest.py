@@ -31,6 +31,20 @@ def programs():
     gc.collect()
 
 
+@pytest.fixture
+def compilations():
+    """The functions that XLA compiles meanwhile, such as jit(decode)."""
+    names = []
+
+    def listen(event, seconds, fun_name="", **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(fun_name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield names
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     """A small tokenizer learned from the corpus in the package."""
