@@ -31,10 +31,6 @@ def answer_once(
     """
     if raw:
         ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
-        room = engine.max_len - len(ids)
-        if room < 1:
-            raise UserError(f"the prompt takes {len(ids)} tokens, the context holds {engine.max_len}: shorten it")
-        sampling = dataclasses.replace(sampling, max_tokens=min(sampling.max_tokens, room))
     else:
         fitted = fit([{"role": "user", "content": prompt}], tokenizer, engine.max_len, sampling)
         ids, sampling = fitted.ids, fitted.sampling

@@ -598,11 +598,7 @@ def _overview() -> str:
 
 
 COMMANDS: dict[str, tuple[type[Options], Command, str]] = {
-    "download": (
-        Options,
-        download,
-        "Fetch all data of a run: shards, the validation shard first, CORE and the task sets.",
-    ),
+    "download": (Options, download, "Fetch all data of a run: shards, CORE and the task sets."),
     "tokenizer": (TrainOptions, partial(train, "tokenizer"), "Train the tokenizer on the training shards."),
     "pretrain": (TrainOptions, partial(train, "base"), "Train the base model on raw text."),
     "mid": (TrainOptions, partial(train, "mid"), "Teach the base model conversations, tools and multiple choice."),

@@ -442,7 +442,7 @@ def test_chat_answers_once(capsys, trained):
     assert capsys.readouterr().out == answers[0]["text"] + "\n"
     expect_error(capsys, ["chat", "--workdir", trained, "-p", "a", "--step", "4"], 1, "no checkpoint of step 4", ": 3")
     expect_error(capsys, ["chat", "--workdir", trained, "-p", "a", "--step", "best"], 1, "validation")
-    expect_error(capsys, ["chat", "--workdir", trained, "--raw", "-p", "dog " * 200], 1, "the context holds 64")
+    expect_error(capsys, ["chat", "--workdir", trained, "--raw", "-p", "dog " * 200], 1, "1 to 63 fit")
     expect_error(capsys, ["chat", "--workdir", trained, "-p", "a", "--top-p", "2"], 2, "top_p 2")
 
 

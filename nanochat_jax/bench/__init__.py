@@ -35,6 +35,6 @@ def measured(what: str, config: Config, settings: Settings, log: Callable[[str],
     from nanochat_jax.bench.measure import environment  # imports JAX
 
     part = importlib.import_module(f"nanochat_jax.bench.{what}")
-    figures = {"bench": what, **part.figures(config, settings, log)}
+    figures = {"bench": what, "repeat": settings.repeat, **part.figures(config, settings, log)}
     print(table(figures), file=sys.stderr, flush=True)
     return figures | {"environment": environment()}

@@ -61,7 +61,7 @@ def figures(config: Config, settings: Settings, log: Callable[[str], None]) -> d
                 except Exception as error:  # a kernel that fails must not hide what the others do
                     record |= {"right": False, "error": f"{type(error).__name__}: {error}".splitlines()[0]}
                 records.append(record)
-    return {"shape": shape | {"dtype": dtype}, "repeat": settings.repeat, "attention": records}
+    return {"shape": shape | {"dtype": dtype}, "attention": records}
 
 
 def runs(impl: str, *here: Any) -> bool:

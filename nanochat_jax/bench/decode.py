@@ -110,7 +110,6 @@ def figures(config: Config, settings: Settings, log: Callable[[str], None]) -> d
         "prompt_tokens": length,
         "answer_tokens": answer,
         "compute_dtype": cfg.compute_dtype,
-        "repeat": settings.repeat,
         "peak_bytes": peak_memory_bytes(),
         "engines": engines,
         "speeds": records,

@@ -50,7 +50,6 @@ def figures(config: Config, settings: Settings, log: Callable[[str], None]) -> d
         "threads": min(os.cpu_count() or 1, 16),
         "batch_tokens": batch_tokens,
         "sample_tokens": count * batch_tokens,
-        "repeat": settings.repeat,
         "sample": timing.ms(),
         "tok_per_sec": count * batch_tokens / timing.median,
     }

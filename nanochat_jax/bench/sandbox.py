@@ -28,7 +28,7 @@ def figures(config: Config, settings: Settings, log: Callable[[str], None]) -> d
     threads = os.cpu_count() or 1
     with ThreadPoolExecutor(threads) as pool:
         records = [measured(pool, name, run, settings.repeat) for name, run in WORK.items()]
-    return {"threads": threads, "programs": PROGRAMS, "repeat": settings.repeat, "speeds": records}
+    return {"threads": threads, "programs": PROGRAMS, "speeds": records}
 
 
 def measured(pool: Executor, name: str, run: Callable[[], ProgramResult], repeat: int) -> dict[str, Any]:

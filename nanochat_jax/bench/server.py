@@ -107,7 +107,6 @@ def figures(config: Config, settings: Settings, log: Callable[[str], None]) -> d
         "prompt_tokens": len(prompts[0].ids),
         "answer_tokens": answer_tokens,
         "compute_dtype": cfg.compute_dtype,
-        "repeat": settings.repeat,
         "engine": engine.describe(),
         "compilations": len(engine.compiled),
         "speeds": records,

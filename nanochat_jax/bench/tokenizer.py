@@ -70,6 +70,5 @@ def figures(config: Config, settings: Settings, log: Callable[[str], None]) -> d
         "tokens": tokens,
         "bytes_per_token": size / tokens,
         "right": [tokenizer.decode(document) for document in ids] == texts,
-        "repeat": settings.repeat,
         "speeds": records,
     }

@@ -111,7 +111,6 @@ def figures(config: Config, settings: Settings, log: Log) -> dict[str, Any]:
         "rows": rows,
         "microbatches": microbatches,
         "tokens": tokens.size,
-        "repeat": settings.repeat,
         "step": timing.ms(),
         "tok_per_sec": rate,
         "tflop_per_sec": rate * flops / 1e12,

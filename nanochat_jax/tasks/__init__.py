@@ -13,7 +13,7 @@ from nanochat_jax.data.conversations import read_jsonl
 from nanochat_jax.data.position import digest
 from nanochat_jax.errors import UserError
 from nanochat_jax.tasks import arc, arithmetic, choice, gsm8k, humaneval, identity, mmlu, multistep, smoltalk, spelling
-from nanochat_jax.tasks.task import Task
+from nanochat_jax.tasks.task import SPLITS, Task
 
 LOADERS: dict[str, Callable[[str, DataConfig, int, bool], Task]] = {
     "arithmetic": lambda split, data, seed, unsafe: arithmetic.load(split, seed),
@@ -21,15 +21,23 @@ LOADERS: dict[str, Callable[[str, DataConfig, int, bool], Task]] = {
     "simple_spelling": lambda split, data, seed, unsafe: spelling.load("simple_spelling", split, seed),
     "spelling_bee": lambda split, data, seed, unsafe: spelling.load("spelling_bee", split, seed),
     "choice": lambda split, data, seed, unsafe: choice.load(split, seed),
-    "identity": lambda split, data, seed, unsafe: identity.load(split, seed),
+    "identity": lambda split, data, seed, unsafe: identity.load(seed),
     "smoltalk": lambda split, data, seed, unsafe: smoltalk.load(split, data),
     "mmlu": lambda split, data, seed, unsafe: mmlu.load(split, data),
-    "mmlu_aux": lambda split, data, seed, unsafe: mmlu.load_auxiliary(split, data),
+    "mmlu_aux": lambda split, data, seed, unsafe: mmlu.load_auxiliary(data),
     "arc_easy": lambda split, data, seed, unsafe: arc.load("arc_easy", "ARC-Easy", split, data),
     "arc_challenge": lambda split, data, seed, unsafe: arc.load("arc_challenge", "ARC-Challenge", split, data),
     "gsm8k": lambda split, data, seed, unsafe: gsm8k.load(split, data),
-    "humaneval": lambda split, data, seed, unsafe: humaneval.load(split, data, unsafe),
+    "humaneval": lambda split, data, seed, unsafe: humaneval.load(data, unsafe),
 }
+SPLITS_OF = {
+    "identity": ("train",),
+    "smoltalk": ("train", "test"),
+    "mmlu": ("val", "test"),
+    "mmlu_aux": ("train",),
+    "humaneval": ("test",),
+}
+"""Of the sets that have not all of SPLITS."""
 
 
 def load(name: str, split: str, data: DataConfig, seed: int = 42, unsafe_sandbox: bool = False) -> Task:
@@ -39,11 +47,12 @@ def load(name: str, split: str, data: DataConfig, seed: int = 42, unsafe_sandbox
     """
     if name not in LOADERS:
         raise UserError(f"unknown task {name!r}; there are {', '.join(LOADERS)}")
+    splits = SPLITS_OF.get(name, SPLITS)
+    if split not in splits:
+        raise UserError(f"task {name} has no split {split!r}; it has {', '.join(splits)}")
     return LOADERS[name](split, data, seed, unsafe_sandbox)
 
 
-NOT_TO_LEARN = ("mmlu", "humaneval")
-"""Benchmarks without rows to train on."""
 NOT_TO_GRADE = ("identity", "smoltalk", "mmlu_aux")
 """Conversations without a right answer, or without a test."""
 TO_REINFORCE = ("arithmetic", "multistep", "simple_spelling", "spelling_bee", "gsm8k")
@@ -63,7 +72,7 @@ def check_names(config: Config, asked: Sequence[str] = ()) -> None:
         if option in evaluations:
             there = [name for name in (*LOADERS, "bpb", "core") if name not in NOT_TO_GRADE]
         else:
-            learnt = [*(name for name in LOADERS if name not in NOT_TO_LEARN), "files named *.jsonl"]
+            learnt = [*(name for name in LOADERS if "train" in SPLITS_OF.get(name, SPLITS)), "files named *.jsonl"]
             there = TO_REINFORCE if option == "--rl.task" else learnt
         for name in names:
             if name not in there:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from nanochat_jax.config import DataConfig
 from nanochat_jax.tasks.hub import load_rows
-from nanochat_jax.tasks.task import SPLITS, Task, is_letter, multiple_choice, one_of
+from nanochat_jax.tasks.task import Task, is_letter, multiple_choice
 
 COLUMNS = ("question", "choices", "answerKey")
 
 
 def load(name: str, config: str, split: str, data: DataConfig) -> Task:
     """config: ARC-Easy or ARC-Challenge."""
-    one_of(name, split, SPLITS)
     rows = load_rows(data, "allenai/ai2_arc", config, "validation" if split == "val" else split, COLUMNS)
     return Task(name, "categorical", rows, conversation, is_letter)
 

@@ -12,7 +12,7 @@ from functools import partial
 from nanochat_jax.config import DataConfig
 from nanochat_jax.inference.sandbox import require_isolation, run_tests
 from nanochat_jax.tasks.hub import load_rows
-from nanochat_jax.tasks.task import Task, dialogue, one_of
+from nanochat_jax.tasks.task import Task, dialogue
 
 COLUMNS = ("prompt", "canonical_solution", "test", "entry_point")
 # A fence begins or ends its line when it closes a block: within one, it is text in a program.
@@ -20,9 +20,8 @@ FENCED = re.compile(r"```([^\n`]*)\n(.*?)(?:^[ \t]*```|```[ \t\r]*$)", re.DOTALL
 PYTHON = ("", "python", "python3", "py")
 
 
-def load(split: str, data: DataConfig, unsafe_sandbox: bool = False) -> Task:
+def load(data: DataConfig, unsafe_sandbox: bool) -> Task:
     """The 164 problems. Raises UserError where programs cannot be isolated, before anything is generated."""
-    one_of("humaneval", split, ("test",))
     if not unsafe_sandbox:
         require_isolation()
     rows = load_rows(data, "openai/openai_humaneval", "openai_humaneval", "test", COLUMNS)

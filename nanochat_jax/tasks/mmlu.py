@@ -6,7 +6,7 @@ from nanochat_jax.config import DataConfig
 from nanochat_jax.data.files import expanded
 from nanochat_jax.errors import UserError
 from nanochat_jax.tasks.hub import load_rows
-from nanochat_jax.tasks.task import LETTERS, Task, is_letter, multiple_choice, one_of
+from nanochat_jax.tasks.task import LETTERS, Task, is_letter, multiple_choice
 
 REPO = "cais/mmlu"
 COLUMNS = ("question", "subject", "choices", "answer")
@@ -14,14 +14,12 @@ COLUMNS = ("question", "subject", "choices", "answer")
 
 def load(split: str, data: DataConfig) -> Task:
     """The benchmark: splits val and test, nothing to train on."""
-    one_of("mmlu", split, ("val", "test"))
     rows = load_rows(data, REPO, "all", "validation" if split == "val" else split, COLUMNS)
     return Task("mmlu", "categorical", rows, conversation, is_letter)
 
 
-def load_auxiliary(split: str, data: DataConfig) -> Task:
+def load_auxiliary(data: DataConfig) -> Task:
     """The training questions, from either place where the repository keeps them."""
-    one_of("mmlu_aux", split, ("train",))
     flat = not data.mirror or (expanded(data.mirror) / REPO / "all" / "auxiliary_train.parquet").is_file()
     config, name = ("all", "auxiliary_train") if flat else ("auxiliary_train", "train")
     rows = load_rows(data, REPO, config, name, COLUMNS)

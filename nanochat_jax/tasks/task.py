@@ -56,12 +56,6 @@ def row_rng(name: str, split: str, seed: int, row: int | str) -> random.Random:
     return random.Random(f"{name} {split} {seed if split == 'train' else EVAL_SEED} {row}")
 
 
-def one_of(name: str, split: str, allowed: Sequence[str]) -> None:
-    """Raises UserError when the task has no such split."""
-    if split not in allowed:
-        raise UserError(f"task {name} has no split {split!r}; it has {', '.join(allowed)}")
-
-
 def dialogue(question: str, reply: str | list[dict], **extra: Any) -> dict:
     """A conversation of one question and its reference answer."""
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
