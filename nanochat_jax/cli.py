@@ -417,7 +417,6 @@ def download(options: Options, workdir: Path) -> None:
 
 
 def train(stage: str, options: TrainOptions, workdir: Path) -> None:
-    """Trains one stage."""
     from nanochat_jax.stages import finetune, pretrain, rl, tokenizer
 
     if stage == "tokenizer":

@@ -50,7 +50,6 @@ class Stop:
             if self.signal is None:
                 action()
             self._measuring = False
-        self._measuring = False
 
     def _on_main(self, number: int, frame: FrameType | None) -> None:
         self.signal = self.signal or signal.Signals(number)

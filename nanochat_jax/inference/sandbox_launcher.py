@@ -58,7 +58,6 @@ def check(result: int, what: str) -> None:
 
 
 def mount(source: str, target: str, kind: str | None, flags: int, options: str = "") -> None:
-    """mount(2)."""
     arguments = (source.encode(), target.encode(), kind.encode() if kind else None, ctypes.c_ulong(flags))
     check(libc.mount(*arguments, options.encode() or None), f"mount {target}")
 
@@ -160,7 +159,6 @@ def family(pid: int) -> list[str]:
 
 
 def read(path: str) -> str:
-    """What a file says."""
     with open(path) as file:
         return file.read()
 
