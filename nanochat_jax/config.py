@@ -18,6 +18,8 @@ STAGES = ("tokenizer", "base", "mid", "sft", "rl")
 MODEL_STAGES = ("base", "mid", "sft", "rl")
 ARCHITECTURE = ("rope_base", "qk_scale", "value_embeds", "lambdas", "smear", "backout")
 """Fields of ModelConfig that the architecture takes over as they are."""
+PACKING = ("packing", "streams", "buffer_docs")
+"""Fields of DataConfig that decide which batches come."""
 
 
 @dataclass(frozen=True)

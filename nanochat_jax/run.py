@@ -24,7 +24,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanochat_jax.config import MODEL_STAGES, STAGES, Config, DataConfig, GPTConfig
+from nanochat_jax.config import MODEL_STAGES, PACKING, STAGES, Config, DataConfig, GPTConfig
 from nanochat_jax.data.files import read_json, write_json
 from nanochat_jax.distributed import is_leader
 from nanochat_jax.errors import UserError
@@ -39,7 +39,6 @@ RUNS = Path("runs")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "rustbpe", "tiktoken")
 PATTERN_CHARACTERS = frozenset("*?[\\")
 """orbax takes the path of a checkpoint for a pattern: with these it finds no files, or those of another folder."""
-FIXED_DATA = ("packing", "streams", "buffer_docs")
 MADE = ("done.json", "tokenizer.json", "checkpoints/step_*")
 FREE_IN_STAGE = (
     "device_batch_size",
@@ -319,7 +318,7 @@ def _fixed(fields: dict[str, Any], begun: set[str]) -> dict[str, Any]:
     if model_begun:
         fixed |= {name: fields[name] for name in ("compute_dtype", "fp8")}
         fixed |= {f"model.{name}": value for name, value in fields["model"].items()}
-        fixed |= {f"data.{name}": fields["data"].get(name) for name in FIXED_DATA}
+        fixed |= {f"data.{name}": fields["data"].get(name) for name in PACKING}
     for stage in begun & set(MODEL_STAGES):
         fixed |= {f"{stage}.{name}": value for name, value in fields[stage].items() if name not in FREE_IN_STAGE}
     return fixed

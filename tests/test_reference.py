@@ -78,9 +78,7 @@ def test_trained_weights_give_the_references_bits_per_byte(end, trained):
 def test_the_first_batches_are_the_references(trained):
     config, tokenizer = read_config(trained), load_model(trained)[2]
     rows, size = BATCHES.shape[1:]
-    batches = pretrain_batches(
-        shard_files(CORPUS)[0], tokenizer, rows=rows, sequence_len=size - 1, packing=config.data.packing
-    )
+    batches = pretrain_batches(shard_files(CORPUS)[0], tokenizer, config.data, rows=rows, sequence_len=size - 1)
     for expected in BATCHES:
         batch = next(batches)
         np.testing.assert_array_equal(batch["inputs"], expected[:, :-1])

@@ -26,15 +26,8 @@ def figures(config: Config, settings: Settings, log: Callable[[str], None]) -> d
     tokenizer = learned(config, files)[0]
     cfg = gpt_config(config, tokenizer.vocab_size)
     batch_tokens = base_schedule(config, cfg)[1].batch_tokens
-    batches = pretrain_batches(
-        files,
-        tokenizer,
-        rows=batch_tokens // cfg.sequence_len,
-        sequence_len=cfg.sequence_len,
-        packing=config.data.packing,
-        streams=config.data.streams,
-        buffer_docs=config.data.buffer_docs,
-    )
+    rows = batch_tokens // cfg.sequence_len
+    batches = pretrain_batches(files, tokenizer, config.data, rows=rows, sequence_len=cfg.sequence_len)
     count = -(-SAMPLE_TOKENS // batch_tokens)
 
     def take() -> None:

@@ -18,11 +18,12 @@ import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import grain
 import numpy as np
 
+from nanochat_jax.config import PACKING, DataConfig
 from nanochat_jax.data.documents import Document, DocumentReader, Place, open_readers
 from nanochat_jax.data.packing import BestFitBuffer
 from nanochat_jax.data.position import check_origin
@@ -31,23 +32,20 @@ from nanochat_jax.tokenizer import Tokenizer
 
 Batch = dict[str, np.ndarray]
 """inputs, targets: int32 [rows, T]; a target of -1 is not counted."""
-Packing = Literal["bestfit", "stream"]
 PREFETCH = 2  # batches made ahead
 
 
 def pretrain_batches(
     files: Sequence[Path],
     tokenizer: Tokenizer,
+    data: DataConfig,
     *,
     rows: int,
     sequence_len: int,
-    packing: Packing,
-    streams: int = 1,
-    buffer_docs: int = 1000,
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.DatasetIterator[Batch]:
-    """Batches of [rows, sequence_len] without end, made by a background thread.
+    """Batches of [rows, sequence_len] without end, made by a background thread; of `data` only the packing counts.
 
     With several processes `rows` are those of all, of which this one gives [rows / process_count, sequence_len].
     `get_state` gives the position after the last batch that was handed out, as a small dict for JSON; after `set_state`
@@ -56,19 +54,16 @@ def pretrain_batches(
     Raises UserError where a stream has nothing to read, where rows and streams cannot be dealt to the processes, and
     for a state that does not belong.
     """
-    if min(rows, streams, buffer_docs) < 1:
-        raise UserError(f"rows {rows}, streams {streams}, buffer-docs {buffer_docs}: each must be at least 1")
-    check_dealt(rows, streams, process_count)
-    share = streams // process_count
+    check_dealt(rows, data.streams, process_count)
+    share = data.streams // process_count
     mine = range(process_index * share, (process_index + 1) * share)
-    readers = open_readers(files, tokenizer, streams, mine)
-    dealt = [BestFitStream(reader, buffer_docs) if packing == "bestfit" else ConcatStream(reader) for reader in readers]
+    readers = open_readers(files, tokenizer, data.streams, mine)
+    best_fit = data.packing == "bestfit"
+    dealt = [BestFitStream(reader, data.buffer_docs) if best_fit else ConcatStream(reader) for reader in readers]
     # What must be the same for a saved position to mean the same.
     names = "\n".join(f"{file.name} {file.stat().st_size}" for file in files)
     origin = {
-        "packing": packing,
-        "streams": streams,
-        "buffer_docs": buffer_docs,
+        **{name: getattr(data, name) for name in PACKING},
         "tokenizer": tokenizer.fingerprint()[:16],
         "training files": hashlib.sha256(names.encode()).hexdigest()[:16],
     }
@@ -103,23 +98,15 @@ def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def validation_batches(
-    file: Path,
-    tokenizer: Tokenizer,
-    *,
-    rows: int,
-    sequence_len: int,
-    packing: Packing,
-    eval_tokens: int,
-    streams: int = 1,
-    buffer_docs: int = 1000,
+    file: Path, tokenizer: Tokenizer, data: DataConfig, *, rows: int, sequence_len: int, eval_tokens: int
 ) -> Iterator[Batch]:
     """The same batches of the validation file at each call, with `eval_tokens` targets at most.
 
     `bestfit` packs as in training. `stream` gives each document rows of its own, so that no document is read after
     another. The last batch is filled up with rows that have no target. Raises UserError where there is no row to give.
     """
-    if packing == "bestfit":
-        source = _bestfit_rows(file, tokenizer, sequence_len, eval_tokens, streams, buffer_docs)
+    if data.packing == "bestfit":
+        source = _bestfit_rows(file, tokenizer, data, sequence_len, eval_tokens)
     else:
         source = _document_rows(file, tokenizer, sequence_len, eval_tokens)
     found = False
@@ -137,13 +124,13 @@ def validation_batches(
 
 
 def _bestfit_rows(
-    file: Path, tokenizer: Tokenizer, sequence_len: int, eval_tokens: int, streams: int, buffer_docs: int
+    file: Path, tokenizer: Tokenizer, data: DataConfig, sequence_len: int, eval_tokens: int
 ) -> Iterator[np.ndarray]:
-    readers = open_readers([file], tokenizer, streams, range(streams))
-    sources = [BestFitStream(reader, buffer_docs) for reader in readers]
+    readers = open_readers([file], tokenizer, data.streams, range(data.streams))
+    sources = [BestFitStream(reader, data.buffer_docs) for reader in readers]
     limit, given = eval_tokens, 0
     while (given + 1) * sequence_len <= limit:
-        yield sources[given % streams].next_row(sequence_len + 1)
+        yield sources[given % data.streams].next_row(sequence_len + 1)
         given += 1
         if all(reader.epoch > 1 for reader in readers):  # a small file is read again and again: stop at its size
             limit = min(eval_tokens, sum(reader.first_pass_tokens for reader in readers))

@@ -143,16 +143,8 @@ def validation_bpb(
 
 def validation_set(file: Path, tokenizer: Tokenizer, config: Config, cfg: GPTConfig, rows: int) -> Iterator[Batch]:
     """See `validation_batches`, with the run's own settings."""
-    return validation_batches(
-        file,
-        tokenizer,
-        rows=rows,
-        sequence_len=cfg.sequence_len,
-        packing=config.data.packing,
-        eval_tokens=config.base.eval_tokens,
-        streams=config.data.streams,
-        buffer_docs=config.data.buffer_docs,
-    )
+    limits = {"sequence_len": cfg.sequence_len, "eval_tokens": config.base.eval_tokens}
+    return validation_batches(file, tokenizer, config.data, rows=rows, **limits)
 
 
 def quantization_error(

@@ -40,11 +40,9 @@ def run(config: Config, workdir: Path, log: Log, force: bool = False) -> None:
     batches = pretrain_batches(
         train_files,
         session.tokenizer,
+        config.data,
         rows=microbatches * rows,
         sequence_len=cfg.sequence_len,
-        packing=config.data.packing,
-        streams=config.data.streams,
-        buffer_docs=config.data.buffer_docs,
         process_index=part,
         process_count=parts,
     )

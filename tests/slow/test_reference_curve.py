@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from reference_run import convert_command, pretrain_command, take_tokenizer
 
+from nanochat_jax.config import DataConfig
 from nanochat_jax.data.pretrain import pretrain_batches
 from nanochat_jax.data.shards import shard_files
 from nanochat_jax.metrics import MetricsLog
@@ -89,7 +90,7 @@ def test_the_first_batches_are_equal(folder, data):
     expected = np.load(folder / "nanochat" / "batches.npy")
     tokenizer = Tokenizer.load(folder / "start_nanochat" / "tokenizer")
     rows, size = expected.shape[1:]
-    batches = pretrain_batches(shard_files(data)[0], tokenizer, rows=rows, sequence_len=size - 1, packing="bestfit")
+    batches = pretrain_batches(shard_files(data)[0], tokenizer, DataConfig(), rows=rows, sequence_len=size - 1)
     for row_tokens in expected:
         batch = next(batches)
         np.testing.assert_array_equal(batch["inputs"], row_tokens[:, :-1])
