@@ -7,12 +7,24 @@ import random
 import numpy as np
 import pytest
 
-from nanochat_jax.config import DataConfig
-from nanochat_jax.data.conversations import conversation_batches, epoch_rows, read_jsonl, validate
+from nanochat_jax.config import DataConfig, FinetuneConfig
+from nanochat_jax.data import conversations as module
+from nanochat_jax.data.conversations import read_jsonl, validate
 from nanochat_jax.data.position import digest
 from nanochat_jax.errors import UserError
 from nanochat_jax.tasks import Mixture
 from nanochat_jax.tokenizer import Tokenizer
+
+
+def packed(rows_of):
+    def call(conversations, tokenizer, *, packing, loss_on, **options):
+        settings = FinetuneConfig(packing=packing, loss_on=loss_on)
+        return rows_of(conversations, tokenizer, settings=settings, **options)
+
+    return call
+
+
+conversation_batches, epoch_rows = packed(module.conversation_batches), packed(module.epoch_rows)
 
 
 @pytest.fixture(scope="module")

@@ -14,11 +14,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import grain
 import numpy as np
 
+from nanochat_jax.config import FinetuneConfig
 from nanochat_jax.data.files import expanded
 from nanochat_jax.data.packing import BestFitBuffer
 from nanochat_jax.data.position import check_origin, digest
@@ -26,9 +27,6 @@ from nanochat_jax.data.pretrain import PREFETCH, Batch
 from nanochat_jax.data.turns import check_turns
 from nanochat_jax.errors import UserError
 from nanochat_jax.tokenizer import Tokenizer
-
-Packing = Literal["bestfit", "pad"]
-LossOn = Literal["all", "assistant"]
 
 BUFFER = 100  # conversations to choose from
 RENDER_AHEAD = 64  # conversations tokenized together
@@ -125,18 +123,17 @@ class PackedConversations(grain.DatasetIterator[Batch]):
         tokenizer: Tokenizer,
         rows: int,
         sequence_len: int,
-        packing: Packing,
-        loss_on: LossOn,
+        settings: FinetuneConfig,
         seed: int,
     ) -> None:
         super().__init__()
         self.truncated = self.dropped = 0
         self._conversations, self._tokenizer = conversations, tokenizer
         self._rows, self._sequence_len = rows, sequence_len
-        self._packing, self._loss_on, self._seed = packing, loss_on, seed
+        self._settings, self._seed = settings, seed
         self._origin = {
-            "packing": packing,
-            "loss_on": loss_on,
+            "packing": settings.packing,
+            "loss_on": settings.loss_on,
             "sequence_len": sequence_len,
             "seed": seed,
             "number of conversations": len(conversations),
@@ -169,7 +166,7 @@ class PackedConversations(grain.DatasetIterator[Batch]):
 
     def next_row(self) -> list[Rendered] | None:
         """The conversations of a row, at least one; None where the epoch is over."""
-        if self._packing == "pad":
+        if self._settings.packing == "pad":
             only = self._read()
             return only and [only]
         row: list[Rendered] = []
@@ -228,6 +225,6 @@ class PackedConversations(grain.DatasetIterator[Batch]):
         pairs = self._tokenizer.render_batch(conversations)
         for number, (ids, mask) in zip(numbers, pairs, strict=True):
             tokens = np.array(ids[: self._sequence_len], np.int32)
-            learned = np.array(mask[: self._sequence_len], bool) | (self._loss_on == "all")
+            learned = np.array(mask[: self._sequence_len], bool) | (self._settings.loss_on == "all")
             rendered.append(Rendered(tokens, learned, number, cut=len(ids) > self._sequence_len))
         return rendered

@@ -88,12 +88,7 @@ def train(
     batch_tokens = settings.total_batch_size or DEFAULT_ROWS * cfg.sequence_len
     microbatches, rows = session.rows(batch_tokens)
     cfg = session.cfg
-    packed = {
-        "sequence_len": cfg.sequence_len,
-        "packing": settings.packing,
-        "loss_on": settings.loss_on,
-        "seed": config.seed,
-    }
+    packed = {"settings": settings, "sequence_len": cfg.sequence_len, "seed": config.seed}
     step_flops = batch_tokens * flops_per_token(cfg)
     if flops is not None:
         steps = max(1, round(flops / step_flops))
