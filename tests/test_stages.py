@@ -317,7 +317,7 @@ def test_validation_loss_counts_each_conversation_once(run, tmp_path):
     session = open_session(tiny.config, run, "sft", tiny.config.sft, quiet)
     session.state = SimpleNamespace(params=load_model(run, "sft")[0])
     _, held_out = Mixture(tiny.config.sft.mixture, "train", tiny.config.data).split(30)
-    packed = {"sequence_len": 64, "packing": "bestfit", "loss_on": "assistant", "seed": 1}
+    packed = {"settings": tiny.config.sft, "sequence_len": 64, "seed": 1}
     values = [finetune.validation_loss(session, held_out, rows, packed) for rows in (1, 7, 64)]
     np.testing.assert_allclose(values, values[0], rtol=1e-5)
     long = {"messages": [{"role": "user", "content": "x " * 99}, {"role": "assistant", "content": "y"}]}
@@ -398,7 +398,7 @@ def test_conversations_that_teach_nothing_are_no_stage(run, tmp_path):
     sft = replace(tiny.config.sft, mixture=(str(tmp_path / "c.jsonl"),), num_iterations=None, val_rows=0)
     config = replace(tiny.config, sft=sft)
     folder = start_after(run, tmp_path / "run", "sft", config)
-    with pytest.raises(UserError, match="none of the 12 conversations of its mixture has a target within 64 tokens"):
+    with pytest.raises(UserError, match="none of the 12 conversations of the mixture has a target within 64 tokens"):
         finetune.run(config, folder, "sft", quiet)
     assert not finished(folder, "sft")
 

@@ -154,8 +154,8 @@ class PackedConversations(grain.DatasetIterator[Batch]):
                 row = self.next_row()
             if row is None:
                 raise UserError(
-                    f"none of the conversations has a target within {self._sequence_len} tokens; "
-                    "raise --model.sequence-len or give others"
+                    f"none of the {len(self._conversations)} conversations of the mixture has a target within "
+                    f"{self._sequence_len} tokens: name others or raise --model.sequence-len"
                 )
             at = 0
             for item in row:

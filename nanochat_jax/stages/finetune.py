@@ -95,12 +95,8 @@ def train(
     elif settings.num_iterations is not None:
         steps = settings.num_iterations
     else:
-        steps = math.ceil(epoch_rows(train_set, session.tokenizer, log=log, **packed) / (microbatches * rows))
-    if steps < 1:
-        raise UserError(
-            f"{name}: none of the {len(train_set)} conversations of its mixture has a target within {cfg.sequence_len} "
-            "tokens: name others or raise --model.sequence-len"
-        )
+        there = epoch_rows(train_set, session.tokenizer, log=log, **packed)
+        steps = max(1, math.ceil(there / (microbatches * rows)))  # where there is none, the first batch says so
     schedule = Schedule(settings, steps, cfg.n_embd, weight_decay=settings.weight_decay)
     batches = conversation_batches(train_set, session.tokenizer, rows=microbatches * rows, **packed)
     tasks = load_tasks(config.eval.chat, config).values() if settings.tasks_every > 0 else ()
