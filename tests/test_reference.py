@@ -71,7 +71,7 @@ def test_trained_weights_give_the_references_logits(end):
 
 def test_trained_weights_give_the_references_bits_per_byte(end, trained):
     params, cfg, tokenizer = end
-    bpb = validation_bpb(params, cfg, make_mesh("1"), tokenizer, shard_files(CORPUS)[1], read_config(trained))
+    bpb = validation_bpb((params, cfg, make_mesh("1"), tokenizer), shard_files(CORPUS)[1], read_config(trained))
     assert bpb == pytest.approx(REFERENCE["bpb"]["40"], rel=1e-6)
 
 

@@ -639,7 +639,8 @@ def test_validation_takes_no_more_rows_at_once_than_a_step_of_training(run, step
         seen.add(len(inputs))
         return eval_losses(params, inputs, targets, cfg=cfg)
 
-    model = params, cfg, make_mesh("1"), tokenizer, shard_files(ensure_shards(config.data, quiet))[1], config
-    bpb = evaluate.validation_bpb(*model, nats=nats)
+    file = shard_files(ensure_shards(config.data, quiet))[1]
+    on = (params, cfg, make_mesh("1"), tokenizer), file, config
+    bpb = evaluate.validation_bpb(*on, nats=nats)
     assert seen == {(step_tokens or horizon(config, cfg).batch_tokens) // 64} and max(seen) < 20_000
-    assert bpb == pytest.approx(evaluate.validation_bpb(*model, rows=3), rel=1e-5)
+    assert bpb == pytest.approx(evaluate.validation_bpb(*on, rows=3), rel=1e-5)

@@ -40,6 +40,8 @@ from nanochat_jax.train import eval_losses
 
 QUANTIZATION_TOKENS = 4096
 """Targets on which quantized weights are compared with exact ones, at most."""
+Model = tuple[Params, GPTConfig, Mesh, Tokenizer]
+"""Parameters on a mesh, and what they are of."""
 
 
 def run(
@@ -60,6 +62,7 @@ def run(
     names = tasks if tasks is not None else config.eval.base if source == "base" else config.eval.chat
     mesh = make_mesh(config.mesh)
     params, cfg, tokenizer, _, found = load_model(workdir, source, config, mesh, step)
+    model = params, cfg, mesh, tokenizer
     limit = max_examples if max_examples is not None else config.eval.max_examples
     loaded = load_tasks(names, config)
     figures: dict = {"source": source, "step": found, "tasks": {}, "chatcore": None}
@@ -70,14 +73,13 @@ def run(
         train_files, val_file = prepare_shards(config.data, log, recorded_files(workdir, config.data))
         # What was trained on is better known where it was read several times.
         files = {"val": val_file, "train": train_files[0]}
-        model = params, cfg, mesh, tokenizer
-        figures["bpb"] = bpb = {name: validation_bpb(*model, file, config) for name, file in files.items()}
+        figures["bpb"] = bpb = {name: validation_bpb(model, file, config) for name, file in files.items()}
         log(f"{source}: {bpb['val']:.4f} bits per byte in validation, {bpb['train']:.4f} in training")
     if "core" in names:
-        figures["core"] = core_metric(params, cfg, mesh, tokenizer, config, log, limit)
+        figures["core"] = core_metric(model, config, log, limit)
     correct = {}
     if loaded:
-        figures["tasks"] = measure((params, cfg, tokenizer), loaded.values(), config, mesh, limit, log)
+        figures["tasks"] = measure(model, loaded.values(), config, limit, log)
         correct = {name: result.pop("correct") for name, result in figures["tasks"].items()}
         figures |= chatcore(figures["tasks"])
     in_pairs = len(correct.get(config.rl.task, ())) > 1  # one has no interval
@@ -114,18 +116,12 @@ def is_current(config: Config, workdir: Path, stage: str) -> bool:
 
 
 def validation_bpb(
-    params: Params,
-    cfg: GPTConfig,
-    mesh: Mesh,
-    tokenizer: Tokenizer,
-    val_file: Path,
-    config: Config,
-    rows: int | None = None,
-    nats: Callable[..., jax.Array] = eval_losses,
+    model: Model, val_file: Path, config: Config, rows: int | None = None, nats: Callable[..., jax.Array] = eval_losses
 ) -> float:
     """Bits per byte of the validation shard, up to base.eval_tokens; `rows` of a batch, unset: those of training, which
-    for "auto" may be as few as one on each data shard. `nats`: as `eval_losses`, of whatever `params` are.
+    for "auto" may be as few as one on each data shard. `nats`: as `eval_losses`, of whatever the parameters are.
     """
+    params, cfg, mesh, tokenizer = model
     shards = data_shards(mesh)
     wanted = 1 if config.base.device_batch_size == "auto" else config.base.device_batch_size
     # A microbatch of training has no more rows than its step, whatever is asked for.
@@ -154,24 +150,17 @@ def quantization_error(
     data = replace(config.data, dir=None, source="embedded", packing="stream")
     base = replace(config.base, eval_tokens=QUANTIZATION_TOKENS)
     _, file = shard_files(ensure_shards(data, log))
-    on = engine.cfg, mesh, tokenizer, file, replace(config, data=data, base=base), data_shards(mesh)
-    exact, rounded = validation_bpb(params, *on), validation_bpb(engine.weights, *on, token_nats)
+    on, how = (engine.cfg, mesh, tokenizer), (file, replace(config, data=data, base=base), data_shards(mesh))
+    exact, rounded = validation_bpb((params, *on), *how), validation_bpb((engine.weights, *on), *how, token_nats)
     log(
         f"int8 weights: {exact:.4f} -> {rounded:.4f} bits per byte ({rounded - exact:+.4f}), up to "
         f"{QUANTIZATION_TOKENS:,} tokens of the embedded validation text"
     )
 
 
-def core_metric(
-    params: Params,
-    cfg: GPTConfig,
-    mesh: Mesh,
-    tokenizer: Tokenizer,
-    config: Config,
-    log: Log,
-    max_examples: int | None = None,
-) -> dict:
+def core_metric(model: Model, config: Config, log: Log, max_examples: int | None = None) -> dict:
     """CORE (arXiv 2406.11794) of the model: {"core_metric", "results", "centered_results", "n"}."""
+    params, cfg, mesh, tokenizer = model
     params, mesh = own_copy(params, mesh)
     bundle = fetch_eval_bundle(config.data, log)
     return evaluate_core(params, cfg, tokenizer, bundle, mesh, config.eval.batch_size, max_examples, log)
@@ -187,19 +176,13 @@ def load_tasks(names: Iterable[str], config: Config) -> dict[str, Task]:
 
 
 def measure(
-    model: tuple[Params, GPTConfig, Tokenizer],
-    tasks: Iterable[Task],
-    config: Config,
-    mesh: Mesh,
-    limit: int | None,
-    log: Log,
-    written: int | None = None,
+    model: Model, tasks: Iterable[Task], config: Config, limit: int | None, log: Log, written: int | None = None
 ) -> dict[str, dict]:
     """{"accuracy", "n", "interval", "correct"} by task, of its first `limit` rows; `written`: of a generative task's.
 
     None: all.
     """
-    params, cfg, tokenizer = model
+    params, cfg, mesh, tokenizer = model
     settings = config.eval
     engine = make_engine(params, cfg, tokenizer, max_rows=settings.batch_size, max_len=cfg.sequence_len, mesh=mesh)
     log(engine.describe())
@@ -253,8 +236,9 @@ def compare(
             log(f"rl: not compared, as there is no checkpoint in {folder}")
             return None
         log(f"{source}: {task.name}, for the comparison with rl")
-        model = load_model(folder.parent, folder.name, config, mesh, step)[:3]
-        right[source] = measure(model, [task], config, mesh, limit, log)[task.name]["correct"]
+        params, cfg, tokenizer, *_ = load_model(folder.parent, folder.name, config, mesh, step)
+        model = params, cfg, mesh, tokenizer
+        right[source] = measure(model, [task], config, limit, log)[task.name]["correct"]
     return {
         "task": task.name,
         "n": len(rl),

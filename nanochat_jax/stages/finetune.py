@@ -170,8 +170,8 @@ def check_mixture(name: str, settings: FinetuneConfig) -> None:
 
 def task_figures(session: Session, tasks: Iterable[Task], rows: int) -> dict:
     """{"accuracy": {task: share}, "chatcore"} of the model as it is, `rows` questions of each generative task."""
-    config, model = session.config, (session.state.params, session.cfg, session.tokenizer)
-    found = measure(model, tasks, config, session.mesh, config.eval.max_examples, session.log, written=rows)
+    config, model = session.config, (session.state.params, session.cfg, session.mesh, session.tokenizer)
+    found = measure(model, tasks, config, config.eval.max_examples, session.log, written=rows)
     value = chatcore(found)["chatcore"]
     if value is not None:
         session.log(f"{session.name} {session.step}: ChatCORE {value:.4f}")

@@ -74,12 +74,12 @@ def run(config: Config, workdir: Path, log: Log, force: bool = False) -> None:
         """Validation and CORE, where they are due."""
         model = session.state.params, cfg, mesh, session.tokenizer
         if session.owes("val", stage.eval_every):
-            bpb = validation_bpb(*model, val_file, config, rows)
+            bpb = validation_bpb(model, val_file, config, rows)
             session.validated(bpb)
             session.metrics.write("val", step=session.step, bpb=bpb, **session.spent())
             session.console.step(session.step, bpb=bpb)
         if stage.core_every and session.step % stage.core_every == 0 and session.owes("core", stage.core_every):
-            value = core_metric(*model, config, log, config.eval.max_examples)["core_metric"]
+            value = core_metric(model, config, log, config.eval.max_examples)["core_metric"]
             session.metrics.write("core", step=session.step, core_metric=value, **session.spent())
             session.log(f"base {session.step}: CORE {value:.4f}")
         if stage.sample_every and session.step % stage.sample_every == 0 and 0 < session.step < session.last:
