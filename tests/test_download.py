@@ -374,10 +374,11 @@ def test_folders_that_cannot_be_used_are_one_line(tmp_path):
     write(folder, "b.parquet", parquet("one"))
     write(folder, "readme.txt", b"not counted")
     write(folder, "._b.parquet", b"what a Mac leaves beside a copy")
-    with pytest.raises(UserError, match="holds 1 parquet files"):
+    write(folder, "c.parquet.gz", b"not counted")
+    with pytest.raises(UserError, match=r"holds 1 files named \*\.parquet; at least 2"):
         shard_files(folder)
-    write(folder, "a.parquet", parquet("one"))
-    assert shard_files(folder) == ([folder / "a.parquet"], folder / "b.parquet")
+    write(folder, "a.PARQUET", parquet("one"))
+    assert shard_files(folder) == ([folder / "a.PARQUET"], folder / "b.parquet")
     write(folder, "c.parquet", parquet("one", column="body"))
     with pytest.raises(UserError, match=r"c.parquet has no column `text`, only body"):
         shard_files(folder)
@@ -387,6 +388,9 @@ def test_folders_that_cannot_be_used_are_one_line(tmp_path):
     assert "\n" not in str(caught.value)
     pq.write_table(pa.table({"text": [1, 2]}), folder / "c.parquet")
     with pytest.raises(UserError, match="of type int64, not string"):
+        shard_files(folder)
+    pq.write_table(pa.Table.from_arrays([["a"], ["b"]], names=["text", "text"]), folder / "c.parquet")
+    with pytest.raises(UserError, match=r"c.parquet has 2 columns `text`"):
         shard_files(folder)
 
 

@@ -28,7 +28,7 @@ from werkzeug.http import parse_date
 
 from nanochat_jax.config import DataConfig
 from nanochat_jax.data.files import expanded
-from nanochat_jax.data.shards import Shard, shard_files
+from nanochat_jax.data.shards import PATTERN, Shard, shard_files
 from nanochat_jax.distributed import leader_first
 from nanochat_jax.errors import UserError
 
@@ -73,7 +73,7 @@ def prepare_shards(config: DataConfig, log: Log, recorded: Sequence[str] | None 
     if config.dir is None and config.source in SETS:
         shards = SETS[config.source]
         return shard_files(folder, [shards.name(i) for i in (*range(config.num_shards), shards.last)])
-    if recorded and (new := sorted({path.name for path in folder.glob("[!.]*.parquet")} - set(recorded))):
+    if recorded and (new := sorted({path.name for path in folder.glob(PATTERN)} - set(recorded))):
         log(f"{folder}: {', '.join(new)} came after this run was started, left alone")
     return shard_files(folder, recorded)
 

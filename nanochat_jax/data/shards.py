@@ -13,6 +13,9 @@ import pyarrow.parquet as pq
 
 from nanochat_jax.errors import UserError
 
+PATTERN = "[!.]*.[pP][aA][rR][qQ][uU][eE][tT]"
+"""Names of the files that count; Python's glob takes no notice of case from 3.12 on."""
+
 
 class Shard:
     """One parquet file, opened. Raises UserError where it is damaged or has no `text` column of strings."""
@@ -26,6 +29,8 @@ class Shard:
         schema = self._file.schema_arrow
         if "text" not in schema.names:
             raise UserError(f"{path} has no column `text`, only {', '.join(schema.names) or 'none'}")
+        if schema.names.count("text") > 1:
+            raise UserError(f"{path} has {schema.names.count('text')} columns `text`: leave one of them")
         kind = schema.field("text").type
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
             raise UserError(f"{path}: column `text` is of type {kind}, not string")
@@ -66,10 +71,11 @@ def shard_files(folder: Path | str, names: Sequence[str] | None = None) -> tuple
     if not folder.is_dir():
         raise UserError(f"no folder {folder}; --data.dir must name a folder of parquet files")
     if names is None:
-        names = sorted(path.name for path in folder.glob("[!.]*.parquet"))
+        names = sorted(path.name for path in folder.glob(PATTERN))
     if len(names) < 2:
         raise UserError(
-            f"{folder} holds {len(names)} parquet files; at least 2 are needed: the last by name is for validation"
+            f"{folder} holds {len(names)} files named *.parquet; at least 2 are needed: the last by name is for "
+            "validation"
         )
     files = [folder / name for name in names]
     if missing := [path.name for path in files if not path.exists()]:
