@@ -32,7 +32,7 @@ import tyro
 
 from nanochat_jax import distributed, process, run, track
 from nanochat_jax.bench import Settings, measured
-from nanochat_jax.config import MODEL_STAGES, STAGES, Config, check_ranges
+from nanochat_jax.config import MODEL_STAGES, Config, check_ranges
 from nanochat_jax.data.files import expanded
 from nanochat_jax.errors import UsageError, UserError
 from nanochat_jax.stopping import ending_at_once
@@ -103,10 +103,6 @@ class TrainOptions(SharedOptions):
     """Print parameters, steps, tokens, FLOPs, memory, disk, hours and dollars, and stop."""
     force: Flag = False
     """Go on with values that differ from those the run was started with."""
-
-    def chosen(self) -> Sequence[str]:
-        """The stages that the plan is of."""
-        return STAGES
 
 
 @dataclass(frozen=True)
@@ -326,7 +322,8 @@ def run_command(prog: str, kind: type[Options], command: Command, about: str, ar
     if training and options.plan:
         from nanochat_jax.plan import format_plan, plan
 
-        print(format_plan(plan(options.config, options.chosen())))
+        stages = command.args if isinstance(command, partial) else options.chosen()
+        print(format_plan(plan(options.config, stages)))
         return
     if isinstance(options, ChatOptions | ServeOptions):  # they have their own uses for Ctrl-C
         command(options, workdir)

@@ -102,6 +102,14 @@ def test_rl_counts_rollouts_and_the_control():
     assert stage(plan(tiny(rl=few)), "rl")["steps"] == 1, "as training has it"
 
 
+def test_the_plan_of_a_stages_command_is_of_that_stage(capsys):
+    for command, planned in (("pretrain", ["base"]), ("rl", ["rl", "sft_continued"]), ("tokenizer", [])):
+        assert cli.main([command, "--experiment", str(EXPERIMENTS / "smoke.py"), "--plan"]) == 0
+        lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+        first = lines.index(["Stages"]) + 2
+        assert [line[0] for line in lines[first : lines.index([], first)]] == [*planned, "total"]
+
+
 def test_fp8_that_the_run_would_refuse_is_not_planned():
     with pytest.raises(UserError, match="--fp8: no matrix of a model of width 64"):
         plan(replace(tiny(), fp8=True))
