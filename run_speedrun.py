@@ -43,15 +43,14 @@ def speedrun(options: SpeedrunOptions, workdir: Path) -> None:
     from nanochat_jax.report import write_report
     from nanochat_jax.stages import evaluate
     from nanochat_jax.stages.ahead import check_ahead, check_with_tokenizer
+    from nanochat_jax.stages.session import is_done
 
     stages = [name for name in STAGES if name in options.chosen()]
-    done = {name: distributed.leaders(run.finished(workdir, name)) for name in stages}
-    if todo := [name for name in stages if name in MODEL_STAGES and not done[name]]:
+    models = [name for name in stages if name in MODEL_STAGES]
+    if todo := [name for name in models if not distributed.leaders(run.finished(workdir, name))]:
         check_ahead(options.config, todo, workdir, cli.log)
     for stage in stages:
-        if done[stage]:
-            cli.log(f"{stage}: finished already, skipped")
-        else:
+        if not is_done(workdir, stage, cli.log):
             cli.train(stage, options, workdir)
             if not distributed.leaders(run.finished(workdir, stage)):
                 return  # stopped, as the stage has said

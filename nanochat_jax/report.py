@@ -24,7 +24,7 @@ from nanochat_jax.metrics import MetricsLog, duration, gib, si
 from nanochat_jax.model import count_params, flops_per_token, scaling_params
 from nanochat_jax.plots import plot
 from nanochat_jax.report_page import bullets, code, plain, table, to_html
-from nanochat_jax.run import config_from_dict
+from nanochat_jax.run import config_from_dict, outdated
 
 # Row of the results -> where its figure is in eval.json, and what karpathy/nanochat's $100 run of October 2025 reached
 # after base, mid, sft and rl.
@@ -90,6 +90,8 @@ def gather(workdir: Path) -> Run:
         if not done:
             steps = [record["step"] for record in metrics if "step" in record]
             problems.append(f"{name}: not finished, last logged step {max(steps)}" if steps else f"{name}: not started")
+        if line := outdated(workdir, done):
+            problems.append(f"{name}: {line}")
         # sft continued is measured in rl's eval.json, beside what it is compared with.
         wanted = bool(done) and name in MODEL_STAGES
         evaluation = read(f"{name}/eval.json", {}, needed=wanted)
@@ -124,7 +126,7 @@ def write_report(workdir: Path, price: float = 0) -> Path:
     sections = {
         "Missing or damaged": bullets(run.problems),
         "Results": _results(stages),
-        "Reinforcement learning against more fine-tuning": _comparison(entries(stages[-1].eval, "comparison")),
+        "Reinforcement learning against more fine-tuning": _comparison(stages[-1]),
         "Stages": _costs([tokenizer_stage, *stages, *control], price),
         "Curves": "\n\n".join(f"![Curves]({name})" for name in drawn),
         "Model": _model(record),
@@ -195,8 +197,9 @@ def _results(stages: list[Stage]) -> str:
     )
 
 
-def _comparison(found: dict) -> str:
+def _comparison(rl: Stage) -> str:
     """Did reinforcement learning pay? sft, rl, and sft continued for rl's compute, on the same questions."""
+    found, begun = entries(rl.eval, "comparison"), entries(rl.done, "start")
     if not found:
         return ""
     rows = [
@@ -211,9 +214,12 @@ def _comparison(found: dict) -> str:
         for name in ("sft", "rl", "sft_continued")
     ]
     header = ("model", "accuracy", "minus sft", "minus sft continued", "FLOPs after sft", "time after sft")
+    started = (
+        f" sft is what rl started from: step {begun.get('step')} of {plain(str(begun.get('stage')))}." if begun else ""
+    )
     return (
         f"{show(found.get('n'), '{:,}')} questions of {plain(str(found.get('task')))} held out from training, the same "
-        f"for all, answered alike; differences are paired, with 95% intervals.\n\n{table(header, rows)}"
+        f"for all, answered alike; differences are paired, with 95% intervals.{started}\n\n{table(header, rows)}"
     )
 
 

@@ -229,6 +229,19 @@ def finished(workdir: Path, stage: str) -> dict[str, Any] | None:
     return read_json(path) if path.exists() else None
 
 
+def outdated(workdir: Path, facts: dict[str, Any] | None) -> str | None:
+    """What is to be said where the stage that one of `workdir` began from, as its done.json or its checkpoints' meta
+    tell, was trained anew since; None where nothing is known of that.
+    """
+    try:
+        start = facts["start"]
+        source = workdir / start["stage"]
+        was, now = start["finished"], finished(source.parent, source.name)["finished"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return None if was in (None, now) else f"it began from the {source.name} of {was}, which was trained anew since"
+
+
 def newest_run(root: Path = RUNS) -> Path:
     """The run under `root` with the newest checkpoint. Raises UserError where there is none."""
     saved: list[tuple[float, Path]] = []

@@ -407,7 +407,7 @@ def test_what_rl_is_compared_with_is_made_anew_after_another_sft(run, tmp_path, 
     trained = []
     monkeypatch.setattr(finetune, "train", lambda *_: trained.append(1))
     before = finished(run, "sft_continued")
-    assert before["after"] == finished(run, "sft")["finished"]
+    assert before["start"] == {"stage": "sft", "step": 12, "finished": finished(run, "sft")["finished"]}
     for stage in ("sft", "sft_continued"):
         (tmp_path / stage).mkdir()
         (tmp_path / stage / "done.json").write_text((run / stage / "done.json").read_text())
@@ -418,7 +418,7 @@ def test_what_rl_is_compared_with_is_made_anew_after_another_sft(run, tmp_path, 
     (tmp_path / "sft" / "done.json").write_text(json.dumps(finished(run, "sft") | {"finished": "later"}))
     said = []
     finetune.continued(tiny.config, tmp_path, before["flops"], said.append)
-    assert not (tmp_path / "sft_continued").exists() and "made after another sft" in said[0] and len(trained) == 3
+    assert not (tmp_path / "sft_continued").exists() and "began from the sft of" in said[0] and len(trained) == 3
 
 
 def test_what_rl_is_compared_with_is_what_it_started_from(run, tmp_path, monkeypatch):
@@ -432,7 +432,9 @@ def test_what_rl_is_compared_with_is_what_it_started_from(run, tmp_path, monkeyp
     asked = []
     monkeypatch.setattr(evaluate, "load_model", lambda *args: asked.append((*args[:2], *args[4:])) or [None] * 5)
     monkeypatch.setattr(evaluate, "measure", lambda *_: {"arithmetic": {"correct": [0] * 8}})
-    evaluate.compare(config, folder, None, SimpleNamespace(name="arithmetic"), [1] * 8, 8, quiet)
+    figures = evaluate.compare(config, folder, None, SimpleNamespace(name="arithmetic"), [1] * 8, 8, quiet)
+    write_json(folder / "rl" / "eval.json", {"comparison": figures})
+    assert f"sft is what rl started from: step {step} of {run / 'mid'}." in write_report(folder).read_text()
     assert asked == [(run, "mid", step), (folder, "sft_continued", None)]
 
 
@@ -517,6 +519,34 @@ def test_a_stage_without_the_one_before_says_which(tmp_path):
         finetune.run(tiny.config, start(tmp_path, tiny.config), "mid", quiet)
 
 
+def test_a_finished_stage_without_its_checkpoints_is_not_to_be_trained_first(run, tmp_path):
+    for stage, following in (("base", "mid"), ("mid", "sft")):
+        folder = start(tmp_path / stage, tiny.config)
+        write_json(folder / stage / "done.json", finished(run, stage))
+        with pytest.raises(
+            UserError, match=rf"{following} starts from .*/{stage}, which has no .* is finished, but they"
+        ):
+            check_ahead(tiny.config, [following], folder, quiet)
+
+
+def test_a_stage_begun_from_one_that_was_trained_anew_is_said(run, tmp_path):
+    config = replace(tiny.config, rl=replace(tiny.config.rl, control=False, num_iterations=2, eval_every=0))
+    folder, said = start_after(run, tmp_path, "rl", config), []
+    first = replace(config, rl=replace(config.rl, stop_after=1, num_iterations=2))
+    reinforce(first, folder, quiet)
+    (folder / "sft").unlink()
+    shutil.copytree(run / "sft", folder / "sft")
+    anew = finished(run, "sft") | {"finished": "later"}
+    write_json(folder / "sft" / "done.json", anew)
+    reinforce(config, folder, said.append)
+    was = rf"it began from the sft of {finished(run, 'sft')['finished']}, which was trained anew since"
+    assert f"rl: {was}; delete {folder / 'rl'} to begin from that" in said
+    reinforce(config, folder, said.append)
+    assert said[-1] == f"rl: finished before, skipped; {was}: delete {folder / 'rl'} to train it from that"
+    assert f"rl: {was}" in write_report(folder).read_text()
+    assert f"rl: {was}" not in write_report(run).read_text()
+
+
 def test_weights_can_come_from_another_run(run, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(run))
     config = replace(tiny.config, mid=replace(tiny.config.mid, init_from="~/base", stop_after=1))
@@ -577,6 +607,18 @@ def test_weights_of_another_tokenizer_or_architecture_are_refused(run, tmp_path)
     folder = start(tmp_path / "scale", scaled)
     with pytest.raises(UserError, match=r"qk_scale 1\.2, this run 1\.0"):
         pretrain.run(scaled, folder, quiet)
+
+
+def test_other_windows_than_those_of_the_start_are_said_once(run, tmp_path):
+    longer = replace(tiny.config.model, sequence_len=128)
+    mid = replace(tiny.config.mid, init_from=str(run / "base"), num_iterations=1)
+    config, said = replace(tiny.config, model=longer, mid=mid), []
+    folder = start(tmp_path, config)
+    check_ahead(config, ["mid"], folder, said.append)
+    finetune.run(config, folder, "mid", said.append)
+    assert [line for line in said if "windows" in line] == [
+        f"mid: {run / 'base'} had the windows (128, 64), from now on (128, 128)"
+    ]
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from nanochat_jax.errors import UserError
 from nanochat_jax.evals.chat import chatcore
 from nanochat_jax.model import flops_per_token
 from nanochat_jax.optim import Schedule
-from nanochat_jax.run import finished
+from nanochat_jax.run import finished, outdated
 from nanochat_jax.sharding import put_batch
 from nanochat_jax.stages.evaluate import load_tasks, measure
 from nanochat_jax.stages.samples import write_samples
@@ -48,24 +48,17 @@ def run(config: Config, workdir: Path, stage: str, log: Log, force: bool = False
 def continued(config: Config, workdir: Path, flops: float, log: Log, force: bool = False) -> None:
     """Train the model that rl started from on as sft does, in `workdir`/sft_continued, for `flops` FLOPs."""
     before = leaders(finished(workdir, "sft_continued"))
-    sft = leaders(begun_from(config, workdir))
     # Without what it started from, which may be deleted by then, it could not be made again.
-    stale = None not in (before, sft) and before.get("after", sft) != sft
+    stale = leaders(outdated(workdir, before))
     if before is not None and (stale or not 0.9 < before["flops"] / flops < 1.1):
-        was = "after another sft" if stale else f"for {before['flops']:.3g} FLOPs, now {flops:.3g}"
-        log(f"sft_continued: made {was}: made anew")
+        was = stale or f"made for {before['flops']:.3g} FLOPs, now {flops:.3g}"
+        log(f"sft_continued: {was}: made anew")
         if is_leader():
             shutil.rmtree(workdir / "sft_continued")
         barrier("sft_continued removed")
     same = {"init_from": config.rl.init_from, "init_step": config.rl.init_step, "init_optimizer": False}
     settings = dataclasses.replace(config.sft, **same, stop_after=None, tasks_every=0)
     train(config, settings, workdir, "sft_continued", log, force, flops)
-
-
-def begun_from(config: Config, workdir: Path) -> str | None:
-    """When the stage was finished that rl starts from."""
-    start = start_of("rl", config.rl, workdir)
-    return (finished(start.parent, start.name) or {}).get("finished")
 
 
 def train(
@@ -158,7 +151,6 @@ def train(
         batch_tokens=batch_tokens,
         truncated=position["truncated"],
         dropped=position["dropped"],
-        **({} if flops is None else {"after": begun_from(config, workdir)}),
     )
 
 

@@ -33,7 +33,7 @@ from nanochat_jax.metrics import Console, MetricsLog, Pace, banner, duration, gi
 from nanochat_jax.model import count_params, flops_per_token
 from nanochat_jax.optim import Hyper, Schedule
 from nanochat_jax.replicas import parted
-from nanochat_jax.run import finished, gpt_config, params_target, read_config, record_used, refuse_changes
+from nanochat_jax.run import finished, gpt_config, outdated, params_target, read_config, record_used, refuse_changes
 from nanochat_jax.sharding import check_mesh, data_shards, make_mesh, put_batch, rows_of_microbatch, rows_of_step
 from nanochat_jax.stopping import Stop, stoppable
 from nanochat_jax.tokenizer import Tokenizer
@@ -117,6 +117,8 @@ class Session:
             if data is not None:
                 self._go_on_reading(data)
             self.log(f"{self.name}: going on from step {self.step}")
+            if line := outdated(self.folder.parent, self.meta):
+                self.log(f"{self.name}: {line}; delete {self.folder} to begin from that")
         else:
             self.state = start_state(self)
         self.meta["fixed"] = fixed
@@ -286,6 +288,7 @@ class Session:
             "devices": self.mesh.size,
             "params": count_params(self.cfg)["total"],
             "peak_memory_bytes": peak_memory_bytes(),
+            "start": self.meta.get("start"),
             **facts,
         }
         if is_leader():
@@ -324,7 +327,11 @@ def is_done(workdir: Path, name: str, log: Log) -> bool:
     """Whether a stage is complete; says so."""
     if leaders(finished(workdir, name)) is None:
         return False
-    log(f"{name}: finished before, skipped")
+    line = outdated(workdir, finished(workdir, name))
+    log(
+        f"{name}: finished before, skipped"
+        + (f"; {line}: delete {workdir / name} to train it from that" if line else "")
+    )
     return True
 
 
@@ -335,7 +342,7 @@ def start_of(name: str, stage: StageConfig, workdir: Path, coming: Collection[st
     """
     if stage.init_from:
         return expanded(stage.init_from)
-    if name == "sft" and "mid" not in coming and not leaders((workdir / "mid" / "checkpoints").is_dir()):
+    if name == "sft" and "mid" not in coming and not leaders((workdir / "mid").is_dir()):
         return workdir / "base"
     return workdir / PREVIOUS[name] if name in PREVIOUS else None
 
@@ -359,6 +366,9 @@ def start_state(session: Session) -> TrainState:
     else:
         params, _, found = restore_params(source / "checkpoints", params_target(cfg, mesh), step)
         state = with_optimizer(cfg, mesh, params)
+    own = source.parent.resolve() == session.folder.parent.resolve()
+    at = (finished(source.parent, source.name) or {}).get("finished")
+    session.meta["start"] = {"stage": source.name if own else str(source.absolute()), "step": found, "finished": at}
     session.log(f"{session.name}: starting from step {found} of {source}")
     return state
 
@@ -368,8 +378,11 @@ def check_start(name: str, stage: StageConfig, source: Path) -> None:
     checkpoints = source / "checkpoints"
     if (source / "config.json").exists():
         raise UserError(f"--{name}.init-from {source} is a run: name the stage of it, such as {source / 'base'}")
-    if not checkpoints.is_dir():
-        raise UserError(f"{name} starts from {source}, which has no checkpoint: train {source.name} first")
+    if not steps(checkpoints):
+        way_out = f"train {source.name} first"
+        if finished(source.parent, source.name):
+            way_out = f"it is finished, but they were deleted; bring them back, or delete {source} to train it again"
+        raise UserError(f"{name} starts from {source}, which has no checkpoint: {way_out}")
     if isinstance(stage.init_step, int) and stage.init_step not in (there := steps(checkpoints)):
         raise UserError(f"--{name}.init-step {stage.init_step}: {source} has {', '.join(map(str, there)) or 'none'}")
     if stage.init_optimizer and "converted_from" in (finished(source.parent, source.name) or {}):
