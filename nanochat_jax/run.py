@@ -5,7 +5,7 @@
 config.json is written when the run starts: the configuration, versions, git revision and the data files. A later start
 is compared with it, because a schedule or a model that changes halfway gives a run that nothing describes. Fields of a
 stage are fixed once that stage has begun; paths, devices, logging, evaluation and microbatch size stay free. A start
-that fails before it has made anything leaves no values behind, nor does one that forces others on finished stages.
+that fails before it has made anything leaves no values behind, and those that are forced on finished stages stay out.
 """
 
 from __future__ import annotations
@@ -78,6 +78,11 @@ def open_run(config: Config, workdir: Path, *, force: bool = False, log: Callabl
         before, now = (_fixed(json.loads(json.dumps(fields)), begun) for fields in both)
         refuse_changes(str(workdir), before, now, force, log)
         forced = before != now
+        for name in before:
+            stage, _, field = name.rpartition(".")
+            if before[name] != now[name] and stage in STAGES and finished(workdir, stage):
+                record["config"][stage][field] = before[name]
+                log(f"{stage} is finished: {name} stays {before[name]} in config.json")
         record = old | {"config": record["config"], "later_starts": [*old.get("later_starts", []), environment]}
     _write_record(workdir, record)
     return forced

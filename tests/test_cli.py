@@ -363,6 +363,17 @@ def test_values_forced_on_a_finished_stage_are_not_kept(capsys, experiment, trai
     assert run.read_config(workdir) == replace(config, base=replace(config.base, keep=9))
 
 
+def test_values_forced_on_a_finished_stage_stay_out_where_another_is_trained(trained, tmp_path):
+    workdir, said = tmp_path / "w", []
+    shutil.copytree(trained, workdir)
+    (workdir / "base" / "done.json").write_text('{"stage": "base"}')
+    config = run.read_config(workdir)
+    changed = replace(config, base=replace(config.base, matrix_lr=0.5), mid=replace(config.mid, matrix_lr=0.5), seed=7)
+    run.open_run(changed, workdir, force=True, log=said.append)
+    assert run.read_config(workdir) == replace(changed, base=config.base)
+    assert f"base is finished: base.matrix_lr stays {config.base.matrix_lr} in config.json" in said
+
+
 def test_data_files_of_a_run(tmp_path):
     run.open_run(Config(), tmp_path / "run")
     a, b = tmp_path / "a.parquet", tmp_path / "b.parquet"
