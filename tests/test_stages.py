@@ -112,6 +112,7 @@ def test_another_evaluation_than_the_runs_own_leaves_its_figures(run):
         ({"sft": replace(tiny.config.sft, total_batch_size=33)}, "--sft.total-batch-size 33"),
         ({"mid": replace(tiny.config.mid, mixture=("gone.jsonl",))}, "gone.jsonl cannot be read"),
         ({"mid": replace(tiny.config.mid, mixture=())}, "--mid.mixture is empty"),
+        ({"mid": replace(tiny.config.mid, mixture=("choice:0", "identity*0"))}, "--mid.mixture is empty"),
         ({"sft": replace(tiny.config.sft, device_batch_size=3)}, "--sft.device-batch-size 3 "),
         (
             {"sft": replace(tiny.config.sft, init_from="runs/nowhere/other")},

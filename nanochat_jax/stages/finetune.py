@@ -30,7 +30,7 @@ from nanochat_jax.sharding import put_batch
 from nanochat_jax.stages.evaluate import load_tasks, measure
 from nanochat_jax.stages.samples import write_samples
 from nanochat_jax.stages.session import Log, Session, is_done, open_session, start_of, step_batch
-from nanochat_jax.tasks import Mixture, Task
+from nanochat_jax.tasks import Mixture, Task, parse
 from nanochat_jax.train import eval_losses
 
 
@@ -156,7 +156,7 @@ def train(
 
 def check_mixture(name: str, settings: FinetuneConfig) -> None:
     """UserError where there is nothing to learn from."""
-    if not settings.mixture:
+    if not any(rows != 0 and epochs for _, rows, epochs in map(parse, settings.mixture)):
         raise UserError(f"--{name}.mixture is empty: name the sets to learn from, such as smoltalk:10000")
 
 
