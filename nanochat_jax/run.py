@@ -236,15 +236,16 @@ def finished(workdir: Path, stage: str) -> dict[str, Any] | None:
 
 def outdated(workdir: Path, facts: dict[str, Any] | None) -> str | None:
     """What is to be said where the stage that one of `workdir` began from, as its done.json or its checkpoints' meta
-    tell, was trained anew since; None where nothing is known of that.
+    tell, was trained anew or on since; None where nothing is known of that.
     """
     try:
         start = facts["start"]
         source = workdir / start["stage"]
-        was, now = start["finished"], finished(source.parent, source.name)["finished"]
+        now, how = finished(source.parent, source.name)["finished"], "anew" if start["finished"] else "on"
+        line = f"it began from step {start['step']} of {source.name}, which was trained {how} since"
+        return line if now != start["finished"] else None
     except (OSError, ValueError, LookupError, TypeError):
         return None
-    return None if was in (None, now) else f"it began from the {source.name} of {was}, which was trained anew since"
 
 
 def newest_run(root: Path = RUNS) -> Path:

@@ -419,7 +419,7 @@ def test_what_rl_is_compared_with_is_made_anew_after_another_sft(run, tmp_path, 
     (tmp_path / "sft" / "done.json").write_text(json.dumps(finished(run, "sft") | {"finished": "later"}))
     said = []
     finetune.continued(tiny.config, tmp_path, before["flops"], said.append)
-    assert not (tmp_path / "sft_continued").exists() and "began from the sft of" in said[0] and len(trained) == 3
+    assert not (tmp_path / "sft_continued").exists() and "which was trained anew since" in said[0] and len(trained) == 3
 
 
 def test_what_rl_is_compared_with_is_what_it_started_from(run, tmp_path, monkeypatch):
@@ -540,12 +540,15 @@ def test_a_stage_begun_from_one_that_was_trained_anew_is_said(run, tmp_path):
     anew = finished(run, "sft") | {"finished": "later"}
     write_json(folder / "sft" / "done.json", anew)
     reinforce(config, folder, said.append)
-    was = rf"it began from the sft of {finished(run, 'sft')['finished']}, which was trained anew since"
+    was = "it began from step 12 of sft, which was trained anew since"
     assert f"rl: {was}; delete {folder / 'rl'} to begin from that" in said
     reinforce(config, folder, said.append)
     assert said[-1] == f"rl: finished before, skipped; {was}: delete {folder / 'rl'} to train it from that"
     assert f"rl: {was}" in write_report(folder).read_text()
     assert f"rl: {was}" not in write_report(run).read_text()
+    done = finished(folder, "rl")
+    write_json(folder / "rl" / "done.json", done | {"start": done["start"] | {"finished": None}})
+    assert "rl: it began from step 12 of sft, which was trained on since" in write_report(folder).read_text()
 
 
 def test_weights_can_come_from_another_run(run, tmp_path, monkeypatch):
