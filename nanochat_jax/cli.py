@@ -49,7 +49,8 @@ Part = Literal["train", "attention", "loader", "tokenizer", "decode", "server", 
 CONVERSATION_TEMPERATURE = 0.6
 HELP, HELP_ALL = ("-h", "--help"), "--help-all"
 PATHS = (errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)
-MENDABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, *PATHS)
+FULL = (errno.ENOSPC, errno.EDQUOT)
+MENDABLE = (errno.EACCES, errno.EPERM, errno.EROFS, *FULL, *PATHS)
 
 
 @dataclass(frozen=True)
@@ -288,6 +289,8 @@ def guarded(action: Callable[[], None]) -> int:
             )
         if isinstance(error, UserError) or (isinstance(error, OSError) and error.errno in MENDABLE):
             status, message = 2 if isinstance(error, UsageError) else 1, " ".join(str(error).split())
+            if isinstance(error, OSError) and error.errno in FULL:
+                message = f"the disk is full ({message}): free some space and start again"
             print(f"error: {distributed.speaker()}{message}", file=sys.stderr, flush=True)
         elif not distributed.is_shared():
             raise

@@ -1,5 +1,6 @@
 """The command line: options as promised, and one clear line for every mistake a user can make."""
 
+import errno
 import io
 import json
 import os
@@ -372,6 +373,16 @@ def test_values_forced_on_a_finished_stage_stay_out_where_another_is_trained(tra
     run.open_run(changed, workdir, force=True, log=said.append)
     assert run.read_config(workdir) == replace(changed, base=config.base)
     assert f"base is finished: base.matrix_lr stays {config.base.matrix_lr} in config.json" in said
+
+
+def test_a_disk_that_is_full_where_no_checkpoint_is_written(capsys, experiment, tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as the system says it, without a name
+
+    monkeypatch.setattr(os, "fsync", full)
+    argv = ["pretrain", "--experiment", experiment, "--workdir", tmp_path / "w"]
+    expect_error(capsys, argv, 1, "the disk is full", str(tmp_path / "w" / "config.json"), "free some space")
+    assert not list((tmp_path / "w").glob("*.part"))
 
 
 def test_data_files_of_a_run(tmp_path):
