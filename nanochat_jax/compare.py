@@ -31,6 +31,8 @@ COSTS = {
     "FLOPs": ("flops", "{:.3g}"),
     "time": ("seconds", duration),
 }
+LATER = ("devices", "sft.start")
+"""What is known of a run once it has finished a stage: devices, and whether sft began from mid or, without, base."""
 
 
 def write_comparison(workdirs: Sequence[Path], out: Path) -> Path:
@@ -45,9 +47,8 @@ def write_comparison(workdirs: Sequence[Path], out: Path) -> Path:
     options = {name: _options(run) for name, run in runs.items()}
     known = [found for found in options.values() if found]
     names = dict.fromkeys(option for found in known for option in found)
-    # Which devices a run is on is known once it has finished a stage.
     values = {
-        name: {json.dumps(found.get(name)) for found in known if name != "devices" or found[name]} for name in names
+        name: {json.dumps(found.get(name)) for found in known if name not in LATER or found[name]} for name in names
     }
     differing = [name for name in names if len(values[name]) > 1]
     lines = [(name, *(_short(found.get(option)) for option in differing)) for name, found in options.items()]
@@ -64,7 +65,7 @@ def write_comparison(workdirs: Sequence[Path], out: Path) -> Path:
     for i, stage in enumerate(MODEL_STAGES):
         stages = {name: run.stages[i] for name, run in runs.items() if run.stages[i].done}
         if stages:
-            sections[stage] = _results(stages, options)
+            sections[stage] = _results(stages, options, ("seed",) if stage in ("sft", "rl") else ("seed", "sft.start"))
         for name, found in stages.items():
             records[name] |= {f"{stage}.{label}": value for label, value in _figures(found).items()}
     if curves := {name: points for name, run in runs.items() if (points := _curve(run.stages[0]))}:
@@ -84,6 +85,7 @@ def _options(run: Run) -> dict[str, Any]:
     options = flatten_dict(dataclasses.asdict(Config()), sep=".") | flatten_dict(config, sep=".")
     done = next((stage.done for stage in run.stages if stage.done), {})
     facts = {"git": run.record.get("git"), "jax": dig(run.record, "versions", "jax")}
+    facts |= {f"{s.name}.start": dig(s.done, "start", "stage") for s in run.stages if s.name == "sft"}
     return options | facts | {"devices": f"{done.get('devices')} x {done.get('device')}" if done else None}
 
 
@@ -95,13 +97,13 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:18]}...{text[-18:]}"
 
 
-def _results(stages: dict[str, Stage], options: dict[str, dict]) -> str:
-    """One line a run, those that differ in their seed alone together and their mean below them."""
+def _results(stages: dict[str, Stage], options: dict[str, dict], alone: tuple[str, ...]) -> str:
+    """One line a run, those that differ in these options alone together and their mean below them."""
     found = list(stages.values())
     places = {name: keys for name, keys in measures(found).items() if any(_value(s, keys) is not None for s in found)}
     alike: dict[str, list[str]] = {}
     for run in stages:
-        asked = json.dumps(options[run] | {"seed": None}, sort_keys=True) if options[run] else run
+        asked = json.dumps(options[run] | dict.fromkeys(alone), sort_keys=True) if options[run] else run
         alike.setdefault(asked, []).append(run)
     rows = []
     for group in alike.values():

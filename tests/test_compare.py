@@ -72,6 +72,17 @@ def test_runs_of_other_seeds_are_averaged_and_no_others(runs, tmp_path):
     assert "mean of" not in section(text, "sft")  # only one of the two got there
 
 
+def test_sft_after_mid_and_after_base_are_not_averaged(tmp_path):
+    runs = [trained(tmp_path / name, 1.0, seed=i, stages=("base", "sft")) for i, name in enumerate("abc")]
+    for run, start in zip(runs, ("mid", "mid", "base"), strict=True):
+        done = json.loads((run / "sft" / "done.json").read_text())
+        write_json(run / "sft" / "done.json", done | {"start": {"stage": start, "step": 9, "finished": "then"}})
+    text = write_comparison([*runs, trained(tmp_path / "d", 1.0, seed=4)], tmp_path / "out").read_text()
+    header, *rows = md_rows(section(text, "What differs"))
+    assert [row[header.index("sft.start")] for row in rows] == ["mid", "mid", "base", "-"]
+    assert "mean of these 4" in section(text, "base") and "mean of these 2" in section(text, "sft")
+
+
 def test_each_mean_is_below_its_runs(tmp_path):
     runs = [trained(tmp_path / f"{d}-{s}", d + s / 4, depth=d, seed=s) for s in (1, 3) for d in (2, 4)]
     rows = md_rows(section(write_comparison(runs, tmp_path / "out").read_text(), "base"))[1:]
