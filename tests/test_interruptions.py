@@ -72,6 +72,21 @@ def test_stopping_and_going_on_is_exact(run, tmp_path, monkeypatch, stage):
     assert_same_end(folder, run, stage)
 
 
+def test_an_epoch_is_counted_once(run, tmp_path):
+    """Its rows are known to the checkpoints, unless other data or batches are forced on them."""
+    epoch = changed("sft", num_iterations=None, stop_after=1)
+    folder, counted = start_after(run, tmp_path, "sft", epoch), "rows of 64 tokens"
+    for config, again in ((epoch, True), (epoch, False), (changed("sft", num_iterations=None), False)):
+        said = []
+        WORK["sft"](config, folder, said.append)
+        assert any(counted in line for line in said) == again
+    assert finished(folder, "sft")["steps"] == max(steps(folder / "sft" / "checkpoints")) > 1
+    (folder / "sft" / "done.json").unlink()
+    said = []
+    finetune.run(changed("sft", num_iterations=None, total_batch_size=256), folder, "sft", said.append, force=True)
+    assert any(counted in line for line in said) and any("forced: steps was" in line for line in said)
+
+
 def test_a_validation_is_broken_off_and_made_up_for(run, tmp_path, monkeypatch):
     folder, said = start(tmp_path, ALONE), []
 

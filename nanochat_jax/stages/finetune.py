@@ -82,16 +82,16 @@ def train(
     microbatches, rows = session.rows(batch_tokens)
     cfg = session.cfg
     packed = {"settings": settings, "sequence_len": cfg.sequence_len, "seed": config.seed}
+    batches = conversation_batches(train_set, session.tokenizer, rows=microbatches * rows, **packed)
     step_flops = batch_tokens * flops_per_token(cfg)
     if flops is not None:
         steps = max(1, round(flops / step_flops))
     elif settings.num_iterations is not None:
         steps = settings.num_iterations
-    else:
+    elif (steps := session.horizon_before(batches, batch_tokens)) is None:
         there = epoch_rows(train_set, session.tokenizer, log=log, **packed)
         steps = max(1, math.ceil(there / (microbatches * rows)))  # where there is none, the first batch says so
     schedule = Schedule(settings, steps, cfg.n_embd, weight_decay=settings.weight_decay)
-    batches = conversation_batches(train_set, session.tokenizer, rows=microbatches * rows, **packed)
     tasks = load_tasks(config.eval.chat, config).values() if settings.tasks_every > 0 else ()
     pace = session.begin(schedule, batches, tokens_a_step=batch_tokens)
     pending = None

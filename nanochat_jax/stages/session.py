@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 
 from nanochat_jax.checkpoint import Checkpointer, restore, restore_params, steps
 from nanochat_jax.config import ARCHITECTURE, Config, GPTConfig, StageConfig
-from nanochat_jax.data.files import expanded, write_json
+from nanochat_jax.data.files import expanded, read_json, write_json
 from nanochat_jax.data.position import check_origin
 from nanochat_jax.data.pretrain import merge_states
 from nanochat_jax.distributed import barrier, gather_json, is_leader, leaders
@@ -91,6 +91,19 @@ class Session:
         here = rows_of_microbatch(self.name, rows, microbatch, shards)
         self.cfg = with_loss_chunk(self.config, self.cfg, here // shards, self.mesh)
         return rows // here, here
+
+    def horizon_before(self, data: grain.DatasetIterator, tokens_a_step: int) -> int | None:
+        """The steps that the newest checkpoint was planned for over the same data: counting an epoch's rows again takes
+        minutes. None where it has to be done.
+        """
+        steps = None
+        with suppress(OSError, ValueError, LookupError, TypeError):
+            meta = read_json(self.checkpoints.directory / f"step_{self.checkpoints.latest():08d}" / "meta.json")
+            same = (
+                meta["fixed"]["tokens_a_step"] == tokens_a_step and meta["data"]["origin"] == data.get_state()["origin"]
+            )
+            steps = meta["fixed"]["steps"] if same and not self.force else None
+        return leaders(steps)
 
     def begin(
         self,
