@@ -32,6 +32,8 @@ def jax_starts(flags):
 def test_every_flag_is_known_to_this_version_of_xla(on_gpu):
     flags = process.environment({})["XLA_FLAGS"]
     assert flags.count("--xla_gpu_") == len(process.GPU_FLAGS)
+    flags += " " + process.environment({"JAX_PLATFORMS": "cpu"})["XLA_FLAGS"]
+    assert flags.count("--xla_cpu_") == len(process.CPU_FLAGS) > 0
     assert jax_starts(flags).stdout == "cpu\n"
     assert jax_starts(flags + " --xla_gpu_no_such_flag=1").returncode != 0  # the check can fail
 
@@ -44,13 +46,16 @@ def test_what_the_user_has_set_wins(on_gpu):
         "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5",
     }
     added = process.environment(mine)
-    assert added["XLA_FLAGS"].endswith(f"--{name}=mine")
+    assert added["XLA_FLAGS"].startswith(f"--{name}=mine --xla_") and added["XLA_FLAGS"].count(f"--{name}=") == 1
     assert added.keys().isdisjoint({"JAX_COMPILATION_CACHE_DIR", "XLA_PYTHON_CLIENT_MEM_FRACTION", "GLIBC_TUNABLES"})
 
 
-def test_a_gpu_that_is_not_to_be_used_changes_nothing(on_gpu):
+def test_flags_are_those_of_what_is_used_and_stay_as_they_are_when_the_process_begins_anew(on_gpu):
     assert process.uses_gpu({}) and process.uses_gpu({"JAX_PLATFORMS": "cuda,cpu"})
-    assert "XLA_FLAGS" not in process.environment({"JAX_PLATFORMS": "cpu"})
+    given = {"JAX_PLATFORMS": "cpu"}
+    flags = process.environment(given)["XLA_FLAGS"]
+    assert "--xla_gpu_" not in flags
+    assert process.environment(given | {"XLA_FLAGS": flags})["XLA_FLAGS"] == flags
 
 
 @pytest.mark.parametrize("kernel, asked", [("always [madvise] never", True), ("[always] madvise never", False)])
