@@ -50,7 +50,7 @@ CONVERSATION_TEMPERATURE = 0.6
 HELP, HELP_ALL = ("-h", "--help"), "--help-all"
 PATHS = (errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)
 FULL = (errno.ENOSPC, errno.EDQUOT)
-MENDABLE = (errno.EACCES, errno.EPERM, errno.EROFS, *FULL, *PATHS)
+MENDABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, *FULL, *PATHS)
 
 
 @dataclass(frozen=True)

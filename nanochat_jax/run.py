@@ -152,7 +152,8 @@ def record_data(workdir: Path, files: Sequence[Path], force: bool = False) -> No
 def recorded_files(workdir: Path, data: DataConfig) -> list[str] | None:
     """Names of the run's data files, the validation file last; None where none are noted or `data` is elsewhere."""
     record = _read_record(workdir)
-    here = record["config"]["data"].get("dir") == data.dir
+    of_run = record["config"]["data"]
+    here = (of_run.get("dir") or of_run.get("source")) == (data.dir or data.source)
     return list(record["data"]) if record["data"] and here else None
 
 

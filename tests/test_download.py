@@ -326,8 +326,12 @@ def test_a_run_keeps_to_the_files_it_was_started_with(tmp_path, lines):
     (folder / "c.parquet").unlink()
     with pytest.raises(UserError, match=r"lacks c.parquet, 1 of the 3 files of its set or run"):
         prepare_shards(config.data, lines.append, recorded)
-    # Another folder is another list.
+    # Another folder is another list, and so is another set.
     assert run.recorded_files(workdir, DataConfig(dir=str(tmp_path))) is None
+    run.open_run(Config(data=DataConfig(source="climbmix")), tmp_path / "other")
+    run.record_data(tmp_path / "other", [validation])
+    assert run.recorded_files(tmp_path / "other", DataConfig(source="climbmix")) == [validation.name]
+    assert run.recorded_files(tmp_path / "other", DataConfig(source="embedded")) is None
 
 
 def test_a_shard_that_is_no_parquet_is_not_kept(server, tmp_path, lines, monkeypatch):
