@@ -362,7 +362,7 @@ def test_fine_tuning_measures_its_tasks_on_the_way(run, tmp_path):
     assert [line.split("(n ")[1].split(",")[0] for line in said if ": accuracy" in line] == ["3", "8"] * 2
     # Continuing sft for rl's comparison is timed, and measured at its end.
     folder = start_after(run, tmp_path / "after", "rl", replace(config, sft=replace(sft, tasks_every=1)))
-    finetune.continued(config, folder, 2 * 512 * flops_per_token(gpt_config(config, 512)), quiet)
+    finetune.continued(config, folder, 2 * 512 * flops_per_token(gpt_config(config, 512)), None, quiet)
     assert not [row for row in records(folder, "sft_continued") if row["kind"] == "tasks"]
 
 
@@ -404,22 +404,22 @@ def test_conversations_that_teach_nothing_are_no_stage(run, tmp_path):
     assert not finished(folder, "sft")
 
 
-def test_what_rl_is_compared_with_is_made_anew_after_another_sft(run, tmp_path, monkeypatch):
+def test_what_rl_is_compared_with_is_made_anew_where_rl_started_from_another_model(run, tmp_path, monkeypatch):
     trained = []
     monkeypatch.setattr(finetune, "train", lambda *_: trained.append(1))
     before = finished(run, "sft_continued")
     assert before["start"] == {"stage": "sft", "step": 12, "finished": finished(run, "sft")["finished"]}
-    for stage in ("sft", "sft_continued"):
-        (tmp_path / stage).mkdir()
-        (tmp_path / stage / "done.json").write_text((run / stage / "done.json").read_text())
-    finetune.continued(tiny.config, tmp_path, before["flops"], quiet)
-    (tmp_path / "sft" / "done.json").unlink()  # deleted, so that it could not be made again
-    finetune.continued(tiny.config, tmp_path, before["flops"], quiet)
-    assert (tmp_path / "sft_continued").is_dir()
-    (tmp_path / "sft" / "done.json").write_text(json.dumps(finished(run, "sft") | {"finished": "later"}))
-    said = []
-    finetune.continued(tiny.config, tmp_path, before["flops"], said.append)
-    assert not (tmp_path / "sft_continued").exists() and "which was trained anew since" in said[0] and len(trained) == 3
+    write_json(tmp_path / "sft_continued" / "done.json", before)
+    for begun in (finished(run, "rl")["start"], None):  # None: of an older rl, which noted nothing
+        finetune.continued(tiny.config, tmp_path, before["flops"], begun, quiet)
+        assert (tmp_path / "sft_continued").is_dir()
+    others = [change | {"flops": before["flops"]} for change in ({}, {"start": before["start"] | {"stage": "mid"}})]
+    for other in (*others, before | {"flops": 2 * before["flops"]}):
+        write_json(tmp_path / "sft_continued" / "done.json", other)
+        said = []
+        finetune.continued(tiny.config, tmp_path, before["flops"], before["start"], said.append)
+        assert not (tmp_path / "sft_continued").exists() and "made anew" in said[0]
+    assert len(trained) == 5
 
 
 def test_what_rl_is_compared_with_is_what_it_started_from(run, tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ from nanochat_jax.errors import UserError
 from nanochat_jax.evals.chat import chatcore
 from nanochat_jax.model import flops_per_token
 from nanochat_jax.optim import Schedule
-from nanochat_jax.run import finished, outdated
+from nanochat_jax.run import finished
 from nanochat_jax.sharding import put_batch
 from nanochat_jax.stages.evaluate import load_tasks, measure
 from nanochat_jax.stages.samples import write_samples
@@ -45,14 +45,16 @@ def run(config: Config, workdir: Path, stage: str, log: Log, force: bool = False
     train(config, settings, workdir, stage, log, force)
 
 
-def continued(config: Config, workdir: Path, flops: float, log: Log, force: bool = False) -> None:
-    """Train the model that rl started from on as sft does, in `workdir`/sft_continued, for `flops` FLOPs."""
+def continued(config: Config, workdir: Path, flops: float, start: dict | None, log: Log, force: bool = False) -> None:
+    """Train the model that rl started from on as sft does, in `workdir`/sft_continued, for `flops` FLOPs.
+
+    `start`: what rl's checkpoints note of that model; None where they are older than such notes.
+    """
     before = leaders(finished(workdir, "sft_continued"))
-    # Without what it started from, which may be deleted by then, it could not be made again.
-    stale = leaders(outdated(workdir, before))
-    if before is not None and (stale or not 0.9 < before["flops"] / flops < 1.1):
-        was = stale or f"made for {before['flops']:.3g} FLOPs, now {flops:.3g}"
-        log(f"sft_continued: {was}: made anew")
+    same_start = leaders(start is None or before is None or before.get("start") == start)
+    if before is not None and not (same_start and 0.9 < before["flops"] / flops < 1.1):
+        was = f"for {before['flops']:.3g} FLOPs, now {flops:.3g}" if same_start else "from another model than rl"
+        log(f"sft_continued: made {was}: made anew")
         if is_leader():
             shutil.rmtree(workdir / "sft_continued")
         barrier("sft_continued removed")
@@ -88,7 +90,7 @@ def train(
         steps = max(1, round(flops / step_flops))
     elif settings.num_iterations is not None:
         steps = settings.num_iterations
-    elif (steps := session.horizon_before(batches, batch_tokens)) is None:
+    elif (steps := session.horizon_before()) is None:
         there = epoch_rows(train_set, session.tokenizer, log=log, **packed)
         steps = max(1, math.ceil(there / (microbatches * rows)))  # where there is none, the first batch says so
     schedule = Schedule(settings, steps, cfg.n_embd, weight_decay=settings.weight_decay)

@@ -131,7 +131,7 @@ def run(config: Config, workdir: Path, log: Log, force: bool = False) -> None:
     seconds = session.meta["seconds"]
     write_samples(session, raw=False)
     if settings.control:
-        continued(config, workdir, session.meta["flops"], log, force)
+        continued(config, workdir, session.meta["flops"], session.meta.get("start"), log, force)
         if leaders(finished(workdir, "sft_continued")) is None:
             return
     session.finish(task=settings.task, seconds=seconds)

@@ -92,18 +92,15 @@ class Session:
         self.cfg = with_loss_chunk(self.config, self.cfg, here // shards, self.mesh)
         return rows // here, here
 
-    def horizon_before(self, data: grain.DatasetIterator, tokens_a_step: int) -> int | None:
-        """The steps that the newest checkpoint was planned for over the same data: counting an epoch's rows again takes
-        minutes. None where it has to be done.
+    def horizon_before(self) -> int | None:
+        """The steps that the newest checkpoint was planned for: counting an epoch's rows again takes minutes. None
+        where it has to be done, as other data or batches may be forced; without force `begin` refuses those.
         """
         steps = None
         with suppress(OSError, ValueError, LookupError, TypeError):
             meta = read_json(self.checkpoints.directory / f"step_{self.checkpoints.latest():08d}" / "meta.json")
-            same = (
-                meta["fixed"]["tokens_a_step"] == tokens_a_step and meta["data"]["origin"] == data.get_state()["origin"]
-            )
-            steps = meta["fixed"]["steps"] if same and not self.force else None
-        return leaders(steps)
+            steps = meta["fixed"]["steps"]
+        return None if self.force else leaders(steps)
 
     def begin(
         self,
