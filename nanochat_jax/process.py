@@ -49,7 +49,9 @@ def environment(given: Mapping[str, str]) -> dict[str, str]:
     elif HUGE_PAGES.exists() and "[madvise]" in HUGE_PAGES.read_text():
         wanted["GLIBC_TUNABLES"] = HUGE_PAGE_TUNABLE
     added = {name: value for name, value in wanted.items() if name not in given}
-    flags = given.get("XLA_FLAGS", "")
+    flags = given.get("XLA_FLAGS", "").strip()
+    if flags and not flags.startswith("--"):
+        return added  # the name of a file that holds them
     for name, value in (GPU_FLAGS if uses_gpu(given) else CPU_FLAGS).items():
         if f"--{name}=" not in flags:
             flags += f" --{name}={value}"

@@ -48,6 +48,7 @@ def test_what_the_user_has_set_wins(on_gpu):
     added = process.environment(mine)
     assert added["XLA_FLAGS"].startswith(f"--{name}=mine --xla_") and added["XLA_FLAGS"].count(f"--{name}=") == 1
     assert added.keys().isdisjoint({"JAX_COMPILATION_CACHE_DIR", "XLA_PYTHON_CLIENT_MEM_FRACTION", "GLIBC_TUNABLES"})
+    assert "XLA_FLAGS" not in process.environment({"XLA_FLAGS": "/mine"})  # a file of flags
 
 
 def test_flags_are_those_of_what_is_used_and_stay_as_they_are_when_the_process_begins_anew(on_gpu):
