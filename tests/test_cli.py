@@ -469,7 +469,9 @@ def test_chat_answers_once(capsys, trained):
 
 
 def test_chat_of_several_turns(capsys, trained, monkeypatch):
-    lines = iter(["the cat", "", "dog " * 200, "and then", "/help", "/reset", "the dog", "/quit", "never read"])
+    lines = iter(
+        ["the cat", "", "dog " * 200, "and then", "/help", "/reset", "/tmp/x is a path", "/quit", "never read"]
+    )
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     lengths, seeds, stream = [], [], Engine.stream
 

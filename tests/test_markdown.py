@@ -93,7 +93,7 @@ class Page(HTMLParser):
             '<ol start="1"><li>one<ul><li>a<br>more</li><li>b<ol start="1"><li>c</li></ol></li></ul></li>'
             "<li>two<ul><li>d</li></ul></li></ol>",
         ),
-        ("  - a\n- b\n * c", "<ul><li>a</li><li>b</li><li>c</li></ul>"),
+        ("  - a\n- b\n   * c", "<ul><li>a</li><li>b</li><li>c</li></ul>"),
         (
             "- a\n  - ```\n    x\n    ```\n  ```\n  y\n  ```\n- b",
             '<ul><li>a<ul><li><pre data-language=""><code>x</code></pre><pre data-language=""><code>y</code></pre>'

@@ -94,7 +94,7 @@ function follow({ key }) {
   if (!theirs) return drop(mine);
   if (!mine) return setConversations([theirs, ...conversations]);
   if (mine === current && running) return; // it is saved as it is here when the answer ends
-  const text = mine === current && unsent();
+  const text = unsent();
   Object.assign(mine, theirs);
   drawHistory();
   if (mine !== current) return;

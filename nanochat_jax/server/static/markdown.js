@@ -58,12 +58,12 @@ function fencesAside(text, setAside) {
 const indent = (line) => /^\s*/.exec(line)[0].replaceAll("\t", "    ").length;
 
 function list(lines, setAside) {
-  const ordered = ITEM.exec(lines[0])[1];
+  const [ordered, own] = [ITEM.exec(lines[0])[1], indent(lines[0])];
   const items = [];
   for (const line of lines) {
     const match = ITEM.exec(line);
     const item = items.at(-1);
-    if (match && indent(line) < indent(lines[0]) + 2) items.push({ text: match[2], below: [] });
+    if (match && indent(line) < own + 2) items.push({ text: match[2], below: [] });
     else if (match || item.below.length) item.below.push(line);
     else item.text += "\n" + line.trim();
   }
