@@ -427,7 +427,9 @@ def test_what_rl_is_compared_with_is_what_it_started_from(run, tmp_path, monkeyp
     start_from = {"init_from": str(run / "mid"), "init_step": step}
     config = replace(tiny.config, rl=replace(tiny.config.rl, num_iterations=1, eval_every=0, **start_from))
     folder, said = start(tmp_path / "run", config), []
+    write_json(folder / "sft_continued" / "done.json", finished(run, "sft_continued"))
     reinforce(config, folder, said.append)  # there is no sft in this folder
+    assert "sft_continued: not begun where rl was: made anew" in said
     begun = [line for line in said if "starting from" in line]
     assert begun == [f"{name}: starting from step {step} of {run / 'mid'}" for name in ("rl", "sft_continued")]
     asked = []

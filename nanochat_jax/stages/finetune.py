@@ -53,8 +53,8 @@ def continued(config: Config, workdir: Path, flops: float, start: dict | None, l
     before = leaders(finished(workdir, "sft_continued"))
     same_start = leaders(start is None or before is None or before.get("start") == start)
     if before is not None and not (same_start and 0.9 < before["flops"] / flops < 1.1):
-        was = f"for {before['flops']:.3g} FLOPs, now {flops:.3g}" if same_start else "from another model than rl"
-        log(f"sft_continued: made {was}: made anew")
+        was = f"made for {before['flops']:.3g} FLOPs, now {flops:.3g}" if same_start else "not begun where rl was"
+        log(f"sft_continued: {was}: made anew")
         if is_leader():
             shutil.rmtree(workdir / "sft_continued")
         barrier("sft_continued removed")
