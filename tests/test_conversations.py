@@ -205,7 +205,7 @@ def test_own_conversations_that_were_edited_are_other_data(tokenizer, tmp_path):
     state = batches().get_state()
     for line in range(0, 150, 10):
         turns[line][0]["content"] += "!"
-        with pytest.raises(UserError, match=r"saved position belongs to other data: .* was"):
+        with pytest.raises(UserError, match=r"saved position belongs to other data: .* was .* --force to read"):
             batches().set_state(state)
         turns[line][0]["content"] = turns[line][0]["content"][:-1]
     turns[149][0]["content"] += "!"

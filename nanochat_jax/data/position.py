@@ -26,5 +26,5 @@ def check_origin(saved: dict[str, Any], now: dict[str, Any]) -> None:
         if saved.get(name, value) != value:
             raise UserError(
                 f"the saved position belongs to other data: {name} was {saved.get(name)}, now {value}; "
-                "restore it as it was or start a new run"
+                "restore it as it was, start a new run, or --force to read the other data from their beginning"
             )
