@@ -16,7 +16,6 @@ process 0 does the rest.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import math
@@ -30,7 +29,7 @@ from typing import Any, Literal
 
 import orbax.checkpoint as ocp
 
-from nanochat_jax.data.files import write_json
+from nanochat_jax.data.files import DISK_FULL, write_json
 from nanochat_jax.distributed import barrier, is_leader, leaders
 from nanochat_jax.errors import UserError
 from nanochat_jax.sharding import by_path
@@ -109,6 +108,13 @@ class Checkpointer:
     def latest(self) -> int | None:
         """The newest step that is on disk, or None."""
         return max(steps(self.directory), default=None)
+
+    def newest_meta(self) -> dict[str, Any] | None:
+        """The meta of the newest checkpoint without its arrays; None where there is none, or it is damaged."""
+        step = self.latest()
+        if step is None or _verify(path := self.directory / f"step_{step:08d}", "meta.json"):
+            return None
+        return json.loads((path / "meta.json").read_text())
 
     def note_validation(self, step: int, value: float, *, higher_is_better: bool = False) -> None:
         """Makes the checkpoint of `step`, saved before, the best one where `value` beats the best so far."""
@@ -256,11 +262,12 @@ def _listed(directory: Path) -> str:
     return ", ".join(map(str, steps(directory))) or "none"
 
 
-def _verify(path: Path) -> str | None:
-    """What is wrong with the checkpoint at `path`, naming the file, or None."""
+def _verify(path: Path, only: str | None = None) -> str | None:
+    """What is wrong with the checkpoint at `path`, or with this file of it `only`, naming the file, or None."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         version, files = manifest["format"], manifest["files"]
+        files = {name: files[name] for name in (files if only is None else [only])}
         if manifest.get("sha256", _digest(manifest)) != _digest(manifest):
             return f"{path / 'manifest.json'} has other contents than were written"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -334,5 +341,5 @@ def _sync_entry(path: Path) -> None:
 
 def _disk_full(error: BaseException) -> bool:
     # tensorstore reports the system's error inside the text of its own exception
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    full = isinstance(error, OSError) and error.errno in DISK_FULL
     return full or any(text in str(error) for text in ("No space left on device", "Disk quota exceeded"))

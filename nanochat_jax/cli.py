@@ -33,7 +33,7 @@ import tyro
 from nanochat_jax import distributed, process, run, track
 from nanochat_jax.bench import Settings, measured
 from nanochat_jax.config import MODEL_STAGES, Config, check_ranges
-from nanochat_jax.data.files import expanded
+from nanochat_jax.data.files import DISK_FULL, expanded
 from nanochat_jax.errors import UsageError, UserError
 from nanochat_jax.stopping import ending_at_once
 
@@ -49,8 +49,7 @@ Part = Literal["train", "attention", "loader", "tokenizer", "decode", "server", 
 CONVERSATION_TEMPERATURE = 0.6
 HELP, HELP_ALL = ("-h", "--help"), "--help-all"
 PATHS = (errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)
-FULL = (errno.ENOSPC, errno.EDQUOT)
-MENDABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, *FULL, *PATHS)
+MENDABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, *DISK_FULL, *PATHS)
 
 
 @dataclass(frozen=True)
@@ -289,7 +288,7 @@ def guarded(action: Callable[[], None]) -> int:
             )
         if isinstance(error, UserError) or (isinstance(error, OSError) and error.errno in MENDABLE):
             status, message = 2 if isinstance(error, UsageError) else 1, " ".join(str(error).split())
-            if isinstance(error, OSError) and error.errno in FULL:
+            if isinstance(error, OSError) and error.errno in DISK_FULL:
                 message = f"the disk is full ({message}): free some space and start again"
             print(f"error: {distributed.speaker()}{message}", file=sys.stderr, flush=True)
         elif not distributed.is_shared():
@@ -325,6 +324,7 @@ def run_command(prog: str, kind: type[Options], command: Command, about: str, ar
     if training and options.plan:
         from nanochat_jax.plan import format_plan, plan
 
+        # The command of one stage is `train` with its name.
         stages = command.args if isinstance(command, partial) else options.chosen()
         print(format_plan(plan(options.config, stages)))
         return

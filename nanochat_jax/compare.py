@@ -85,7 +85,7 @@ def _options(run: Run) -> dict[str, Any]:
     options = flatten_dict(dataclasses.asdict(Config()), sep=".") | flatten_dict(config, sep=".")
     done = next((stage.done for stage in run.stages if stage.done), {})
     facts = {"git": run.record.get("git"), "jax": dig(run.record, "versions", "jax")}
-    facts |= {f"{s.name}.start": dig(s.done, "start", "stage") for s in run.stages if s.name == "sft"}
+    facts["sft.start"] = dig(run.stages[MODEL_STAGES.index("sft")].done, "start", "stage")
     return options | facts | {"devices": f"{done.get('devices')} x {done.get('device')}" if done else None}
 
 

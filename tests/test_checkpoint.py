@@ -230,6 +230,7 @@ def test_damage_is_named_and_the_one_before_used(tmp_path, capsys, how, which):
     damage(victim, how)
     if (which, how) == ("manifest.json", "flipped"):
         victim.write_text(victim.read_text().replace('"sha256": "', '"sha256": "0', 1))
+    assert checkpoints.newest_meta() == ({"step": 2} if which == "state" else None)
     tree, meta, step = restored(checkpoints)
     assert (step, meta, first_weight(tree)) == (1, {"step": 1}, 1.0)
     assert str(newest) in capsys.readouterr().err

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 
 from nanochat_jax.checkpoint import Checkpointer, restore, restore_params, steps
 from nanochat_jax.config import ARCHITECTURE, Config, GPTConfig, StageConfig
-from nanochat_jax.data.files import expanded, read_json, write_json
+from nanochat_jax.data.files import expanded, write_json
 from nanochat_jax.data.position import check_origin
 from nanochat_jax.data.pretrain import merge_states
 from nanochat_jax.distributed import barrier, gather_json, is_leader, leaders
@@ -96,11 +96,8 @@ class Session:
         """The steps that the newest checkpoint was planned for: counting an epoch's rows again takes minutes. None
         where it has to be done, as other data or batches may be forced; without force `begin` refuses those.
         """
-        steps = None
-        with suppress(OSError, ValueError, LookupError, TypeError):
-            meta = read_json(self.checkpoints.directory / f"step_{self.checkpoints.latest():08d}" / "meta.json")
-            steps = meta["fixed"]["steps"]
-        return None if self.force else leaders(steps)
+        meta = self.checkpoints.newest_meta() or {}
+        return None if self.force else leaders(meta.get("fixed", {}).get("steps"))
 
     def begin(
         self,
