@@ -3,20 +3,22 @@
     python bench/compare_decode.py --nanochat CHECKOUT --python PYTHON --depth 4 [--what batch-1 greedy] [--json]
 
 PYTHON is that of the reference's own environment (torch and what bench/nanochat_reference.py names). Both compute in
-float32 on the same CPUs, each in a process of its own that waits while the other runs. The weights are random, those
-the reference begins to train with, but with nothing zero; no token ends an answer.
+float32 on the same CPUs, each in a process of its own that waits while the other runs, or (`--device cuda`) in bfloat16
+on one GPU. The weights are random, those the reference begins to train with, but with nothing zero; no token ends an
+answer. T is --seq-len, 512 unless told otherwise.
 
-batch-1, batch-16   decoding: one prompt of 256 tokens, 128 more tokens of every row after the first, top-k 50
-prefill             a prompt of 400 tokens, up to its first token
+batch-1, batch-16   decoding: one prompt of T / 2 tokens, 128 more tokens of every row after the first, top-k 50
+prefill             a prompt of 25/32 T (400) tokens, up to its first token
 rollouts            16 answers of 64 tokens to each of 16 questions of 40 to 120 tokens, prompts included: the
                     reference 8 answers at a time, which is what its chat_rl does unless told otherwise
 rollouts-16         the same, the reference with all 16 answers to a question at a time
 greedy              the likeliest 128 tokens after four prompts, compared; no times
 
-Ours is measured with several engines: "int8" weights; "shared": the samples of a prompt share its keys and values.
+Ours is measured with several engines: "plain"; "int8" weights; "shared": the samples of a prompt share its keys and
+values.
 Printed (stderr; --json: one line on stdout): how many times as fast ours was, the median of the rounds with the lowest
 and highest, and milliseconds of both. A first round does not count. Compilation is not counted anywhere. Exit status 1
-where a greedy answer of ours in float32 parts from the reference's within its first 64 tokens.
+where, both in float32, a greedy answer of the plain engine parts from the reference's within its first 64 tokens.
 """
 
 from __future__ import annotations
@@ -56,7 +58,7 @@ class Measure(NamedTuple):
 def main() -> None:
     """Runs both and prints."""
     options = parse(sys.argv[1:])
-    asked = measures(options.vocab_size)
+    asked = measures(options.vocab_size, options.seq_len)
     with tempfile.TemporaryDirectory(prefix="compare_decode_") as folder:
         running: list[Child] = []
         try:
@@ -76,35 +78,39 @@ def main() -> None:
     if options.json:
         print(json.dumps(figures))
     for record in figures.get("greedy", ()):
-        if record["ours"] == "float32" and min(record["part_at"]) < MUST_AGREE:
+        if options.dtype == "float32" and record["ours"] == "plain" and min(record["part_at"]) < MUST_AGREE:
             sys.exit(f"error: greedy answers part after {min(record['part_at'])} tokens; {MUST_AGREE} should be equal")
 
 
 def parse(words: list[str]) -> argparse.Namespace:
     """The options. Exits with one line where one cannot be."""
-    what = [*measures(1), "greedy"]
+    what = [*measures(1, 512), "greedy"]
     known = parser(__doc__, rounds=5)
-    known.add_argument("--threads", type=int, default=2, help="CPUs of each (2)")
+    known.add_argument("--seq-len", type=int, default=512, help="context, tokens (512, the least)")
+    known.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where both generate (cpu)")
+    known.add_argument("--dtype", choices=("float32", "bfloat16"), help="precision (float32 on cpu, else bfloat16)")
+    known.add_argument("--threads", type=int, default=2, help="CPUs of each, on cpu (2)")
     known.add_argument("--what", nargs="+", choices=what, default=what)
     options = known.parse_args(words)
     check(options, "nanochat/engine.py")
+    if options.seq_len < 512:
+        sys.exit(f"error: --seq-len {options.seq_len}: the rollouts and greedy answers need 512 at least")
+    options.dtype = options.dtype or ("float32" if options.device == "cpu" else "bfloat16")
     return options
 
 
-def measures(vocab_size: int) -> dict[str, Measure]:
-    """Everything that is timed, by name."""
-    (prompt,) = prompts_of(vocab_size, (256,))
-    (long,) = prompts_of(vocab_size, (400,))
+def measures(vocab_size: int, length: int) -> dict[str, Measure]:
+    """Everything that is timed, by name, in a context of `length` tokens."""
+    (prompt,) = prompts_of(vocab_size, (length // 2,))
+    (long,) = prompts_of(vocab_size, (25 * length // 32,))
     lengths = tuple(int(length) for length in np.linspace(40, 120, QUESTIONS))
     asked = {"prompts": prompts_of(vocab_size, lengths), "samples": SAMPLES, "tokens": ROLLOUT_TOKENS}
     decoding = {"prompt": prompt, "steps": 128}
-    ways = ("float32", "float32, shared", "float32, one batch", "float32, one batch, shared")
+    ways = ("plain", "shared", "one batch", "one batch, shared")
     return {
-        "batch-1": Measure("decode", {"rows": 1, **decoding}, ("float32", "int8"), steps=128),
-        "batch-16": Measure(
-            "decode", {"rows": 16, **decoding}, ("float32", "int8", "shared", "int8, shared"), steps=128
-        ),
-        "prefill": Measure("decode", {"rows": 1, "prompt": long, "steps": 1}, ("float32", "int8"), figure="first"),
+        "batch-1": Measure("decode", {"rows": 1, **decoding}, ("plain", "int8"), steps=128),
+        "batch-16": Measure("decode", {"rows": 16, **decoding}, ("plain", "int8", "shared", "int8, shared"), steps=128),
+        "prefill": Measure("decode", {"rows": 1, "prompt": long, "steps": 1}, ("plain", "int8"), figure="first"),
         "rollouts": Measure("rollouts", asked | {"at_once": REFERENCE_AT_ONCE}, ways),
         "rollouts-16": Measure("rollouts", asked | {"at_once": SAMPLES}, ways[-1:]),
     }
@@ -120,13 +126,14 @@ def children(options: argparse.Namespace, folder: Path) -> tuple[list[Any], ...]
     """(name, command, folder, environment) of the reference and of ours, to be started one after the other."""
     width, spec = max(128, -(-64 * options.depth // 128) * 128), folder / "spec.json"
     model = {"n_layer": options.depth, "n_embd": width, "n_head": width // 128, "n_kv_head": width // 128}
-    model |= {"sequence_len": 512, "vocab_size": options.vocab_size, "window_pattern": "SSSL"}
+    model |= {"sequence_len": options.seq_len, "vocab_size": options.vocab_size, "window_pattern": "SSSL"}
     paths = {"nanochat": str(options.nanochat), "checkpoint": str(folder / "checkpoint")}
-    spec.write_text(
-        json.dumps(paths | {"model": model, "threads": options.threads, "sampling": SAMPLING, "samples": SAMPLES})
-    )
+    how = {"device": options.device, "dtype": options.dtype, "threads": options.threads}
+    spec.write_text(json.dumps(paths | how | {"model": model, "sampling": SAMPLING, "samples": SAMPLES}))
     reference, ours = environments(
-        folder, {"NANOCHAT_DTYPE": "float32", "CUDA_VISIBLE_DEVICES": ""}, {"JAX_PLATFORMS": "cpu"}
+        folder,
+        {"NANOCHAT_DTYPE": options.dtype} | ({"CUDA_VISIBLE_DEVICES": ""} if options.device == "cpu" else {}),
+        {"JAX_PLATFORMS": options.device, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
     )
     return (
         ["reference", [options.python, HERE / "decode_reference.py", spec], folder / "reference", reference],
@@ -170,7 +177,7 @@ def agreement(prompts: list[list[int]], reference: Child, ours: Child) -> list[d
     asked = {"prompts": prompts, "tokens": GREEDY_TOKENS}
     right = reference.work(work="greedy", variant="reference", **asked)
     records = []
-    for variant in ("float32", "int8"):
+    for variant in ("plain", "int8"):
         pairs = [
             list(zip(*both, strict=True))
             for both in zip(right, ours.work(work="greedy", variant=variant, **asked), strict=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import resource
 import sys
@@ -17,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nanochat_reference import commit, run_script, save_initial
+from nanochat_reference import HIDDEN, commit, run_script, save_initial
 from turns import Turns
 
 HERE = Path(__file__).resolve().parent
@@ -27,10 +28,7 @@ def main() -> None:
     """Trains as the file named by the only argument says."""
     spec = json.loads(Path(sys.argv[1]).read_text())
     sys.path[0] = spec["nanochat"]
-    for name in ("kernels", "nanochat_jax"):
-        found = importlib.util.find_spec(name)
-        if found and found.origin and HERE.parent in Path(found.origin).parents:
-            sys.exit(f"{name} is this project's here ({found.origin}): take it out of the reference's environment")
+    check_packages()
     sys.modules["wandb"] = types.ModuleType("wandb")
 
     import torch
@@ -39,16 +37,14 @@ def main() -> None:
     rss = resource.getrusage
     turns = Turns(torch.cuda.max_memory_allocated if cuda else lambda: 1024 * rss(resource.RUSAGE_SELF).ru_maxrss)
 
-    from nanochat import common, dataloader, flash_attention, gpt, tokenizer
+    from nanochat import common, dataloader, gpt, tokenizer
 
     turns.facts = {
         "commit": commit(Path(spec["nanochat"])),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "USE_FA3": flash_attention.USE_FA3,
+        "USE_FA3": uses_fa3(),
     }
-    if cuda and torch.cuda.get_device_capability()[0] == 9 and not flash_attention.USE_FA3:
-        sys.exit("USE_FA3 is false on Hopper: the reference would run without its FlashAttention 3; install `kernels`")
 
     def print_and_wait(text: str = "", **kwargs: Any) -> None:
         print(text, **kwargs)
@@ -78,6 +74,25 @@ def main() -> None:
     tokenizer.get_tokenizer, tokenizer.get_token_bytes = lambda: vocabulary, lambda device: None
     gpt.GPT.init_weights = init_and_save
     run_script("base_train", [f"--device-type={spec['device']}", *spec["arguments"]])
+
+
+def check_packages() -> None:
+    """Exits with one line where a package of this project would be taken for one of the reference."""
+    for name in HIDDEN:
+        found = importlib.util.find_spec(name)
+        if found and found.origin and HERE.parent in Path(found.origin).parents:
+            sys.exit(f"{name} is this project's here ({found.origin}): take it out of the reference's environment")
+
+
+def uses_fa3() -> bool:
+    """Whether the reference uses its FlashAttention 3. Exits with one line where it would and cannot."""
+    import torch
+    from nanochat import flash_attention
+
+    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+    if hopper and os.environ.get("NANOCHAT_DTYPE") == "bfloat16" and not flash_attention.USE_FA3:
+        sys.exit("USE_FA3 is false on Hopper: the reference would run without its FlashAttention 3; install `kernels`")
+    return flash_attention.USE_FA3
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ from nanochat_jax import cli
 def main() -> None:
     """Serves with the weights that the file named by the only argument tells of."""
     spec = json.loads(Path(sys.argv[1]).read_text())
-    held_to(spec["threads"])  # before the threads of JAX begin
+    if spec["device"] == "cpu":
+        held_to(spec["threads"])  # before the threads of JAX begin
 
     from nanochat_jax import convert
     from nanochat_jax.bench.decode import NoSpecials
@@ -30,7 +31,7 @@ def main() -> None:
     from nanochat_jax.sharding import make_mesh
 
     found = convert.open_checkpoint(Path(spec["checkpoint"]), 0)
-    config = replace(Config(), model=convert.model_config(found), compute_dtype="float32")
+    config = replace(Config(), model=convert.model_config(found), compute_dtype=spec["dtype"])
     cfg = gpt_config(config, spec["model"]["vocab_size"])
     params = convert.converted(found, cfg)
     sampling = SamplingParams(**spec["sampling"])

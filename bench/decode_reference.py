@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from compare_reference import check_packages, uses_fa3
 from nanochat_reference import HIDDEN, commit, save_initial
 from turns import answer, held_to
 
@@ -28,16 +29,21 @@ class NoSpecials:
 def main() -> None:
     """Makes the model that the file named by the only argument describes, saves it for the other side, and serves."""
     spec = json.loads(Path(sys.argv[1]).read_text())
-    held_to(spec["threads"])
     sys.path[0] = spec["nanochat"]
-    sys.modules.update({name: None for name in HIDDEN})
+    cuda = spec["device"] == "cuda"
+    if cuda:
+        check_packages()
+    else:
+        held_to(spec["threads"])
+        sys.modules.update({name: None for name in HIDDEN})
 
     import torch
 
-    torch.set_num_threads(spec["threads"])
+    if not cuda:
+        torch.set_num_threads(spec["threads"])
     from nanochat.engine import Engine
 
-    model = weights(spec["model"])
+    model = weights(spec["model"]).to(spec["device"])
     save_initial(model, spec["checkpoint"])
     engine, sampling = Engine(model.eval(), NoSpecials()), spec["sampling"]
 
@@ -72,6 +78,7 @@ def main() -> None:
 
     works: dict[str, Callable[..., Any]] = {"decode": decode, "rollouts": rollouts, "greedy": greedy}
     facts = {"commit": commit(Path(spec["nanochat"])), "torch": torch.__version__, "threads": torch.get_num_threads()}
+    facts["USE_FA3"] = uses_fa3()
     answer(lambda work, variant, **options: works[work](**options), facts)
 
 

@@ -342,7 +342,7 @@ def test_generation_is_compared_round_by_round_and_answers_token_by_token(script
         return Child(name, command, tmp_path / name, os.environ | {"PYTHONPATH": str(ROOT / "bench")})
 
     theirs = child("reference", 8, {"reference": [[1, 2, 3, 4], [5, 5, 5, 5]]})
-    ours = child("ours", 1, {"float32": [[1, 2, 3, 4], [5, 5, 5, 5]], "int8": [[1, 0, 3, 4], [5, 5, 5, 5]]})
+    ours = child("ours", 1, {"plain": [[1, 2, 3, 4], [5, 5, 5, 5]], "int8": [[1, 0, 3, 4], [5, 5, 5, 5]]})
     try:
         assert (theirs.facts(), ours.facts()) == ({"factor": 8}, {"factor": 1})
         asked = {"decoding": compare_decode.Measure("decode", {}, ("fast", "slow"), steps=4)}
@@ -356,7 +356,7 @@ def test_generation_is_compared_round_by_round_and_answers_token_by_token(script
     assert [fast[name] for name in ("lowest_ratio", "ratio", "highest_ratio")] == pytest.approx(
         [4, (16 / 4 + 24 / 5) / 2, 24 / 5]
     )
-    assert exact == {"ours": "float32", "part_at": [4, 4], "equal": [1, 1], "different_tokens": [4, 1]}
+    assert exact == {"ours": "plain", "part_at": [4, 4], "equal": [1, 1], "different_tokens": [4, 1]}
     assert (rounded["part_at"], rounded["equal"]) == ([1, 4], [0.75, 1])
     said = compare_decode.summary({"speeds": [fast], "greedy": [rounded]})
     assert "ratio 4.40 (rounds 4.00 to 4.80)" in said and "equal up to [1, 4]" in said
@@ -365,17 +365,18 @@ def test_generation_is_compared_round_by_round_and_answers_token_by_token(script
 def test_generation_is_compared_on_prompts_that_fit(scripts):
     import compare_decode
 
-    asked = compare_decode.measures(100)
+    asked = compare_decode.measures(100, 512)
     assert len(asked["batch-16"].options["prompt"]) == 256 and len(asked["prefill"].options["prompt"]) == 400
     questions = asked["rollouts"].options["prompts"]
     assert [len(questions), len(questions[0]), len(questions[-1])] == [16, 40, 120]
-    assert max(map(max, questions)) < 100 and compare_decode.measures(100) == asked
+    assert max(map(max, questions)) < 100 and compare_decode.measures(100, 512) == asked
 
 
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
         ({"--rounds": 0}, r"^error: --rounds 0: at least 1 is needed$"),
+        ({"--seq-len": 256}, r"^error: --seq-len 256: the rollouts and greedy answers need 512 at least$"),
         ({"--python": "/nowhere/python"}, r"^error: --python /nowhere/python: no such program"),
         ({"--nanochat": "/nowhere"}, r"^error: --nanochat /nowhere: no nanochat/engine.py there"),
     ],
