@@ -48,6 +48,19 @@ def prompts(tokenizer):
     return [[tokenizer.bos_id, *tokenizer.encode(text)] for text in texts]
 
 
+@pytest.fixture(params=[False, True], ids=["waits", "runs ahead"])
+def ahead(request, monkeypatch):
+    """Both ways to launch decodes: as on a CPU, and as on a GPU."""
+    made = engine_module.Engine.__init__
+
+    def init(engine, *args, **kwargs):
+        made(engine, *args, **kwargs)
+        engine._runs_ahead = request.param
+
+    monkeypatch.setattr(engine_module.Engine, "__init__", init)
+    return request.param
+
+
 def one_at_a_time(params, cfg, tokenizer, prompt, count):
     """Greedy continuation by the full forward pass, nothing cached."""
     end = {tokenizer.bos_id, tokenizer.special_id("<|assistant_end|>")}
@@ -119,6 +132,7 @@ def knobs_at_random(random, i):
     )
 
 
+@pytest.mark.usefixtures("ahead")
 def test_no_row_depends_on_its_neighbours_with_joins_and_leaves_at_random(model, tokenizer, prompts):
     """Streams that begin and are broken off at random, whole requests between them: token for token as one at a time."""
     params, cfg = model
@@ -145,6 +159,27 @@ def test_no_row_depends_on_its_neighbours_with_joins_and_leaves_at_random(model,
     for i, answer in enumerate(alone):
         assert got[i].ids == answer.ids and got[i].finish_reason == answer.finish_reason, i
     assert sizes_decoded(engine) == {1, 4}
+
+
+def test_the_next_tokens_are_asked_for_before_the_last_ones_are_there_unless_somebody_waits(
+    model, tokenizer, prompts, ahead, monkeypatch
+):
+    params, cfg = model
+    happened = []
+
+    def noting(name, real):
+        return lambda *args, **kwargs: (happened.append(name), real(*args, **kwargs))[1]
+
+    monkeypatch.setattr(engine_module, "decode", noting("decode", engine_module.decode))
+    monkeypatch.setattr(jax, "device_get", noting("get", jax.device_get))
+    engine = Engine(params, cfg, tokenizer, max_rows=1)
+    engine._waiting.append([engine._row(prompts[0], SamplingParams(1.0, max_tokens=60), None)])
+    engine.step()
+    assert happened == (["decode", "decode", "get"] if ahead else ["decode", "get", "decode"])
+    happened.clear()
+    engine._waiting.append([engine._row(prompts[1], SamplingParams(1.0, max_tokens=60), None)])
+    engine.step()
+    assert happened == ["get", "decode"]
 
 
 def sizes_decoded(engine):
@@ -209,6 +244,7 @@ def test_the_last_row_of_a_full_batch_goes_on_alone(model, tokenizer, prompts):
     assert sizes_decoded(engine) == {1, 4, 8}
 
 
+@pytest.mark.usefixtures("ahead")
 def test_samples_that_share_a_prompt_say_what_rows_of_their_own_say(model, tokenizer, prompts):
     """Also fewer samples than share a prompt, more prompts than fit, and a stream beside them."""
     params, cfg = model
@@ -307,6 +343,7 @@ def rigged(tokenizer, *chains):
     }, cfg
 
 
+@pytest.mark.usefixtures("ahead")
 def test_the_tool_is_called_and_its_answer_forced(tokenizer):
     """The expression goes to the calculator, the result comes back masked, and the model goes on after it."""
     special = {name: tokenizer.special_id(f"<|{name}|>") for name in ("python_start", "python_end", "output_end")}
@@ -455,6 +492,7 @@ def test_text_is_whole_characters_up_to_a_stop_string(pieces, stop, expected, st
         assert fed.decode(errors="replace")[: -stream.dropped] == expected
 
 
+@pytest.mark.usefixtures("ahead")
 def test_a_stop_string_ends_an_answer_before_it(model, tokenizer, prompts):
     params, cfg = model
     engine = Engine(params, cfg, tokenizer, max_rows=2)
@@ -495,6 +533,7 @@ def test_texts_that_came_together_are_one_event(model, prompts):
     assert [len(event["text"]) for event in texts] == [1, 16, 1] and done["usage"]["completion_tokens"] == 18
 
 
+@pytest.mark.usefixtures("ahead")
 def test_streams_share_the_batch_and_say_what_generate_says(model, tokenizer, prompts):
     params, cfg = model
     engine = Engine(params, cfg, tokenizer, max_rows=3)
@@ -543,6 +582,7 @@ def test_requests_that_do_not_fit_wait_in_order(model, tokenizer, prompts):
     assert ended == rows
 
 
+@pytest.mark.usefixtures("ahead")
 @pytest.mark.parametrize(("failing", "after"), [("prefill", 0), ("prefill", 1), ("decode", 0)])
 def test_a_failing_step_breaks_off_what_runs_and_the_engine_goes_on(
     model, tokenizer, prompts, monkeypatch, failing, after
@@ -586,6 +626,7 @@ def test_whoever_waits_for_a_row_that_failed_is_told(model, tokenizer, prompts):
         list(stream)
 
 
+@pytest.mark.usefixtures("ahead")
 def test_closing_a_stream_frees_its_row(model, tokenizer, prompts):
     params, cfg = model
     engine = Engine(params, cfg, tokenizer, max_rows=1)

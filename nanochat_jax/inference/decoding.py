@@ -24,12 +24,14 @@ from kernels.reference import MASKED
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.model import (
     BATCH_AXES,
+    EPS,
     GATE_CHANNELS,
     SMEAR_CHANNELS,
     SOFTCAP,
     Params,
     attend,
     check_length,
+    per_device,
     rms,
     rope,
     scaled,
@@ -79,6 +81,12 @@ def product(weight: jax.Array | Int8, x_IC: jax.Array) -> jax.Array:
     y_OC = jax.lax.dot_general(weight.values, x8_IC, over, preferred_element_type=jnp.int32)
     y_OC = y_OC[:, : columns[0], ...].astype(jnp.float32)
     return (y_OC * scales_C[None] * weight.scales.reshape(-1, *[1] * len(columns))).astype(x_IC.dtype)
+
+
+def of_few(weight_OI: jax.Array, x_IC: jax.Array) -> jax.Array:
+    """`product` of few inputs: on a GPU it becomes a part of what surrounds it, not a kernel of its own."""
+    weight = weight_OI.reshape(*weight_OI.shape, *[1] * (x_IC.ndim - 1)).astype(jnp.float32)
+    return jnp.sum(weight * x_IC[None].astype(jnp.float32), axis=1).astype(x_IC.dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "quantize"))
@@ -179,15 +187,16 @@ def ring_positions(last_B: jax.Array, slots: int) -> jax.Array:
     return last_B1 - (last_B1 - jnp.arange(slots)[None]) % slots
 
 
-Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
-"""(layer, q [K, G, H, *C], k [K, H, *C], v [K, H, *C]) -> [K, G, H, *C]; G query heads share a key/value head."""
+Attend = Callable[[int, jax.Array, jax.Array | None], jax.Array]
+"""(layer, qkv [K, G + 2, H, *C], v [K, H, *C] or None) -> [K, G, H, *C]; G query heads share a key/value head. Queries
+and key are as the product gave them; v stands for the last of qkv where it is not None.
+"""
 
 
 def hidden(
     weights: Weights,
     cfg: GPTConfig,
     tokens_C: jax.Array,
-    positions_C: jax.Array,
     previous: Callable[[jax.Array], jax.Array],
     attention: Attend,
 ) -> tuple[jax.Array, jax.Array]:
@@ -204,13 +213,6 @@ def hidden(
     def spread(x_DC: jax.Array) -> jax.Array:
         return shard(x_DC, None, BATCH_AXES, *[None] * (len(columns) - 1))
 
-    def rotated(x_KGHC: jax.Array) -> jax.Array:
-        halves = x_KGHC.reshape(*x_KGHC.shape[:2], 2, -1, *columns)
-        swapped_KGHC = jax.lax.rev(halves, (2,)).reshape(x_KGHC.shape)
-        return cfg.qk_scale * rms(x_KGHC * cos + swapped_KGHC * sin, axis=2)
-
-    tables = rope(positions_C, cfg.head_dim, cfg.rope_base, dtype)
-    cos, sin = (jnp.moveaxis(table[..., 0, :], -1, 0)[None, None] for table in tables)
     embedding_DC = x_DC = spread(rms(looked_up(weights["wte"]), axis=0))
     if cfg.smear:
         gate_1C = jax.nn.sigmoid(product(weights["smear_gate"], x_DC[:SMEAR_CHANNELS]))
@@ -222,12 +224,12 @@ def hidden(
             x_DC = scaled(weights["resid_lambda"][i], x_DC) + scaled(weights["x0_lambda"][i], x0_DC)
         h_DC = rms(x_DC, axis=0)
         qkv = product(layer["qkv"], h_DC).reshape(cfg.n_kv_head, -1, cfg.head_dim, *columns)
-        v_KHC = qkv[:, -1]
+        v_KHC = None
         if cfg.has_value_embedding(i):
-            gate_KC = 3 * jax.nn.sigmoid(product(layer["ve_gate"], h_DC[:GATE_CHANNELS]))
-            v_KHC = v_KHC + gate_KC[:, None] * looked_up(weights[f"value_embed_{i}"]).reshape(v_KHC.shape)
-        qk = rotated(qkv[:, :-1])
-        y_KGHC = attention(i, qk[:, :-1], qk[:, -1], v_KHC)
+            gate_KC = 3 * jax.nn.sigmoid(of_few(layer["ve_gate"], h_DC[:GATE_CHANNELS]))
+            embedded_KHC = looked_up(weights[f"value_embed_{i}"]).reshape(cfg.n_kv_head, cfg.head_dim, *columns)
+            v_KHC = qkv[:, -1] + gate_KC[:, None] * embedded_KHC
+        y_KGHC = attention(i, qkv, v_KHC)
         x_DC = x_DC + product(layer["out"], y_KGHC.reshape(-1, *columns))
         h_FC = product(layer["fc"], rms(x_DC, axis=0))
         x_DC = spread(x_DC + product(layer["down"], jnp.square(jax.nn.relu(h_FC))))
@@ -236,6 +238,22 @@ def hidden(
     if cfg.backout:
         x_DC = x_DC - weights["backout_lambda"][0].astype(dtype) * middle_DC
     return rms(x_DC, axis=0), embedding_DC
+
+
+def turning(cfg: GPTConfig, tables: tuple[jax.Array, jax.Array]) -> Callable[..., tuple[jax.Array, ...]]:
+    """What makes, of qkv and v as `Attend` has them, queries, key and value as attention takes them; `tables`: of
+    `model.rope`, for the columns.
+    """
+    cos, sin = (jnp.moveaxis(table[..., 0, :], -1, 0)[None, None] for table in tables)
+
+    def turned(qkv: jax.Array, v_KHC: jax.Array | None) -> tuple[jax.Array, ...]:
+        x_KGHC = qkv[:, :-1]
+        halves = x_KGHC.reshape(*x_KGHC.shape[:2], 2, -1, *x_KGHC.shape[3:])
+        swapped_KGHC = jax.lax.rev(halves, (2,)).reshape(x_KGHC.shape)
+        qk = cfg.qk_scale * rms(x_KGHC * cos + swapped_KGHC * sin, axis=2)
+        return qk[:, :-1], qk[:, -1], qkv[:, -1] if v_KHC is None else v_KHC
+
+    return turned
 
 
 def logits_of(weights: Weights, cfg: GPTConfig, x_DC: jax.Array) -> jax.Array:
@@ -261,8 +279,11 @@ def read(weights: Weights, cfg: GPTConfig, tokens_PT: jax.Array) -> Prompts:
     # Each of the many lengths is a compilation, which takes mosaic seconds; cuDNN runs wherever mosaic does.
     impl = "cudnn" if cfg.attention == "mosaic" else cfg.attention
     keys, values = [], []
+    positions_PT = jnp.broadcast_to(jnp.arange(tokens_PT.shape[1]), tokens_PT.shape)
+    turned = turning(cfg, rope(positions_PT, cfg.head_dim, cfg.rope_base, jnp.dtype(cfg.compute_dtype)))
 
-    def attention(i: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    def attention(i: int, qkv: jax.Array, v: jax.Array | None) -> jax.Array:
+        q, k, v = turned(qkv, v)
         q_PTNH = q.reshape(-1, *q.shape[2:]).transpose(2, 3, 0, 1)
         k_PTKH, v_PTKH = k.transpose(2, 3, 0, 1), v.transpose(2, 3, 0, 1)
         keys.append(k_PTKH)
@@ -270,9 +291,8 @@ def read(weights: Weights, cfg: GPTConfig, tokens_PT: jax.Array) -> Prompts:
         y_PTNH = attend(q_PTNH, k_PTKH, v_PTKH, cfg.windows[i], impl)
         return y_PTNH.transpose(2, 3, 0, 1).reshape(q.shape)
 
-    positions_PT = jnp.broadcast_to(jnp.arange(tokens_PT.shape[1]), tokens_PT.shape)
     x_DPT, embedding_DPT = hidden(
-        weights, cfg, tokens_PT, positions_PT, lambda x: jnp.pad(x, ((0, 0), (0, 0), (1, 0)))[:, :, :-1], attention
+        weights, cfg, tokens_PT, lambda x: jnp.pad(x, ((0, 0), (0, 0), (1, 0)))[:, :, :-1], attention
     )
     return Prompts(x_DPT, jnp.moveaxis(embedding_DPT, 0, -1), keys, values)
 
@@ -342,6 +362,54 @@ def attend_cache(
     return y_BKGH + apart(jnp.einsum("PKMS,PKSH->PKMH", together(of_prompt), shared["v"]))
 
 
+def has_kernel(cfg: GPTConfig) -> bool:
+    """Whether one query a row attends in `kernels.decode_attention`: with the other implementations for a GPU, what
+    `auto` means there, only once it has been seen to be right and faster on one.
+    """
+    return cfg.attention in ("pallas", "pallas_interpreted") and cfg.head_dim & (cfg.head_dim - 1) == 0
+
+
+def attend_cache_in_a_kernel(
+    qkv: jax.Array,
+    v_KHB: jax.Array | None,
+    own: dict[str, jax.Array],
+    shared: dict[str, jax.Array] | None,
+    tables: tuple[jax.Array, jax.Array],
+    positions_B: jax.Array,
+    first_B: jax.Array,
+    cfg: GPTConfig,
+    layer: int,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """What `attend_cache` gives, of queries, key and value as `Attend` has them, and the row's own slots with the new
+    ones: each device does its own rows and heads.
+    """
+    # Pallas takes up to half a second to import.
+    from kernels.decode_attention import Setup, decode_attention
+
+    setup = Setup(cfg.windows[layer], cfg.qk_scale, EPS, "interpreted" in cfg.attention)
+    heads = len(positions_B), cfg.n_kv_head
+    cos, sin = (jnp.broadcast_to(table, (*heads, cfg.head_dim)) for table in tables)
+    places = jnp.broadcast_to(jnp.stack([positions_B, first_B], axis=-1)[:, None], (*heads, 2))
+    given = {"qkv": qkv.transpose(3, 0, 1, 2), "cos": cos, "sin": sin, "places": places, "k": own["k"], "v": own["v"]}
+    if alone := own["k"].ndim == 3:  # see `squeezed`
+        given |= {name: own[name][None] for name in ("k", "v")}
+    if v_KHB is not None:
+        given["value"] = v_KHB.transpose(2, 0, 1)
+    if shared is not None:
+        given |= {"shared_k": shared["k"], "shared_v": shared["v"]}
+
+    def local(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+        x = dict(zip(given, arrays, strict=True))
+        of_prompts = (x["shared_k"], x["shared_v"]) if shared is not None else None
+        tables = x["cos"], x["sin"]
+        return decode_attention(
+            x["qkv"], x.get("value"), *tables, x["places"], (x["k"], x["v"]), of_prompts, setup=setup
+        )
+
+    y_BKGH, k, v = per_device(local, (BATCH_AXES, "tensor"), tuple(given.values()))
+    return y_BKGH, {"k": k[0], "v": v[0]} if alone else {"k": k, "v": v}
+
+
 def step(
     weights: Weights,
     cache: Cache,
@@ -358,8 +426,15 @@ def step(
     """
     own = list(cache["own"])
     shared = cache.get("shared", [None] * cfg.n_layer)
+    tables = rope(positions_B, cfg.head_dim, cfg.rope_base, jnp.dtype(cfg.compute_dtype))
+    turned = turning(cfg, tables)
 
-    def attention(i: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    def in_a_kernel(i: int, qkv: jax.Array, v: jax.Array | None) -> jax.Array:
+        y_BKGH, own[i] = attend_cache_in_a_kernel(qkv, v, own[i], shared[i], tables, positions_B, first_B, cfg, i)
+        return y_BKGH.transpose(1, 2, 3, 0)
+
+    def attention(i: int, qkv: jax.Array, v: jax.Array | None) -> jax.Array:
+        q, k, v = turned(qkv, v)
         slots_B = (positions_B - first_B) % own[i]["k"].shape[-2]
         new = {"k": k.transpose(2, 0, 1), "v": v.transpose(2, 0, 1)}
         own[i] = {name: put(panel, new[name], slots_B) for name, panel in own[i].items()}
@@ -369,6 +444,6 @@ def step(
     def previous(x_DB: jax.Array) -> jax.Array:
         return jnp.where(positions_B[None] > 0, cache["prev"].T, 0).astype(x_DB.dtype)
 
-    x_DB, embedding_DB = hidden(weights, cfg, tokens_B, positions_B, previous, attention)
+    x_DB, embedding_DB = hidden(weights, cfg, tokens_B, previous, in_a_kernel if has_kernel(cfg) else attention)
     prev_BD = jnp.where(active_B[:, None], embedding_DB.T, cache["prev"])
     return logits_of(weights, cfg, x_DB), cache | {"prev": prev_BD, "own": own}

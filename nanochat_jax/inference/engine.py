@@ -3,7 +3,8 @@
 It holds a KV cache of `max_rows` rows. Whoever waits for tokens drives it: `generate` and every open `stream` call
 `step` under one lock, and a step serves all rows, so that several threads share each decode without a scheduler thread.
 A step decodes up to CHUNK tokens of every row in use on the device; while the host looks at what was written it is
-already at the next ones, unless a row has ended, waits for a tool, or somebody wants to join.
+already at the next ones, unless a row has ended, waits for a tool, or somebody wants to join. A GPU is asked for them
+before it is done with the ones before, which the host's part of a call would otherwise delay.
 
 When the model closes a python block, the expression in it is evaluated (`tools.py`) and the result is forced into the
 row, as the reference does; forced tokens carry mask 0.
@@ -19,7 +20,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -110,6 +111,7 @@ class Engine:
         self._drivers: set[int] = set()
         self._rows: dict[int, Row] = {}
         self._flight: Flight | None = None
+        self._runs_ahead, self._steady = not on_cpu, False
         shared = (self._groups, self.max_len) if samples > 1 else (0, 0)
         # Not a method of this engine: held by it, it would keep the cache on the device until Python looks for cycles.
         empty = functools.partial(empty_cache, cfg, self.max_rows, self.reaches[-1], *shared)
@@ -234,7 +236,7 @@ class Engine:
 
     def compile_decode(self, sampling: SamplingParams, rows: int, reach: int) -> None:
         """Compile decoding `rows` rows that draw so and reach so far: of `decode_sizes` and `reaches`."""
-        nobodys = jax.tree.map(self._place, nobodys_rows(np.arange(rows, dtype=np.int32)))
+        nobodys = self._place(nobodys_rows(np.arange(rows, dtype=np.int32)))
         with self._lock:
             self._decode(nobodys, 0, self._method([sampling]), reach)
 
@@ -254,14 +256,20 @@ class Engine:
                 raise
 
     def _step(self) -> None:
+        if self._flight is not None and all(row.done for row in self._flight.owners.values()):
+            self._flight = None  # it ran ahead for rows that had ended
         if self._flight is None:
             self._join()
             self._flight = self._launch(None) if self._rows else None
         if self._flight is None:
             return
         flight, self._flight = self._flight, None
-        written, active = jax.device_get((flight.written, flight.rows["active"]))
-        if not self._may_join() and all(active[at] and not row.done for at, row in flight.owners.items()):
+        if self._runs_ahead and self._steady and not self._waiting:
+            self._flight = self._launch(flight, CHUNK)
+        written = jax.device_get(flight.written)
+        # Where a row has ended or waits for a tool, the host has to say how it goes on.
+        self._steady = all(written.active[at] and not row.done for at, row in flight.owners.items())
+        if self._flight is None and self._steady and not self._may_join():
             self._flight = self._launch(flight, int(written.count))
         arrays = (written.tokens, written.drawn, written.logprobs)
         for tokens, drawn, logprobs in zip(*(array[: written.count].tolist() for array in arrays), strict=True):
@@ -327,7 +335,7 @@ class Engine:
             self._cache = prefill(
                 self.weights,
                 self._cache,
-                *map(self._place, (tokens, counts, last)),
+                *self._place((tokens, counts, last)),
                 source,
                 slot,
                 place,
@@ -343,7 +351,7 @@ class Engine:
         limit = CHUNK
         if before is None:
             owners, rows = self._host_rows()
-            rows = jax.tree.map(self._place, rows)
+            rows, self._steady = self._place(rows), True
             # Whoever waits for the first token of an answer gets it without waiting for more.
             limit = 1 if any(not row.completion.ids for row in owners.values()) else CHUNK
         else:
@@ -511,6 +519,6 @@ class Engine:
     def _round(self, rows: int) -> int:
         return -(-rows // self._shards) * self._shards
 
-    def _place(self, x: np.ndarray) -> jax.Array:
-        """An array whose first axis is rows, cut over the mesh's data shards."""
-        return jax.device_put(x, NamedSharding(self.mesh, P(BATCH_AXES)))
+    def _place(self, arrays: Any) -> Any:
+        """Arrays whose first axis is rows, cut over the mesh's data shards."""
+        return jax.device_put(arrays, NamedSharding(self.mesh, P(BATCH_AXES)))

@@ -30,7 +30,7 @@ from nanochat_jax.inference.decoding import (
 
 FEW = 50
 """Candidates kept where every row with a top-k restricts itself to at most so many: sorting the vocabulary is slow."""
-MANY = 2**17
+MANY = 2**15
 """Logits of which the best are found in two stages."""
 BLOCK = 16
 """Tokens that the first stage takes together."""
@@ -200,13 +200,14 @@ def nobodys_rows(slots_B: np.ndarray) -> Rows:
 
 class Written(NamedTuple):
     """What `decode` wrote: how many tokens at most, and of each [CHUNK, B]: the token (-1: nothing), whether the model
-    drew it, and its log-probability (0 where not asked for, or not drawn).
+    drew it, and its log-probability (0 where not asked for, or not drawn); [B]: whether the row goes on.
     """
 
     count: jax.Array
     tokens: jax.Array
     drawn: jax.Array
     logprobs: jax.Array
+    active: jax.Array
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "method", "reach"), donate_argnames=("cache", "rows"))
@@ -233,7 +234,8 @@ def decode(
     batch = len(rows["token"])
     running = jnp.sum(rows["active"])
     blank = jnp.full((CHUNK, batch), -1, jnp.int32)
-    written = Written(jnp.int32(0), blank, jnp.zeros((CHUNK, batch), bool), jnp.zeros((CHUNK, batch), jnp.float32))
+    flags, numbers = jnp.zeros((CHUNK, batch), bool), jnp.zeros((CHUNK, batch), jnp.float32)
+    written = Written(jnp.int32(0), blank, flags, numbers, rows["active"])
 
     def proceed(carry: tuple) -> jax.Array:
         written, rows, _, paused, ended = carry
@@ -256,13 +258,14 @@ def decode(
         budget = rows["budget"] - wrote
         if method.penalized:
             cache = cache | {"seen": cache["seen"].at[jnp.arange(batch), token].max(wrote)}
-        now = written.count
+        now, goes_on = written.count, wrote & ~waits & (budget > 0)
         return (
             Written(
                 now + 1,
                 written.tokens.at[now].set(jnp.where(active, token, -1)),
                 written.drawn.at[now].set(active & drawn),
                 written.logprobs.at[now].set(jnp.where(wrote & drawn, logprob, 0.0)),
+                goes_on,
             ),
             rows
             | {
@@ -270,7 +273,7 @@ def decode(
                 "position": rows["position"] + wrote,
                 "budget": budget,
                 "taken": rows["taken"] + (wrote & ~drawn),
-                "active": wrote & ~waits & (budget > 0),
+                "active": goes_on,
             },
             cache,
             paused + jnp.sum(waits),
