@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Everything that a GPU is to be asked, in under nine minutes (its parts without EXTRA took 447 s together on an H200):
-# every attention kernel against the reference, small and real shapes; attention in TFLOP/s; the training step at depth 12
-# and 20, in fp8, with cuDNN; decoding; a whole pipeline; and, given its checkout, the reference's own training.
+# Everything that a GPU is to be asked, in under nine minutes (its first parts took 447 s together on an H200): every
+# attention kernel against the reference, small and real shapes; attention in TFLOP/s; the training step at depth 12
+# and 20, in fp8, with cuDNN; decoding, by XLA and by the kernel; a whole pipeline; and, given its checkout, the
+# reference's own training and generation.
 #
 #     bench/gpu_session.sh [FOLDER]        # $OUT, or gpu_session/: gpu_session.json, .md, .log
 #
@@ -11,7 +12,8 @@
 #
 #     PYTHON      python with this project's requirements (python3)
 #     LIMIT       seconds for all parts together (520)
-#     EXTRA=1     also the step with other attention, with other XLA flags, and by parts: 300 s more
+#     EXTRA=1     also the step with other attention, in float32, with --remat, with other XLA flags, and by parts, and
+#                 decoding whose loop is one CUDA graph: 400 s more
 #     PARTS       names of parts, where not all are wanted ("attention-real decode")
 #     ROWS_20     rows that depth 20 is tried with, the first that fit ("32 16 8"; 32 need more than 80 GB to be fast)
 #     CHECKED     attention that is checked and timed ("cudnn pallas mosaic")
@@ -23,7 +25,7 @@ set -u
 cd "$(dirname "$0")/.."
 FOLDER=$(mkdir -p "${1:-${OUT:-gpu_session}}" && cd "${1:-${OUT:-gpu_session}}" && pwd)
 PYTHON=${PYTHON:-python3}
-DEADLINE=$((SECONDS + ${LIMIT:-$((520 + 300 * ${EXTRA:-0}))}))
+DEADLINE=$((SECONDS + ${LIMIT:-$((520 + 400 * ${EXTRA:-0}))}))
 PIECES=$(mktemp -d)
 LOG=$FOLDER/gpu_session.log
 trap 'rm -rf "$PIECES"' EXIT
@@ -31,6 +33,7 @@ trap 'rm -rf "$PIECES"' EXIT
 
 CHECKED=${CHECKED:-cudnn pallas mosaic}
 SMALL=() COMPARE=(--device cuda --depth 12 --seq-len 2048 --batch 32 --vocab-size 32768 --rounds 4 --steps 3)
+GENERATE=(--device cuda --depth 12 --seq-len 2048 --vocab-size 32768 --rounds 3 --what batch-1 batch-16 prefill)
 PATIENCE=1
 if [ -n "${REHEARSE:-}" ]; then
     export JAX_PLATFORMS=cpu
@@ -39,6 +42,7 @@ if [ -n "${REHEARSE:-}" ]; then
         --tokenizer.vocab-size 512 --base.total-batch-size 1024 --base.device-batch-size 2 --repeat 1 --rows 1)
     CHECKED="reference pallas_interpreted" CUDNN=reference
     COMPARE=(--depth 2 --seq-len 128 --batch 2 --vocab-size 512 --rounds 1 --steps 1)
+    GENERATE=(--depth 2 --vocab-size 512 --rounds 1 --what batch-1)
 fi
 
 # part NAME LIMIT COMMAND...: runs it for LIMIT seconds at most; its last line on stdout and how it ended are kept.
@@ -87,7 +91,8 @@ step train-20 110 20 "${ROWS_20:-32 16 8}" --step-only
 part pipeline 170 bash -c '"$0" run_speedrun.py --experiment experiments/smoke.py --workdir "$1" --model.head-dim 64 \
     --compute-dtype bfloat16 >&2 && printf "{\"pipeline\": \"%s\"}\n" "$(ls "$1" | tr "\n" " ")"' "$PYTHON" "$PIECES/run"
 step train-20-fp8 120 20 "16 8" --step-only --fp8
-ours decode 60 decode "${GPU[@]}" --repeat 3 --step-only
+ours decode 60 decode "${GPU[@]}" --repeat 5 --step-only
+ours decode-kernel 60 decode "${GPU[@]}" --repeat 5 --step-only --attention pallas
 ours attention-grouped 40 attention "${GPU[@]}" --model.depth 8 --model.n-kv-head 2 --model.sequence-len 640 --rows 3 \
     --repeat 2 "${IMPLEMENTATIONS[@]}"
 ours attention-narrow 40 attention "${GPU[@]}" --model.depth 4 --model.head-dim 64 --model.sequence-len 1000 --rows 2 \
@@ -98,11 +103,18 @@ step train-12-cudnn 70 12 "64 32 16" --step-only --attention "${CUDNN:-cudnn}"
 if [ -n "${NANOCHAT:-}" ]; then
     part compare 150 "$PYTHON" bench/compare_nanochat.py --nanochat "$NANOCHAT" \
         --python "${NANOCHAT_PYTHON:-$PYTHON}" --json "${COMPARE[@]}"
+    part generate 120 "$PYTHON" bench/compare_decode.py --nanochat "$NANOCHAT" \
+        --python "${NANOCHAT_PYTHON:-$PYTHON}" --json "${GENERATE[@]}"
 fi
 if [ -n "${EXTRA:-}" ]; then
     for impl in ${IMPLS:-pallas}; do
         step "train-12-$impl" 70 12 "64 32 16" --step-only --attention "$impl"
     done
+    step train-12-remat 70 12 "64 32 16" --step-only --remat
+    ours train-12-float32 90 train --experiment experiments/d12.py --compute-dtype float32 --repeat 3 \
+        --base.total-batch-size 65536 --base.device-batch-size 8 --step-only
+    XLA_FLAGS="${XLA_FLAGS:-} --xla_gpu_enable_command_buffer=+WHILE" \
+        ours decode-graph 60 decode "${GPU[@]}" --repeat 5 --step-only --attention pallas
     step profile-12 130 12 "64 32 16"
     number=0
     for flags in xla_gpu_dot_merger_threshold_mb=32 xla_gpu_enable_triton_gemm=true xla_gpu_enable_command_buffer=; do

@@ -49,7 +49,7 @@ def faults(part: dict[str, Any]) -> Iterator[str]:
         yield said.get(part["status"], f"ended with status {part['status']}")
     elif not part["figures"]:
         yield "printed no figures"
-    for record in part["figures"].get("attention", ()):
+    for record in (*part["figures"].get("attention", ()), *part["figures"].get("over_cache", ())):
         if not record["right"]:
             yield f"{record['impl']}, window {record['window']}: {record.get('error', 'differs from the reference')}"
 
@@ -70,6 +70,7 @@ def page(parts: dict[str, dict], wrong: Sequence[str]) -> str:
         "Training step": steps,
         **{f"{name}: where the time of a step goes": one.get("parts") for name, one in figures.items()},
         **{name: one.get("speeds") for name, one in figures.items()},
+        **{f"{name}: attention over the cache": one.get("over_cache") for name, one in figures.items()},
         "Against the reference": [{"figure": name, **compared[name]} for name in names if compared],
         "Parts": [{"part": name, **{key: part[key] for key in ("status", "seconds")}} for name, part in parts.items()],
     }

@@ -15,7 +15,7 @@ import pytest
 
 from kernels.attention import IMPLEMENTATIONS
 from nanochat_jax import cli, metrics
-from nanochat_jax.bench import Settings, attention, decode, measure
+from nanochat_jax.bench import Settings, attention, cache_attention, decode, measure
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.model import flops_per_token
 
@@ -139,6 +139,27 @@ def test_decoding_is_what_the_answer_takes_longer_than_the_prompt(bench, monkeyp
     (arrived,) = figures["arrivals"]
     assert arrived["rows"] == 3 and arrived["lowest_ratio"] <= arrived["ratio"] <= arrived["highest_ratio"]
     assert arrived["tok_per_sec"] == pytest.approx(arrived["ratio"] * arrived["one_row_tok_per_sec"])
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_attention_over_the_cache_is_checked_by_xla_and_by_the_kernel(bench, monkeypatch, broken):
+    """Rows on their own, and sixteen that share a prompt."""
+    if broken:
+        right = cache_attention.over_cache_by_kernel
+
+        def wrong(qkv, v, own, *rest):
+            y_BKGH, kept = right(qkv, v, own, *rest)
+            return y_BKGH, {"k": kept["k"], "v": own["v"]}
+
+        monkeypatch.setattr(cache_attention, "over_cache_by_kernel", wrong)
+    options = "--attention", "pallas", "--step-only", "--rows", 16, "--repeat", 1
+    status, figures, _ = bench("decode", *options)
+    records = figures["over_cache"]
+    assert status == 0 and all(record["us"] > 0 for record in records)
+    assert [(record["impl"], record["prompts"]) for record in records] == [
+        (impl, prompts) for prompts in (0, 1) for impl in ("xla", "kernel")
+    ]
+    assert [record["right"] for record in records] == [True, not broken] * 2
 
 
 def test_arrivals_are_answered_whole_and_runs_that_compile_do_not_count():
@@ -428,6 +449,7 @@ def test_a_session_fails_where_a_part_does(tmp_path):
         "silent": ("0 2", ""),
         "kernels": ("0 5", json.dumps({"attention": [wrong, wrong | {"right": True}, wrong | {"error": "no memory"}]})),
         "fine": ("0 1", json.dumps({"speeds": [{"rows": 1, "decode_step_ms": 2.5}]})),
+        "decode": ("0 1", json.dumps({"over_cache": [wrong | {"impl": "kernel"}]})),
     }
     for name, (status, out) in pieces.items():
         if out is not None:
@@ -438,6 +460,7 @@ def test_a_session_fails_where_a_part_does(tmp_path):
     said = json.loads((tmp_path / "gpu_session.json").read_text())["wrong"]
     assert sorted(said) == [
         "broken: ended with status 1",
+        "decode: kernel, window 128: differs from the reference",
         "kernels: pallas, window 128: differs from the reference",
         "kernels: pallas, window 128: no memory",
         "late: there was no time for it",

@@ -19,7 +19,7 @@ from kernels.flash_tiles import visited_tiles
 from kernels.reference import reference_attention
 from nanochat_jax.bench import Settings
 from nanochat_jax.bench.measure import timed
-from nanochat_jax.config import Config
+from nanochat_jax.config import Config, GPTConfig
 from nanochat_jax.errors import UserError
 from nanochat_jax.run import gpt_config
 
@@ -35,10 +35,9 @@ def figures(config: Config, settings: Settings, log: Callable[[str], None]) -> d
     """A record for each implementation, number of rows and window. UserError where one named cannot run here."""
     cfg = gpt_config(config, config.tokenizer.vocab_size)
     platform, dtype, length = jax.default_backend(), cfg.compute_dtype, cfg.sequence_len
-    here = (platform, dtype, compute_capability(), cfg.head_dim)
-    named = settings.impls or [impl for impl in IMPLEMENTATIONS if runs(impl, *here)]
+    named = settings.impls or [impl for impl in IMPLEMENTATIONS if runs_here(impl, cfg)]
     try:
-        impls = [resolve(impl, *here) for impl in named]
+        impls = [resolve(impl, *here(cfg)) for impl in named]
     except ValueError as error:
         raise UserError(str(error)) from None
     shape = {"T": length, "N": cfg.n_head, "K": cfg.n_kv_head, "H": cfg.head_dim}
@@ -64,10 +63,15 @@ def figures(config: Config, settings: Settings, log: Callable[[str], None]) -> d
     return {"shape": shape | {"dtype": dtype}, "attention": records}
 
 
-def runs(impl: str, *here: Any) -> bool:
+def here(cfg: GPTConfig) -> tuple[str, str, str, int]:
+    """What `resolve` decides by."""
+    return jax.default_backend(), cfg.compute_dtype, compute_capability(), cfg.head_dim
+
+
+def runs_here(impl: str, cfg: GPTConfig) -> bool:
     """Whether an implementation runs here at full speed, not interpreted."""
     try:
-        return "interpreted" not in resolve(impl, *here)
+        return "interpreted" not in resolve(impl, *here(cfg))
     except ValueError:
         return False
 

@@ -1,8 +1,9 @@
 """The engine: reading prompts and writing answers, with random weights of the model's shape.
 
 "speeds": every row has a prompt of its own, half the context long; time of decoding is that of whole answers less that
-of the prompts. "arrivals": requests of different lengths come at random times, each in a thread of its own as in the
-server, so fast that most of them wait; the same ones, one after the other in an engine of one row, are its yardstick.
+of the prompts. "over_cache": attention alone, where there is a kernel for it. "arrivals": requests of different lengths
+come at random times, each in a thread of its own as in the server, so fast that most of them wait; the same ones, one
+after the other in an engine of one row, are its yardstick.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from nanochat_jax.bench import Settings
+from nanochat_jax.bench import Settings, cache_attention
+from nanochat_jax.bench.attention import runs_here
 from nanochat_jax.bench.measure import timed
 from nanochat_jax.config import Config, GPTConfig
 from nanochat_jax.inference.engine import Engine
@@ -72,9 +74,11 @@ def figures(config: Config, settings: Settings, log: Callable[[str], None]) -> d
     def engine_of(rows: int) -> Engine:
         return Engine(params, cfg, NoSpecials(), max_rows=rows, max_len=cfg.sequence_len, mesh=mesh)
 
-    records, engines = [], []
+    records, engines, over_cache = [], [], []
     for rows in settings.rows or (1, 16):
         log(f"bench decode: {rows} rows")
+        if cfg.attention == "pallas_interpreted" or runs_here("pallas", cfg):
+            over_cache += cache_attention.figures(cfg, rows, settings.repeat, config.seed)
         engine = engine_of(rows)
         prompts = random.integers(cfg.vocab_size, size=(rows, length)).tolist()
 
@@ -113,6 +117,7 @@ def figures(config: Config, settings: Settings, log: Callable[[str], None]) -> d
         "peak_bytes": peak_memory_bytes(),
         "engines": engines,
         "speeds": records,
+        **({"over_cache": over_cache} if over_cache else {}),
         "arrivals": arrivals(engine_of(1), together, cfg, config.seed) if together else [],
     }
 

@@ -362,14 +362,7 @@ def attend_cache(
     return y_BKGH + apart(jnp.einsum("PKMS,PKSH->PKMH", together(of_prompt), shared["v"]))
 
 
-def has_kernel(cfg: GPTConfig) -> bool:
-    """Whether one query a row attends in `kernels.decode_attention`: with the other implementations for a GPU, what
-    `auto` means there, only once it has been seen to be right and faster on one.
-    """
-    return cfg.attention in ("pallas", "pallas_interpreted") and cfg.head_dim & (cfg.head_dim - 1) == 0
-
-
-def attend_cache_in_a_kernel(
+def over_cache_by_xla(
     qkv: jax.Array,
     v_KHB: jax.Array | None,
     own: dict[str, jax.Array],
@@ -380,9 +373,35 @@ def attend_cache_in_a_kernel(
     cfg: GPTConfig,
     layer: int,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """What `attend_cache` gives, of queries, key and value as `Attend` has them, and the row's own slots with the new
-    ones: each device does its own rows and heads.
+    """What each row's queries see, [B, K, G, H], of queries, key and value as `Attend` has them; and the row's own
+    slots with the new key and value. `tables`: of `model.rope`, for positions_B.
     """
+    q, k, v = turning(cfg, tables)(qkv, v_KHB)
+    slots_B = (positions_B - first_B) % own["k"].shape[-2]
+    new = {"k": k.transpose(2, 0, 1), "v": v.transpose(2, 0, 1)}
+    own = {name: put(panel, new[name], slots_B) for name, panel in own.items()}
+    return attend_cache(q.transpose(3, 0, 1, 2), own, shared, positions_B, first_B, cfg.windows[layer]), own
+
+
+def has_kernel(cfg: GPTConfig) -> bool:
+    """Whether one query a row attends in `kernels.decode_attention`: with the other implementations for a GPU, what
+    `auto` means there, only once it has been seen to be right and faster on one.
+    """
+    return cfg.attention in ("pallas", "pallas_interpreted") and cfg.head_dim & (cfg.head_dim - 1) == 0
+
+
+def over_cache_by_kernel(
+    qkv: jax.Array,
+    v_KHB: jax.Array | None,
+    own: dict[str, jax.Array],
+    shared: dict[str, jax.Array] | None,
+    tables: tuple[jax.Array, jax.Array],
+    positions_B: jax.Array,
+    first_B: jax.Array,
+    cfg: GPTConfig,
+    layer: int,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The same, in `kernels.decode_attention`, each device its own rows and heads."""
     # Pallas takes up to half a second to import.
     from kernels.decode_attention import Setup, decode_attention
 
@@ -427,23 +446,15 @@ def step(
     own = list(cache["own"])
     shared = cache.get("shared", [None] * cfg.n_layer)
     tables = rope(positions_B, cfg.head_dim, cfg.rope_base, jnp.dtype(cfg.compute_dtype))
-    turned = turning(cfg, tables)
-
-    def in_a_kernel(i: int, qkv: jax.Array, v: jax.Array | None) -> jax.Array:
-        y_BKGH, own[i] = attend_cache_in_a_kernel(qkv, v, own[i], shared[i], tables, positions_B, first_B, cfg, i)
-        return y_BKGH.transpose(1, 2, 3, 0)
+    over_cache = over_cache_by_kernel if has_kernel(cfg) else over_cache_by_xla
 
     def attention(i: int, qkv: jax.Array, v: jax.Array | None) -> jax.Array:
-        q, k, v = turned(qkv, v)
-        slots_B = (positions_B - first_B) % own[i]["k"].shape[-2]
-        new = {"k": k.transpose(2, 0, 1), "v": v.transpose(2, 0, 1)}
-        own[i] = {name: put(panel, new[name], slots_B) for name, panel in own[i].items()}
-        y_BKGH = attend_cache(q.transpose(3, 0, 1, 2), own[i], shared[i], positions_B, first_B, cfg.windows[i])
+        y_BKGH, own[i] = over_cache(qkv, v, own[i], shared[i], tables, positions_B, first_B, cfg, i)
         return y_BKGH.transpose(1, 2, 3, 0)
 
     def previous(x_DB: jax.Array) -> jax.Array:
         return jnp.where(positions_B[None] > 0, cache["prev"].T, 0).astype(x_DB.dtype)
 
-    x_DB, embedding_DB = hidden(weights, cfg, tokens_B, previous, in_a_kernel if has_kernel(cfg) else attention)
+    x_DB, embedding_DB = hidden(weights, cfg, tokens_B, previous, attention)
     prev_BD = jnp.where(active_B[:, None], embedding_DB.T, cache["prev"])
     return logits_of(weights, cfg, x_DB), cache | {"prev": prev_BD, "own": own}
