@@ -22,8 +22,8 @@ PROGRAMS = 512
 SLOTS = 64
 """Slots that a program reads at once; a power of two."""
 
-Panels = tuple[jax.Array, jax.Array]
-"""Keys and values [B, K, S, H]."""
+Panels = dict[str, jax.Array]
+"""Keys "k" and values "v" [B, K, S, H]."""
 
 
 class Setup(NamedTuple):
@@ -69,8 +69,8 @@ def _attend(
 ) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
     """Of each query: its weighted values [H], the largest of its scores in units of log 2, the sum of its weights.
 
-    `new`: the newest key and its value, which the cache may not hold yet. Each of the SLOTS positions
-    of a tile has a maximum and sums of its own, as adding up over slots takes the threads of a program together.
+    `new`: the newest key and its value, which the cache may not hold yet. Each of the SLOTS positions of a tile has a
+    maximum and sums of its own, as adding up over slots takes the threads of a program together.
     """
     width = k_ref.shape[1]
     count = jnp.minimum(part.last + 1, part.slots)
@@ -179,8 +179,8 @@ def decode_attention(
     shared: Panels | None,
     *,
     setup: Setup,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What each row's queries see, [B, K, G, H]; and the keys and values of `own` with the row's new ones, in place.
+) -> tuple[jax.Array, Panels]:
+    """What each row's queries see, [B, K, G, H]; and `own` with each row's new key and value, in place.
 
     qkv_BKXH: of each key/value head G queries, then its key and value, X = G + 2, before rotary positions and norm;
     value_BKH: instead of the value there. cos_BKH, sin_BKH: of the row's position, as `model.rope` has them.
@@ -188,11 +188,11 @@ def decode_attention(
     one panel for each row, shared one for each B / P rows, next to each other. H is a power of two.
     """
     batch, heads, x, width = qkv_BKXH.shape
-    group, slots = x - 2, own[0].shape[2]
+    group, slots = x - 2, own["k"].shape[2]
     size, parts = parts_of(slots, batch * heads)
     shared_size, shared_parts, shared_slots, together = 0, 0, 0, 1
     if shared is not None:
-        together, shared_slots = batch // len(shared[0]), shared[0].shape[2]
+        together, shared_slots = batch // len(shared["k"]), shared["k"].shape[2]
         shared_size, shared_parts = parts_of(shared_slots, batch * heads)
     every = parts + shared_parts
     room = pl.next_power_of_2(every)
@@ -206,7 +206,7 @@ def decode_attention(
     prompt = pl.BlockSpec((None, None, shared_slots, width), lambda s, k, b: (b // together, k, 0, 0))
     numbers = jax.ShapeDtypeStruct((batch, heads, room, group), jnp.float32)
     params = triton.CompilerParams(num_warps=4, num_stages=2)
-    given = (places_BK2, cos_BKH, sin_BKH, qkv_BKXH, value_BKH, *own, *(shared or (None, None)))
+    panels = own["k"], own["v"], *((None, None) if shared is None else (shared["k"], shared["v"]))
     specs = [of_row(2), of_row(width), of_row(width), of_row(x, width), None if value_BKH is None else of_row(width)]
     specs += [of_row(slots, width)] * 2 + [None if shared is None else prompt] * 2
     at = 4 if value_BKH is None else 5  # of own's keys among the arrays that are there
@@ -219,13 +219,13 @@ def decode_attention(
             jax.ShapeDtypeStruct((batch, heads, room, group, width), jnp.float32),
             numbers,
             numbers,
-            *(jax.ShapeDtypeStruct(panel.shape, panel.dtype) for panel in own),
+            *(jax.ShapeDtypeStruct(panel.shape, panel.dtype) for panel in panels[:2]),
         ],
         input_output_aliases={at: 3, at + 1: 4},
         compiler_params=params,
         interpret=setup.interpret,
         name="decode_attention",
-    )(*given)
+    )(places_BK2, cos_BKH, sin_BKH, qkv_BKXH, value_BKH, *panels)
     y_BKGH = pl.pallas_call(
         functools.partial(_join_kernel, every),
         grid=(group, heads, batch),
@@ -239,4 +239,4 @@ def decode_attention(
         interpret=setup.interpret,
         name="decode_attention_join",
     )(out, highest, total)
-    return y_BKGH, k_BKSH, v_BKSH
+    return y_BKGH, {"k": k_BKSH, "v": v_BKSH}

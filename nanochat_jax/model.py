@@ -232,9 +232,9 @@ def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, window: int,
     return per_device(local, ROWS_AND_HEADS, (q_BTNH, k_BTKH, v_BTKH))
 
 
-def per_device(local: Callable, axes_of: Sequence, cut: Sequence[jax.Array], *whole: jax.Array) -> jax.Array | tuple:
-    """`local` of each device's own part of the arrays `cut`, which like all results are cut as `axes_of` says, and of
-    the arrays `whole`; plain jit would gather them all for a kernel.
+def per_device(local: Callable, axes_of: Sequence, cut: Sequence, *whole: jax.Array) -> jax.Array | tuple:
+    """`local` of each device's own part of the arrays in `cut`, which like all results are cut as `axes_of` says, and
+    of the arrays `whole`; plain jit would gather them all for a kernel.
     """
     axes = automatic_axes()
     if not axes or jax.sharding.get_abstract_mesh().size == 1:

@@ -53,12 +53,12 @@ def arrays(case, dtype):
     def normal(*shape):
         return jax.random.normal(next(keys), shape, dtype)
 
-    qkv = normal(rows, case.heads, case.group + 2, width)
-    own = tuple(normal(rows, case.heads, case.slots, width) for _ in range(2))
+    def panels(count, slots):
+        return {name: normal(count, case.heads, slots, width) for name in ("k", "v")}
+
+    qkv, own = normal(rows, case.heads, case.group + 2, width), panels(rows, case.slots)
     value = normal(rows, case.heads, width) if case.value else None
-    shared = (
-        tuple(normal(case.prompts, case.heads, case.prompt_slots, width) for _ in range(2)) if case.prompts else None
-    )
+    shared = panels(case.prompts, case.prompt_slots) if case.prompts else None
     positions = jnp.asarray(case.positions, jnp.int32)
     first = jnp.asarray(case.first or [0] * rows, jnp.int32)
     return qkv, value, rope(positions, width, 1e5, dtype), positions, first, own, shared
@@ -76,16 +76,16 @@ def by_xla(case, qkv, value, tables, positions, first, own, shared):
     qk = 1.2 * rms(rotate(qkv[:, :, :-1], cos, sin))
     new = {"k": qk[:, :, -1], "v": qkv[:, :, -1] if value is None else value}
     slots = (positions - first) % case.slots
-    own = {name: put(panel, new[name], slots) for name, panel in zip(("k", "v"), own, strict=True)}
-    shared = shared and dict(zip(("k", "v"), shared, strict=True))
-    return attend_cache(qk[:, :, :-1], own, shared, positions, first, case.window), own["k"], own["v"]
+    own = {name: put(panel, new[name], slots) for name, panel in own.items()}
+    return attend_cache(qk[:, :, :-1], own, shared, positions, first, case.window), own
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.bfloat16, 0.01)])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_it_sees_and_keeps_what_xlas_own_attention_does(case, dtype, tolerance):
     given = arrays(case, dtype)
-    for got, expected in zip(by_kernel(case, *given), by_xla(case, *given), strict=True):
+    leaves = map(jax.tree.leaves, (by_kernel(case, *given), by_xla(case, *given)))
+    for got, expected in zip(*leaves, strict=True):
         assert got.shape == expected.shape and got.dtype == dtype
         got, expected = np.float32(got), np.float32(expected)
         assert np.linalg.norm(got - expected) <= tolerance * np.linalg.norm(expected)
@@ -94,8 +94,8 @@ def test_it_sees_and_keeps_what_xlas_own_attention_does(case, dtype, tolerance):
 def test_slots_that_hold_no_token_yet_do_not_count():
     case = Case((3, 70))
     qkv, value, tables, positions, first, own, _ = arrays(case, jnp.float32)
-    wild = tuple(panel.at[0, :, 4:].set(1e4) for panel in own)
-    (y, *_), (expected, *_) = (by_kernel(case, qkv, value, tables, positions, first, x, None) for x in (wild, own))
+    wild = jax.tree.map(lambda panel: panel.at[0, :, 4:].set(1e4), own)
+    (y, _), (expected, _) = (by_kernel(case, qkv, value, tables, positions, first, x, None) for x in (wild, own))
     np.testing.assert_array_equal(y, expected)
 
 
@@ -112,13 +112,12 @@ def test_it_lowers_for_cuda_without_a_device(dtype, shared):
     def shape(*sizes, of=dtype):
         return jax.ShapeDtypeStruct(sizes, of)
 
+    def panels(rows, slots):
+        return dict.fromkeys(("k", "v"), shape(rows, 6, slots, 128))
+
     heads = 32, 6
     given = [shape(*heads, 4, 128), shape(*heads, 128), shape(*heads, 128), shape(*heads, 128)]
-    given += [
-        shape(*heads, 2, of=jnp.int32),
-        (shape(*heads, 513, 128),) * 2,
-        (shape(2, 6, 700, 128),) * 2 if shared else None,
-    ]
+    given += [shape(*heads, 2, of=jnp.int32), panels(32, 513), panels(2, 700) if shared else None]
     run = jax.jit(lambda *given: decode_attention(*given, setup=Setup(512, 1.2, EPS, False)))
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=H100)):
         text = run.trace(*given).lower(lowering_platforms=("cuda",)).as_text()

@@ -409,24 +409,12 @@ def over_cache_by_kernel(
     heads = len(positions_B), cfg.n_kv_head
     cos, sin = (jnp.broadcast_to(table, (*heads, cfg.head_dim)) for table in tables)
     places = jnp.broadcast_to(jnp.stack([positions_B, first_B], axis=-1)[:, None], (*heads, 2))
-    given = {"qkv": qkv.transpose(3, 0, 1, 2), "cos": cos, "sin": sin, "places": places, "k": own["k"], "v": own["v"]}
-    if alone := own["k"].ndim == 3:  # see `squeezed`
-        given |= {name: own[name][None] for name in ("k", "v")}
-    if v_KHB is not None:
-        given["value"] = v_KHB.transpose(2, 0, 1)
-    if shared is not None:
-        given |= {"shared_k": shared["k"], "shared_v": shared["v"]}
-
-    def local(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-        x = dict(zip(given, arrays, strict=True))
-        of_prompts = (x["shared_k"], x["shared_v"]) if shared is not None else None
-        tables = x["cos"], x["sin"]
-        return decode_attention(
-            x["qkv"], x.get("value"), *tables, x["places"], (x["k"], x["v"]), of_prompts, setup=setup
-        )
-
-    y_BKGH, k, v = per_device(local, (BATCH_AXES, "tensor"), tuple(given.values()))
-    return y_BKGH, {"k": k[0], "v": v[0]} if alone else {"k": k, "v": v}
+    value_BKH = None if v_KHB is None else v_KHB.transpose(2, 0, 1)
+    alone = own["k"].ndim == 3  # see `squeezed`
+    panels = {name: panel[None] for name, panel in own.items()} if alone else own
+    given = qkv.transpose(3, 0, 1, 2), value_BKH, cos, sin, places, panels, shared
+    y_BKGH, panels = per_device(functools.partial(decode_attention, setup=setup), (BATCH_AXES, "tensor"), given)
+    return y_BKGH, {name: panel[0] for name, panel in panels.items()} if alone else panels
 
 
 def step(
