@@ -472,12 +472,13 @@ def chat(options: ChatOptions, workdir: Path) -> None:
 
 
 def serve(options: ServeOptions, workdir: Path) -> None:
-    from nanochat_jax.server.app import check_host, create_app, serve
+    from nanochat_jax.server.app import bound, check_host, create_app, serve
 
     check_host(options.host, options.token)
-    engine, tokenizer, name = _engine(options, workdir, rows=options.rows)
-    process.raise_on_ctrl_c()
-    serve(create_app(engine, tokenizer, model_name=name, token=options.token), options.host, options.port)
+    with bound(options.host, options.port) as listener:
+        engine, tokenizer, name = _engine(options, workdir, rows=options.rows)
+        process.raise_on_ctrl_c()
+        serve(create_app(engine, tokenizer, model_name=name, token=options.token), listener)
 
 
 def report(options: ReportOptions, workdir: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import pty
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -287,6 +288,13 @@ def test_a_file_where_a_folder_is_to_be(capsys, experiment, tmp_path):
     argv = ["download", "--experiment", experiment, "--data.source", "climbmix", "--data.cache"]
     expect_error(capsys, [*argv, tmp_path], 1, "File exists", "climbmix")
     expect_error(capsys, [*argv, tmp_path / "climbmix"], 1, "Not a directory", "climbmix")
+
+
+def test_a_port_that_is_taken_is_noticed_before_the_model_is_read(capsys, trained, monkeypatch):
+    monkeypatch.setattr(cli, "_engine", lambda *_, **__: pytest.fail("the model is read"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        expect_error(capsys, ["serve", "--workdir", trained, "--port", port], 1, f"--port {port}: cannot listen there")
 
 
 def test_default_experiment_where_there_is_no_gpu(capsys):

@@ -24,7 +24,7 @@ from nanochat_jax.errors import UserError
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.inference.requests import SamplingParams
 from nanochat_jax.model import param_shapes
-from nanochat_jax.server.app import create_app, serve, warm_up
+from nanochat_jax.server.app import bound, create_app, serve, warm_up
 from nanochat_jax.server.context import fit
 from nanochat_jax.sharding import make_mesh
 from nanochat_jax.tokenizer import Tokenizer
@@ -388,6 +388,18 @@ def test_other_errors_are_json_too():
     ):
         error = response.get_json()["error"]
         assert response.status_code == error["code"] == status and error["message"]
+        assert response.headers.get("Allow") == ("OPTIONS, POST" if status == 405 else None)
+
+
+def test_a_body_that_is_no_json_and_one_of_another_type_are_told_apart():
+    client = client_of(ScriptedEngine(*SCRIPT))
+    for body, kind, says in (
+        ("{", "application/json", "the body is not JSON"),
+        (json.dumps(user()), "text/plain", "sent with Content-Type: application/json"),
+        ("[1]", "application/json", "the body must be a JSON object"),
+    ):
+        response = client.post("/v1/chat/completions", data=body, content_type=kind)
+        assert response.status_code == 400 and says in response.get_json()["error"]["message"]
 
 
 def test_a_body_that_is_too_long_says_so():
@@ -427,8 +439,8 @@ def test_the_address_that_is_said_can_be_opened(monkeypatch, capsys, host, url):
             raise KeyboardInterrupt
 
     monkeypatch.setattr("nanochat_jax.server.app.listening", lambda *_: Server())
-    with pytest.raises(KeyboardInterrupt):
-        serve(create_app(ScriptedEngine(), WordTokenizer(), model_name="m"), host)
+    with pytest.raises(KeyboardInterrupt), bound(host, 0) as listener:
+        serve(create_app(ScriptedEngine(), WordTokenizer(), model_name="m"), listener)
     assert f"Chat at {url} " in capsys.readouterr().err
 
 
@@ -474,17 +486,16 @@ def test_serve_refuses_what_is_unsafe_or_impossible(monkeypatch):
 
     monkeypatch.setattr("nanochat_jax.server.app.make_server", never)
     app = create_app(ScriptedEngine(), WordTokenizer(), model_name="m")
-    with pytest.raises(UserError, match="--token"):
-        serve(app, "0.0.0.0", 0)
+    with pytest.raises(UserError, match="--token"), bound("0.0.0.0", 0) as listener:
+        serve(app, listener)
     with pytest.raises(UserError, match="another --port"):
-        serve(app, port=99999)
-    for token in ("", "two words", "пароль", "line\n"):
-        with pytest.raises(UserError, match="--token takes"):
-            serve(create_app(ScriptedEngine(), WordTokenizer(), model_name="m", token=token), port=0)
-    taken = make_server("127.0.0.1", 0, app)
-    with pytest.raises(UserError, match="another --port"):
-        serve(app, port=taken.port)
-    taken.server_close()
+        bound("127.0.0.1", 99999)
+    with bound("127.0.0.1", 0) as taken:
+        for token in ("", "two words", "пароль", "line\n"):
+            with pytest.raises(UserError, match="--token takes"):
+                serve(create_app(ScriptedEngine(), WordTokenizer(), model_name="m", token=token), taken)
+        with pytest.raises(UserError, match="another --port"):
+            bound("127.0.0.1", taken.getsockname()[1])
 
 
 BUSY = """
@@ -527,7 +538,7 @@ def and_ask(*args):
     return server
 
 app.listening = and_ask
-app.serve(app.create_app(Engine(), Tokenizer(), model_name="m"), port=0)
+app.serve(app.create_app(Engine(), Tokenizer(), model_name="m"), app.bound("127.0.0.1", 0))
 """
 
 

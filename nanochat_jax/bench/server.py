@@ -29,7 +29,7 @@ from nanochat_jax.bench.measure import Timing
 from nanochat_jax.config import Config
 from nanochat_jax.errors import UserError
 from nanochat_jax.inference.engine import Engine
-from nanochat_jax.server.app import create_app, listening
+from nanochat_jax.server.app import bound, create_app, listening
 from nanochat_jax.server.context import Prompt, fit
 from nanochat_jax.server.request import parse_request
 from nanochat_jax.tokenizer import SPECIALS, Tokenizer
@@ -135,7 +135,7 @@ def record(of: str, rounds: Sequence[Round], answer_tokens: int) -> dict[str, An
 @contextmanager
 def serving(app: Flask) -> Iterator[int]:
     """The port where `app` is served meanwhile, as `serve` does it; afterwards none of its threads is left."""
-    server = listening(app, "127.0.0.1", 0)
+    server = listening(app, bound("127.0.0.1", 0))
     server.daemon_threads = False  # of requests: closing the server waits for them
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()

@@ -104,6 +104,8 @@ def create_app(
             raise ApiError("the body is nested too deeply") from None
         if body is None and request.content_length is None and len(request.get_data()) == MAX_BYTES:
             raise RequestEntityTooLarge  # sent in pieces: Werkzeug has cut it off there
+        if body is None and request.is_json:
+            raise ApiError("the body is not JSON, or is null: send a JSON object")
         chat_request = parse_request(body, model_name)
         prompt = fit(chat_request.messages, tokenizer, engine.max_len, chat_request.sampling)
         try:
@@ -125,7 +127,7 @@ def create_app(
         return response
 
     @app.errorhandler(Exception)
-    def show_error(error: Exception) -> tuple[Response, int]:
+    def show_error(error: Exception) -> tuple[Response, int, list[tuple[str, str]]]:
         if isinstance(error, UserError):
             error = ApiError(str(error))
         elif isinstance(error, RequestEntityTooLarge):
@@ -138,15 +140,17 @@ def create_app(
             logging.getLogger(__name__).exception("request failed")
             error = ApiError("the request failed; the server log says why", status=500)
         status = error.code or 500
-        return jsonify(error_body(error.description or error.name, status, getattr(error, "param", None))), status
+        body = error_body(error.description or error.name, status, getattr(error, "param", None))
+        return jsonify(body), status, [header for header in error.get_headers() if header[0] == "Allow"]
 
     return app
 
 
-def serve(app: Flask, host: str = "127.0.0.1", port: int = 8000) -> None:
-    """Serves until Ctrl-C, then ends the process. Raises UserError as `check_host`, or for a port it cannot have."""
+def serve(app: Flask, listener: socket.socket) -> None:
+    """Serves until Ctrl-C, then ends the process. Raises UserError as `check_host`."""
+    host = listener.getsockname()[0]
     check_host(host, app.config["TOKEN"])
-    server = listening(app, host, port)
+    server = listening(app, listener)
     name = f"[{host}]" if ":" in host else host
     print(f"Chat at http://{name}:{server.port}/ (Ctrl-C ends it)", file=sys.stderr, flush=True)
     server.serve_forever()  # until Ctrl-C, which Werkzeug takes
@@ -154,19 +158,23 @@ def serve(app: Flask, host: str = "127.0.0.1", port: int = 8000) -> None:
     os._exit(0)  # Python's own end aborts where a thread is inside JAX, writing an answer
 
 
-def listening(app: Flask, host: str, port: int) -> BaseWSGIServer:
-    """A server that has its port (0: any free one) and a warm engine, and waits for `serve_forever`. Raises UserError
-    for a port it cannot have.
+def bound(host: str, port: int) -> socket.socket:
+    """A socket for `serve` that has its port (0: any free one). Raises UserError for one it cannot have: Werkzeug would
+    end the process, and only once the model is loaded.
     """
     try:
-        # Bound here and handed over, because Werkzeug itself ends the process where the port is taken.
-        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as error:
         raise UserError(
             f"--host {host} --port {port}: cannot listen there ({error}); choose another --port or --host"
         ) from None
+
+
+def listening(app: Flask, listener: socket.socket) -> BaseWSGIServer:
+    """A server at this socket, which it takes over, with a warm engine, that waits for `serve_forever`."""
     with listener:
         warm_up(app.config["ENGINE"])
+        host, port = listener.getsockname()[:2]
         server = make_server(host, port, app, threaded=True, fd=listener.fileno())
     logging.getLogger("werkzeug").setLevel(logging.WARNING)
     return server
