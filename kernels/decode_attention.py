@@ -27,12 +27,15 @@ Panels = dict[str, jax.Array]
 
 
 class Setup(NamedTuple):
-    """What a kernel is compiled for: keys that a query sees before its own, the factor and epsilon of the norm."""
+    """What a kernel is compiled for: keys that a query sees before its own, the factor and epsilon of the norm, and how
+    many programs there should be.
+    """
 
     window: int
     scale: float
     eps: float
     interpret: bool
+    programs: int = PROGRAMS
 
 
 class Part(NamedTuple):
@@ -47,9 +50,9 @@ class Part(NamedTuple):
     oldest: jax.Array
 
 
-def parts_of(slots: int, panels: int) -> tuple[int, int]:
+def parts_of(slots: int, panels: int, programs: int = PROGRAMS) -> tuple[int, int]:
     """(slots of a part, how many parts) for each of so many panels of keys."""
-    wanted = -(-PROGRAMS // panels)
+    wanted = -(-programs // panels)
     size = max(1, slots // wanted // SLOTS) * SLOTS
     return size, -(-slots // size)
 
@@ -84,7 +87,7 @@ def _attend(
             here = (slots == jax.lax.rem(part.last, part.slots))[:, None]
             k, v = (jnp.where(here, x[None], old) for x, old in zip(new, (k, v), strict=True))
         stands = part.last - jax.lax.rem(jnp.maximum(part.last - slots, 0), part.slots)
-        visible = (slots < jnp.minimum(count, part.end)) & (stands >= part.oldest)
+        visible = (slots < count) & (stands >= part.oldest)
         after = []
         for q, (out, highest, total) in zip(queries, carry, strict=True):
             scores = jnp.sum(k * q[None], axis=1) * (width**-0.5 * LOG2_E)
@@ -189,11 +192,11 @@ def decode_attention(
     """
     batch, heads, x, width = qkv_BKXH.shape
     group, slots = x - 2, own["k"].shape[2]
-    size, parts = parts_of(slots, batch * heads)
+    size, parts = parts_of(slots, batch * heads, setup.programs)
     shared_size, shared_parts, shared_slots, together = 0, 0, 0, 1
     if shared is not None:
         together, shared_slots = batch // len(shared["k"]), shared["k"].shape[2]
-        shared_size, shared_parts = parts_of(shared_slots, batch * heads)
+        shared_size, shared_parts = parts_of(shared_slots, batch * heads, setup.programs)
     every = parts + shared_parts
     room = pl.next_power_of_2(every)
 

@@ -41,6 +41,8 @@ CASES = {
     "rows that share prompts, of which the window hides": Case(
         (150, 180, 140, 210), 2, 1, 65, 64, (129, 129, 139, 139), 2, 65
     ),
+    "rings longer than the window": Case((90, 250), slots=150),
+    "prompts of a token, which is the row's own": Case((0, 70), prompts=1, prompt_slots=65),
     "all of a prompt is behind the window": Case((400, 401), 1, 1, 65, 64, (130, 130), 1, 65),
 }
 
@@ -64,11 +66,12 @@ def arrays(case, dtype):
     return qkv, value, rope(positions, width, 1e5, dtype), positions, first, own, shared
 
 
-def by_kernel(case, qkv, value, tables, positions, first, own, shared):
+def by_kernel(case, qkv, value, tables, positions, first, own, shared, **setup):
     rows_and_heads = qkv.shape[:2]
     cos, sin = (jnp.broadcast_to(table, (*rows_and_heads, table.shape[-1])) for table in tables)
     places = jnp.broadcast_to(jnp.stack([positions, first], axis=-1)[:, None], (*rows_and_heads, 2))
-    return decode_attention(qkv, value, cos, sin, places, own, shared, setup=Setup(case.window, 1.2, EPS, True))
+    setup = Setup(case.window, 1.2, EPS, True, **setup)
+    return decode_attention(qkv, value, cos, sin, places, own, shared, setup=setup)
 
 
 def by_xla(case, qkv, value, tables, positions, first, own, shared):
@@ -82,13 +85,23 @@ def by_xla(case, qkv, value, tables, positions, first, own, shared):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.bfloat16, 0.01)])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_it_sees_and_keeps_what_xlas_own_attention_does(case, dtype, tolerance):
+def test_it_sees_and_keeps_what_xlas_own_attention_does_in_float32(case, dtype, tolerance):
     given = arrays(case, dtype)
-    leaves = map(jax.tree.leaves, (by_kernel(case, *given), by_xla(case, *given)))
+    exact = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == dtype else x, given)
+    leaves = map(jax.tree.leaves, (by_kernel(case, *given), by_xla(case, *exact)))
     for got, expected in zip(*leaves, strict=True):
         assert got.shape == expected.shape and got.dtype == dtype
-        got, expected = np.float32(got), np.float32(expected)
-        assert np.linalg.norm(got - expected) <= tolerance * np.linalg.norm(expected)
+        assert np.linalg.norm(np.float32(got) - expected) <= tolerance * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("programs", [1, 4, 9])
+def test_parts_of_several_tiles_come_to_the_same(programs):
+    case = Case((700, 900), 1, 1, 300, 299, (500, 650), 2, 700)
+    given = arrays(case, jnp.float32)
+    assert parts_of(case.prompt_slots, 2, programs)[0] > kernel.SLOTS
+    leaves = map(jax.tree.leaves, (by_kernel(case, *given, programs=programs), by_xla(case, *given)))
+    for got, expected in zip(*leaves, strict=True):
+        np.testing.assert_allclose(got, expected, atol=2e-6)
 
 
 def test_slots_that_hold_no_token_yet_do_not_count():
