@@ -103,7 +103,7 @@ def measures(vocab_size: int, length: int) -> dict[str, Measure]:
     """Everything that is timed, by name, in a context of `length` tokens."""
     (prompt,) = prompts_of(vocab_size, (length // 2,))
     (long,) = prompts_of(vocab_size, (25 * length // 32,))
-    lengths = tuple(int(length) for length in np.linspace(40, 120, QUESTIONS))
+    lengths = tuple(int(tokens) for tokens in np.linspace(40, 120, QUESTIONS))
     asked = {"prompts": prompts_of(vocab_size, lengths), "samples": SAMPLES, "tokens": ROLLOUT_TOKENS}
     decoding = {"prompt": prompt, "steps": 128}
     ways = ("plain", "shared", "one batch", "one batch, shared")

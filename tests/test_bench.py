@@ -141,7 +141,7 @@ def test_decoding_is_what_the_answer_takes_longer_than_the_prompt(bench, monkeyp
     assert arrived["tok_per_sec"] == pytest.approx(arrived["ratio"] * arrived["one_row_tok_per_sec"])
 
 
-@pytest.mark.parametrize("broken", [False, True])
+@pytest.mark.parametrize("broken", ["", "a new key is lost", "another slot changes"])
 def test_attention_over_the_cache_is_checked_by_xla_and_by_the_kernel(bench, monkeypatch, broken):
     """Rows on their own, and sixteen that share a prompt."""
     if broken:
@@ -149,7 +149,8 @@ def test_attention_over_the_cache_is_checked_by_xla_and_by_the_kernel(bench, mon
 
         def wrong(qkv, v, own, *rest):
             y_BKGH, kept = right(qkv, v, own, *rest)
-            return y_BKGH, {"k": kept["k"], "v": own["v"]}
+            lost = kept["k"].at[3].set(own["k"][3])
+            return y_BKGH, kept | {"k": lost if broken == "a new key is lost" else kept["k"].at[3, 0, 1, 0].add(1e-3)}
 
         monkeypatch.setattr(cache_attention, "over_cache_by_kernel", wrong)
     options = "--attention", "pallas", "--step-only", "--rows", 16, "--repeat", 1

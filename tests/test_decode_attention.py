@@ -104,10 +104,10 @@ def test_parts_of_several_tiles_come_to_the_same(programs):
         np.testing.assert_allclose(got, expected, atol=2e-6)
 
 
-def test_slots_that_hold_no_token_yet_do_not_count():
-    case = Case((3, 70))
+def test_slots_that_hold_no_token_yet_do_not_count_nor_are_read_in_tiles_of_their_own():
+    case = Case((3, 70), slots=200, window=199)
     qkv, value, tables, positions, first, own, _ = arrays(case, jnp.float32)
-    wild = jax.tree.map(lambda panel: panel.at[0, :, 4:].set(1e4), own)
+    wild = jax.tree.map(lambda panel: panel.at[0, :, 4:].set(1e4).at[0, :, kernel.SLOTS :].set(jnp.nan), own)
     (y, _), (expected, _) = (by_kernel(case, qkv, value, tables, positions, first, x, None) for x in (wild, own))
     np.testing.assert_array_equal(y, expected)
 
@@ -120,8 +120,8 @@ def test_parts_cover_the_slots_in_whole_tiles(slots, panels):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("shared", [False, True])
-def test_it_lowers_for_cuda_without_a_device(dtype, shared):
+@pytest.mark.parametrize(("group", "value", "shared"), [(1, False, False), (2, True, False), (2, True, True)])
+def test_it_lowers_for_cuda_without_a_device(dtype, group, value, shared):
     def shape(*sizes, of=dtype):
         return jax.ShapeDtypeStruct(sizes, of)
 
@@ -129,7 +129,7 @@ def test_it_lowers_for_cuda_without_a_device(dtype, shared):
         return dict.fromkeys(("k", "v"), shape(rows, 6, slots, 128))
 
     heads = 32, 6
-    given = [shape(*heads, 4, 128), shape(*heads, 128), shape(*heads, 128), shape(*heads, 128)]
+    given = [shape(*heads, group + 2, 128), shape(*heads, 128) if value else None, *[shape(*heads, 128)] * 2]
     given += [shape(*heads, 2, of=jnp.int32), panels(32, 513), panels(2, 700) if shared else None]
     run = jax.jit(lambda *given: decode_attention(*given, setup=Setup(512, 1.2, EPS, False)))
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=H100)):

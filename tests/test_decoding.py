@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels.attention import resolve
 from nanochat_jax.config import GPTConfig, ModelConfig
 from nanochat_jax.inference import decoding
 from nanochat_jax.inference.decoding import Int8, empty_cache, logits_of, prepare, product, quantized, read, step
@@ -158,6 +159,15 @@ def test_int8_weights_are_the_layers_matrices_and_cost_little(params, cfg, token
     exact, near = (token_nats(weights, inputs, targets, cfg=cfg) for weights in (whole, rounded))
     np.testing.assert_allclose(exact, trained, atol=1e-4)
     assert 0 < abs(float(near.sum() - exact.sum())) < 0.01 * float(exact.sum())
+
+
+def test_a_kernel_no_gpu_has_checked_is_not_chosen_by_itself(cfg):
+    def chosen(asked, dtype, width=128):
+        attention = resolve(asked, "gpu", dtype, "9.0", width, 13000)
+        return decoding.has_kernel(replace(cfg, attention=attention, compute_dtype=dtype, head_dim=width))
+
+    assert not chosen("auto", "bfloat16") and not chosen("auto", "float32") and not chosen("cudnn", "bfloat16")
+    assert chosen("pallas", "bfloat16") and not chosen("pallas", "bfloat16", 96)
 
 
 @pytest.mark.parametrize("spec", ["data=2,tensor=2", "fsdp=4"])

@@ -383,13 +383,6 @@ def over_cache_by_xla(
     return attend_cache(q.transpose(3, 0, 1, 2), own, shared, positions_B, first_B, cfg.windows[layer]), own
 
 
-def has_kernel(cfg: GPTConfig) -> bool:
-    """Whether one query a row attends in `kernels.decode_attention`: with the other implementations for a GPU, what
-    `auto` means there, only once it has been seen to be right and faster on one.
-    """
-    return cfg.attention in ("pallas", "pallas_interpreted") and cfg.head_dim & (cfg.head_dim - 1) == 0
-
-
 def over_cache_by_kernel(
     qkv: jax.Array,
     v_KHB: jax.Array | None,
@@ -401,7 +394,7 @@ def over_cache_by_kernel(
     cfg: GPTConfig,
     layer: int,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The same, in `kernels.decode_attention`, each device its own rows and heads."""
+    """What `over_cache_by_xla` gives, in `kernels.decode_attention`, each device its own rows and heads."""
     # Pallas takes up to half a second to import.
     from kernels.decode_attention import Setup, decode_attention
 
@@ -415,6 +408,14 @@ def over_cache_by_kernel(
     given = qkv.transpose(3, 0, 1, 2), value_BKH, cos, sin, places, panels, shared
     y_BKGH, panels = per_device(functools.partial(decode_attention, setup=setup), (BATCH_AXES, "tensor"), given)
     return y_BKGH, {name: panel[0] for name, panel in panels.items()} if alone else panels
+
+
+def has_kernel(cfg: GPTConfig) -> bool:
+    """Whether decoding attends over the cache in a kernel: with 16 bits where `--attention pallas` asks for it, and
+    interpreted. What `auto` chooses, pallas itself in float32, does not bring it until it has been checked on a GPU.
+    """
+    asked = cfg.attention == "pallas_interpreted" or (cfg.attention, cfg.compute_dtype) == ("pallas", "bfloat16")
+    return asked and cfg.head_dim & (cfg.head_dim - 1) == 0
 
 
 def step(

@@ -264,7 +264,8 @@ class Engine:
         if self._flight is None:
             return
         flight, self._flight = self._flight, None
-        if self._runs_ahead and self._steady and not self._waiting:
+        nobody_ended = not any(row.done for row in flight.owners.values())  # by a stop string, say
+        if self._runs_ahead and self._steady and nobody_ended and not self._waiting:
             self._flight = self._launch(flight, CHUNK)
         written = jax.device_get(flight.written)
         # Where a row has ended or waits for a tool, the host has to say how it goes on.

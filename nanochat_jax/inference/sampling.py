@@ -76,7 +76,7 @@ def best(logits_VB: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
         return jax.lax.optimization_barrier(values), jax.lax.optimization_barrier(places)
 
     blocks = -(-len(logits_VB) // BLOCK)
-    if logits_VB.size < MANY or blocks < count:
+    if logits_VB.size < MANY or blocks < 4 * count:  # of fewer blocks the second stage would sort a large part
         return top(logits_VB.T)
     spare = blocks * BLOCK - len(logits_VB)
     padded_VB = jnp.pad(logits_VB, ((0, spare), (0, 0)), constant_values=-jnp.inf)
@@ -183,8 +183,9 @@ def prefill(
 
 Rows = dict
 """The rows that are decoded, [B]: "slot" int32 in the cache (row i in slot i, where it is all); "token" int32 to be fed
-at "position" int32, "first" int32 (see `decoding.step`), "budget" int32 tokens it may still write, "active" bool;
-"forced" int32 [B, FORCED] of which [taken, owed) are still to be written; and `Knobs`.
+at "position" int32, "first" int32 (see `decoding.step`), "budget" int32 tokens it may still write, "active" bool,
+"waits" bool: stopped until the host has looked at it; "forced" int32 [B, FORCED] of which [taken, owed) are still to be
+written; and `Knobs`.
 """
 
 
@@ -195,7 +196,8 @@ def nobodys_rows(slots_B: np.ndarray) -> Rows:
     rows = {"slot": slots_B} | {name: np.zeros(batch, np.int32) for name in ints}
     rows |= {name: np.ones(batch, np.float32) for name in ("top_p", "penalty")}
     rows |= {name: np.zeros(batch, np.float32) for name in ("temperature", "min_p")}
-    return rows | {"active": np.zeros(batch, bool), "forced": np.zeros((batch, FORCED), np.int32)}
+    rows |= {name: np.zeros(batch, bool) for name in ("active", "waits")}
+    return rows | {"forced": np.zeros((batch, FORCED), np.int32)}
 
 
 class Written(NamedTuple):
@@ -232,7 +234,7 @@ def decode(
     row has ended.
     """
     batch = len(rows["token"])
-    running = jnp.sum(rows["active"])
+    running = jnp.sum(rows["active"] | rows["waits"])
     blank = jnp.full((CHUNK, batch), -1, jnp.int32)
     flags, numbers = jnp.zeros((CHUNK, batch), bool), jnp.zeros((CHUNK, batch), jnp.float32)
     written = Written(jnp.int32(0), blank, flags, numbers, rows["active"])
@@ -274,6 +276,7 @@ def decode(
                 "budget": budget,
                 "taken": rows["taken"] + (wrote & ~drawn),
                 "active": goes_on,
+                "waits": rows["waits"] | waits,
             },
             cache,
             paused + jnp.sum(waits),
@@ -282,7 +285,9 @@ def decode(
 
     slots, part = rows["slot"], part_of(cache, rows["slot"], reach)
     alone = batch == 1 and "shared" not in cache
-    carry = (written, rows, squeezed(part) if alone else part, jnp.int32(0), jnp.int32(0))
+    # Behind a decode that stopped for rows that wait, this one stops at once.
+    waiting = jnp.sum(rows["waits"], dtype=jnp.int32)
+    carry = (written, rows, squeezed(part) if alone else part, waiting, jnp.int32(0))
     written, rows, part, _, _ = jax.lax.while_loop(proceed, one, carry)
     part = unsqueezed(part) if alone else part
     return written, rows, with_part(cache, part, slots)

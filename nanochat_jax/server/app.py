@@ -127,7 +127,7 @@ def create_app(
         return response
 
     @app.errorhandler(Exception)
-    def show_error(error: Exception) -> tuple[Response, int, list[tuple[str, str]]]:
+    def show_error(error: Exception) -> tuple[Response, int, dict[str, str]]:
         if isinstance(error, UserError):
             error = ApiError(str(error))
         elif isinstance(error, RequestEntityTooLarge):
@@ -141,7 +141,8 @@ def create_app(
             error = ApiError("the request failed; the server log says why", status=500)
         status = error.code or 500
         body = error_body(error.description or error.name, status, getattr(error, "param", None))
-        return jsonify(body), status, [header for header in error.get_headers() if header[0] == "Allow"]
+        allowed = [", ".join(sorted(text.split(", "))) for name, text in error.get_headers() if name == "Allow"]
+        return jsonify(body), status, {"Allow": allowed[0]} if allowed else {}
 
     return app
 
@@ -159,8 +160,8 @@ def serve(app: Flask, listener: socket.socket) -> None:
 
 
 def bound(host: str, port: int) -> socket.socket:
-    """A socket for `serve` that has its port (0: any free one). Raises UserError for one it cannot have: Werkzeug would
-    end the process, and only once the model is loaded.
+    """A socket for `serve` that has its port (0: any free one), where callers wait from now on. Raises UserError for a
+    port it cannot have: Werkzeug would end the process, and only once the model is loaded.
     """
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
