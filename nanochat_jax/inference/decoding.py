@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from kernels.attention import GPU_IMPLEMENTATIONS
 from kernels.reference import MASKED
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.model import (
@@ -84,7 +85,7 @@ def product(weight: jax.Array | Int8, x_IC: jax.Array) -> jax.Array:
 
 
 def of_few(weight_OI: jax.Array, x_IC: jax.Array) -> jax.Array:
-    """`product` of few inputs: on a GPU it becomes a part of what surrounds it, not a kernel of its own."""
+    """`product` of few inputs, as a sum that a GPU computes with what surrounds it, not in a kernel of its own."""
     weight = weight_OI.reshape(*weight_OI.shape, *[1] * (x_IC.ndim - 1)).astype(jnp.float32)
     return jnp.sum(weight * x_IC[None].astype(jnp.float32), axis=1).astype(x_IC.dtype)
 
@@ -204,7 +205,7 @@ def hidden(
 
     previous(embeddings [D, *C]) -> those one position earlier, for smear.
     """
-    dtype = jnp.dtype(cfg.compute_dtype)
+    dtype, on_gpu = jnp.dtype(cfg.compute_dtype), cfg.attention in GPU_IMPLEMENTATIONS
     columns = tokens_C.shape
 
     def looked_up(table_VE: jax.Array) -> jax.Array:
@@ -226,7 +227,8 @@ def hidden(
         qkv = product(layer["qkv"], h_DC).reshape(cfg.n_kv_head, -1, cfg.head_dim, *columns)
         v_KHC = None
         if cfg.has_value_embedding(i):
-            gate_KC = 3 * jax.nn.sigmoid(of_few(layer["ve_gate"], h_DC[:GATE_CHANNELS]))
+            gates_KC = (of_few if on_gpu else product)(layer["ve_gate"], h_DC[:GATE_CHANNELS])
+            gate_KC = 3 * jax.nn.sigmoid(gates_KC)
             embedded_KHC = looked_up(weights[f"value_embed_{i}"]).reshape(cfg.n_kv_head, cfg.head_dim, *columns)
             v_KHC = qkv[:, -1] + gate_KC[:, None] * embedded_KHC
         y_KGHC = attention(i, qkv, v_KHC)
