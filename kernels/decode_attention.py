@@ -1,5 +1,5 @@
 """One query a row over its KV cache, in Pallas (Triton): rotary positions and norm of query and key, the new key and
-value put into the cache, and the softmax over what is visible, in two kernels where XLA takes nine.
+value put into the cache, and the softmax over what is visible, in two kernels where XLA takes six.
 
 Decoding reads few bytes in many small kernels, so that their number is what it costs. The cache is cut into parts, as
 one program for each head would leave most of a GPU without work (Flash-Decoding, Dao et al. 2023); a second kernel puts
@@ -40,7 +40,7 @@ class Setup(NamedTuple):
 
 class Part(NamedTuple):
     """What a program reads: slots [start, end) of a ring of `slots`, whose newest token is number `last`; tokens before
-    number `oldest` are invisible. Slots from `count` on hold none yet.
+    number `oldest` are invisible.
     """
 
     start: jax.Array
@@ -50,7 +50,7 @@ class Part(NamedTuple):
     oldest: jax.Array
 
 
-def parts_of(slots: int, panels: int, programs: int = PROGRAMS) -> tuple[int, int]:
+def parts_of(slots: int, panels: int, programs: int) -> tuple[int, int]:
     """(slots of a part, how many parts) for each of so many panels of keys."""
     wanted = -(-programs // panels)
     size = max(1, slots // wanted // SLOTS) * SLOTS
@@ -67,6 +67,15 @@ def _turned(ref: jax.Ref, at: int, cos: jax.Array, sin: jax.Array, setup: Setup)
     return (y * factor).astype(ref.dtype).astype(jnp.float32)
 
 
+def _together(out: jax.Array, highest: jax.Array, total: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Softmaxes over separate keys as one over all of them: of each its weighted values [n, H], its largest score and
+    the sum of its weights [n].
+    """
+    top = jnp.max(highest)
+    factors = jnp.exp2(highest - top)
+    return jnp.sum(out * factors[:, None], axis=0), top, jnp.sum(total * factors)
+
+
 def _attend(
     queries: list[jax.Array], k_ref: jax.Ref, v_ref: jax.Ref, part: Part, new: tuple[jax.Array, jax.Array] | None
 ) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
@@ -76,7 +85,7 @@ def _attend(
     maximum and sums of its own, as adding up over slots takes the threads of a program together.
     """
     width = k_ref.shape[1]
-    count = jnp.minimum(part.last + 1, part.slots)
+    count = jnp.minimum(part.last + 1, part.slots)  # slots that hold a token
 
     def tile(number: jax.Array, carry: list) -> list:
         slots = number * SLOTS + jnp.arange(SLOTS)
@@ -97,15 +106,10 @@ def _attend(
             after.append((out * shrink[:, None] + weights[:, None] * v, new_highest, total * shrink + weights))
         return after
 
-    def together(out: jax.Array, highest: jax.Array, total: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        top = jnp.max(highest)
-        factors = jnp.exp2(highest - top)
-        return jnp.sum(out * factors[:, None], axis=0), top, jnp.sum(total * factors)
-
     nothing = jnp.zeros((SLOTS, width), jnp.float32), jnp.full(SLOTS, MASKED), jnp.zeros(SLOTS, jnp.float32)
     end = -(-jnp.minimum(part.end, count) // SLOTS)
     found = jax.lax.fori_loop(part.start // SLOTS, end, tile, [nothing] * len(queries))
-    return [together(*each) for each in found]
+    return [_together(*each) for each in found]
 
 
 def _part_kernel(
@@ -167,8 +171,8 @@ def _join_kernel(parts: int, out_ref: jax.Ref, highest_ref: jax.Ref, total_ref: 
     highest = triton.load(highest_ref, mask=some, other=MASKED)
     total = triton.load(total_ref, mask=some, other=0)
     out = triton.load(out_ref, mask=jnp.broadcast_to(some[:, None], out_ref.shape), other=0)
-    factors = jnp.exp2(highest - jnp.max(highest))
-    y_ref[...] = (jnp.sum(out * factors[:, None], axis=0) / jnp.sum(total * factors)).astype(y_ref.dtype)
+    out, _, total = _together(out, highest, total)
+    y_ref[...] = (out / total).astype(y_ref.dtype)
 
 
 @functools.partial(jax.jit, static_argnames="setup")  # layers alike are compiled once

@@ -13,9 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from kernels import decode_attention
 from kernels.attention import IMPLEMENTATIONS
 from nanochat_jax import cli, metrics
-from nanochat_jax.bench import Settings, attention, cache_attention, decode, measure
+from nanochat_jax.bench import Settings, attention, decode, measure
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.model import flops_per_token
 
@@ -145,14 +146,15 @@ def test_decoding_is_what_the_answer_takes_longer_than_the_prompt(bench, monkeyp
 def test_attention_over_the_cache_is_checked_by_xla_and_by_the_kernel(bench, monkeypatch, broken):
     """Rows on their own, and sixteen that share a prompt."""
     if broken:
-        right = cache_attention.over_cache_by_kernel
+        right = decode_attention.decode_attention
 
-        def wrong(qkv, v, own, *rest):
-            y_BKGH, kept = right(qkv, v, own, *rest)
+        def wrong(*given, setup):
+            own = given[5]
+            y_BKGH, kept = right(*given, setup=setup)
             lost = kept["k"].at[3].set(own["k"][3])
             return y_BKGH, kept | {"k": lost if broken == "a new key is lost" else kept["k"].at[3, 0, 1, 0].add(1e-3)}
 
-        monkeypatch.setattr(cache_attention, "over_cache_by_kernel", wrong)
+        monkeypatch.setattr(decode_attention, "decode_attention", wrong)
     options = "--attention", "pallas", "--step-only", "--rows", 16, "--repeat", 1
     status, figures, _ = bench("decode", *options)
     records = figures["over_cache"]

@@ -114,7 +114,7 @@ def test_slots_that_hold_no_token_yet_do_not_count_nor_are_read_in_tiles_of_thei
 
 @pytest.mark.parametrize(("slots", "panels"), [(513, 6), (2048, 6), (513, 96), (2048, 96), (1, 1), (2048, 2000)])
 def test_parts_cover_the_slots_in_whole_tiles(slots, panels):
-    size, parts = parts_of(slots, panels)
+    size, parts = parts_of(slots, panels, kernel.PROGRAMS)
     assert size % kernel.SLOTS == 0 and (parts - 1) * size < slots <= parts * size
     assert parts * panels >= min(kernel.PROGRAMS, panels * (slots // kernel.SLOTS)) or parts == 1
 

@@ -157,8 +157,7 @@ def test_no_row_depends_on_its_neighbours_with_joins_and_leaves_at_random(model,
                 got[i] = rows.pop(i).completion
     for i, answer in enumerate(alone):
         assert got[i].ids == answer.ids and got[i].finish_reason == answer.finish_reason, i
-    if not ahead:
-        assert sizes_decoded(engine) == {1, 4}
+    assert sizes_decoded(engine) == {1, 4} or (ahead and sizes_decoded(engine) == {4})
 
 
 def test_the_next_tokens_are_asked_for_before_the_last_ones_are_there_unless_somebody_waits(

@@ -13,10 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nanochat_jax.bench.attention import LIMITS
+from nanochat_jax.bench.attention import LIMITS, runs_here
 from nanochat_jax.bench.measure import timed
 from nanochat_jax.config import GPTConfig
-from nanochat_jax.inference.decoding import empty_cache, over_cache_by_kernel, over_cache_by_xla
+from nanochat_jax.inference.decoding import empty_cache, has_kernel, over_cache
 from nanochat_jax.model import rope
 
 CALLS = 200
@@ -25,28 +25,31 @@ TOGETHER = 16
 """Rows that share a prompt, where there are so many."""
 
 
-def figures(cfg: GPTConfig, by_kernel: GPTConfig, rows: int, repeat: int, seed: int) -> Iterator[dict[str, Any]]:
-    """Records for each window, with rows on their own and with shared prompts; `by_kernel`: cfg for the kernel."""
-    interpreted = "interpreted" in by_kernel.attention
-    ways = {"xla": (over_cache_by_xla, cfg), "kernel": (over_cache_by_kernel, by_kernel)}
+def figures(cfg: GPTConfig, rows: int, repeat: int, seed: int) -> Iterator[dict[str, Any]]:
+    """Records for each window, with rows on their own and with shared prompts; none where there is no kernel."""
+    interpreted = "interpreted" in cfg.attention
+    ways = {"xla": replace(cfg, attention="reference")}
+    ways["kernel"] = cfg if interpreted else replace(cfg, attention="pallas")
+    if not has_kernel(ways["kernel"]) or not (interpreted or runs_here("pallas", cfg)):
+        return
     layers = {min(window, cfg.sequence_len): layer for layer, window in enumerate(cfg.windows)}
     for window, layer in sorted(layers.items()):
         for prompts in (0, *[rows // TOGETHER] * (rows % TOGETHER == 0)):
             given = arrays(cfg, layer, rows, prompts, seed)
             exact = jax.tree.map(lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, given)
             with jax.default_matmul_precision("highest"):
-                expected = once(over_cache_by_xla, replace(cfg, compute_dtype="float32"), layer)(*exact)
-            for name, (way, how) in ways.items():
+                expected = once(replace(ways["xla"], compute_dtype="float32"), layer)(*exact)
+            for name, how in ways.items():
                 record = {"impl": name, "rows": rows, "window": window, "prompts": prompts}
                 try:
-                    record |= measured(way, how, layer, given, expected, 1 if interpreted else CALLS, repeat)
+                    record |= measured(how, layer, given, expected, 1 if interpreted else CALLS, repeat)
                 except Exception as error:  # a kernel that fails must not hide what XLA does
                     record |= {"right": False, "error": f"{type(error).__name__}: {error}".splitlines()[0]}
                 yield record
 
 
 def arrays(cfg: GPTConfig, layer: int, rows: int, prompts: int, seed: int) -> tuple:
-    """What `over_cache_by_xla` takes before the configuration: normally distributed, positions at about half of the
+    """What `over_cache` takes before the configuration: normally distributed, positions at about half of the
     context, an eighth of them the row's own where prompts are shared.
     """
     keys = iter(jax.random.split(jax.random.key(seed), 8))
@@ -69,9 +72,9 @@ def arrays(cfg: GPTConfig, layer: int, rows: int, prompts: int, seed: int) -> tu
     return qkv, v if cfg.has_value_embedding(layer) else None, own, shared, tables, positions, first
 
 
-def once(way: Callable[..., Any], cfg: GPTConfig, layer: int) -> Callable[..., Any]:
+def once(cfg: GPTConfig, layer: int) -> Callable[..., Any]:
     """One call, compiled."""
-    return jax.jit(lambda *given: way(*given, cfg, layer))
+    return jax.jit(lambda *given: over_cache(*given, cfg, layer))
 
 
 def errors_of(got: tuple, expected: tuple, given: tuple) -> dict[str, float]:
@@ -93,17 +96,15 @@ def errors_of(got: tuple, expected: tuple, given: tuple) -> dict[str, float]:
     return errors
 
 
-def measured(
-    way: Callable[..., Any], cfg: GPTConfig, layer: int, given: tuple, expected: tuple, calls: int, repeat: int
-) -> dict[str, Any]:
+def measured(cfg: GPTConfig, layer: int, given: tuple, expected: tuple, calls: int, repeat: int) -> dict[str, Any]:
     """Microseconds of a call, and errors."""
-    errors = errors_of(once(way, cfg, layer)(*given), expected, given)
+    errors = errors_of(once(cfg, layer)(*given), expected, given)
 
     @jax.jit
     def many(qkv: jax.Array, v: jax.Array | None, own: dict[str, jax.Array], *rest: Any) -> jax.Array:
         def again(_: int, carry: tuple) -> tuple:
             qkv, own = carry
-            y_BKGH, own = way(qkv, v, own, *rest, cfg, layer)
+            y_BKGH, own = over_cache(qkv, v, own, *rest, cfg, layer)
             return qkv.at[:, :-2].add((1e-6 * y_BKGH.transpose(1, 2, 3, 0)).astype(qkv.dtype)), own
 
         return jax.lax.fori_loop(0, calls, again, (qkv, own))[0]

@@ -21,10 +21,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from nanochat_jax.bench import Settings, cache_attention
-from nanochat_jax.bench.attention import runs_here
 from nanochat_jax.bench.measure import timed
 from nanochat_jax.config import Config, GPTConfig
-from nanochat_jax.inference.decoding import has_kernel
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.inference.requests import SamplingParams
 from nanochat_jax.metrics import mfu, peak_bandwidth, peak_memory_bytes
@@ -76,11 +74,9 @@ def figures(config: Config, settings: Settings, log: Callable[[str], None]) -> d
         return Engine(params, cfg, NoSpecials(), max_rows=rows, max_len=cfg.sequence_len, mesh=mesh)
 
     records, engines, over_cache = [], [], []
-    by_kernel = cfg if "interpreted" in cfg.attention else dataclasses.replace(cfg, attention="pallas")
     for rows in settings.rows or (1, 16):
         log(f"bench decode: {rows} rows")
-        if has_kernel(by_kernel) and ("interpreted" in cfg.attention or runs_here("pallas", cfg)):
-            over_cache += cache_attention.figures(cfg, by_kernel, rows, settings.repeat, config.seed)
+        over_cache += cache_attention.figures(cfg, rows, settings.repeat, config.seed)
         engine = engine_of(rows)
         prompts = random.integers(cfg.vocab_size, size=(rows, length)).tolist()
 

@@ -242,20 +242,18 @@ def hidden(
     return rms(x_DC, axis=0), embedding_DC
 
 
-def turning(cfg: GPTConfig, tables: tuple[jax.Array, jax.Array]) -> Callable[..., tuple[jax.Array, ...]]:
-    """What makes, of qkv and v as `Attend` has them, queries, key and value as attention takes them; `tables`: of
-    `model.rope`, for the columns.
+def turned(
+    qkv: jax.Array, v_KHC: jax.Array | None, tables: tuple[jax.Array, jax.Array], scale: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries, key and value as attention takes them, of qkv and v as `Attend` has them; `tables`: of `model.rope`, for
+    the columns.
     """
     cos, sin = (jnp.moveaxis(table[..., 0, :], -1, 0)[None, None] for table in tables)
-
-    def turned(qkv: jax.Array, v_KHC: jax.Array | None) -> tuple[jax.Array, ...]:
-        x_KGHC = qkv[:, :-1]
-        halves = x_KGHC.reshape(*x_KGHC.shape[:2], 2, -1, *x_KGHC.shape[3:])
-        swapped_KGHC = jax.lax.rev(halves, (2,)).reshape(x_KGHC.shape)
-        qk = cfg.qk_scale * rms(x_KGHC * cos + swapped_KGHC * sin, axis=2)
-        return qk[:, :-1], qk[:, -1], qkv[:, -1] if v_KHC is None else v_KHC
-
-    return turned
+    x_KGHC = qkv[:, :-1]
+    halves = x_KGHC.reshape(*x_KGHC.shape[:2], 2, -1, *x_KGHC.shape[3:])
+    swapped_KGHC = jax.lax.rev(halves, (2,)).reshape(x_KGHC.shape)
+    qk = scale * rms(x_KGHC * cos + swapped_KGHC * sin, axis=2)
+    return qk[:, :-1], qk[:, -1], qkv[:, -1] if v_KHC is None else v_KHC
 
 
 def logits_of(weights: Weights, cfg: GPTConfig, x_DC: jax.Array) -> jax.Array:
@@ -282,10 +280,10 @@ def read(weights: Weights, cfg: GPTConfig, tokens_PT: jax.Array) -> Prompts:
     impl = "cudnn" if cfg.attention == "mosaic" else cfg.attention
     keys, values = [], []
     positions_PT = jnp.broadcast_to(jnp.arange(tokens_PT.shape[1]), tokens_PT.shape)
-    turned = turning(cfg, rope(positions_PT, cfg.head_dim, cfg.rope_base, jnp.dtype(cfg.compute_dtype)))
+    tables = rope(positions_PT, cfg.head_dim, cfg.rope_base, jnp.dtype(cfg.compute_dtype))
 
     def attention(i: int, qkv: jax.Array, v: jax.Array | None) -> jax.Array:
-        q, k, v = turned(qkv, v)
+        q, k, v = turned(qkv, v, tables, cfg.qk_scale)
         q_PTNH = q.reshape(-1, *q.shape[2:]).transpose(2, 3, 0, 1)
         k_PTKH, v_PTKH = k.transpose(2, 3, 0, 1), v.transpose(2, 3, 0, 1)
         keys.append(k_PTKH)
@@ -364,7 +362,15 @@ def attend_cache(
     return y_BKGH + apart(jnp.einsum("PKMS,PKSH->PKMH", together(of_prompt), shared["v"]))
 
 
-def over_cache_by_xla(
+def has_kernel(cfg: GPTConfig) -> bool:
+    """Whether decoding attends over the cache in a kernel: with 16 bits where `--attention pallas` asks for it, and
+    interpreted. What `auto` chooses, pallas itself in float32, does not bring it until it has been checked on a GPU.
+    """
+    asked = cfg.attention == "pallas_interpreted" or (cfg.attention, cfg.compute_dtype) == ("pallas", "bfloat16")
+    return asked and cfg.head_dim & (cfg.head_dim - 1) == 0
+
+
+def over_cache(
     qkv: jax.Array,
     v_KHB: jax.Array | None,
     own: dict[str, jax.Array],
@@ -378,46 +384,25 @@ def over_cache_by_xla(
     """What each row's queries see, [B, K, G, H], of queries, key and value as `Attend` has them; and the row's own
     slots with the new key and value. `tables`: of `model.rope`, for positions_B.
     """
-    q, k, v = turning(cfg, tables)(qkv, v_KHB)
+    if has_kernel(cfg):
+        # Pallas takes up to half a second to import.
+        from kernels.decode_attention import Setup, decode_attention
+
+        setup = Setup(cfg.windows[layer], cfg.qk_scale, EPS, "interpreted" in cfg.attention)
+        heads = len(positions_B), cfg.n_kv_head
+        cos, sin = (jnp.broadcast_to(table, (*heads, cfg.head_dim)) for table in tables)
+        places = jnp.broadcast_to(jnp.stack([positions_B, first_B], axis=-1)[:, None], (*heads, 2))
+        value_BKH = None if v_KHB is None else v_KHB.transpose(2, 0, 1)
+        alone = own["k"].ndim == 3  # see `squeezed`
+        panels = {name: panel[None] for name, panel in own.items()} if alone else own
+        given = qkv.transpose(3, 0, 1, 2), value_BKH, cos, sin, places, panels, shared
+        y_BKGH, panels = per_device(functools.partial(decode_attention, setup=setup), (BATCH_AXES, "tensor"), given)
+        return y_BKGH, {name: panel[0] for name, panel in panels.items()} if alone else panels
+    q, k, v = turned(qkv, v_KHB, tables, cfg.qk_scale)
     slots_B = (positions_B - first_B) % own["k"].shape[-2]
     new = {"k": k.transpose(2, 0, 1), "v": v.transpose(2, 0, 1)}
     own = {name: put(panel, new[name], slots_B) for name, panel in own.items()}
     return attend_cache(q.transpose(3, 0, 1, 2), own, shared, positions_B, first_B, cfg.windows[layer]), own
-
-
-def over_cache_by_kernel(
-    qkv: jax.Array,
-    v_KHB: jax.Array | None,
-    own: dict[str, jax.Array],
-    shared: dict[str, jax.Array] | None,
-    tables: tuple[jax.Array, jax.Array],
-    positions_B: jax.Array,
-    first_B: jax.Array,
-    cfg: GPTConfig,
-    layer: int,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """What `over_cache_by_xla` gives, in `kernels.decode_attention`, each device its own rows and heads."""
-    # Pallas takes up to half a second to import.
-    from kernels.decode_attention import Setup, decode_attention
-
-    setup = Setup(cfg.windows[layer], cfg.qk_scale, EPS, "interpreted" in cfg.attention)
-    heads = len(positions_B), cfg.n_kv_head
-    cos, sin = (jnp.broadcast_to(table, (*heads, cfg.head_dim)) for table in tables)
-    places = jnp.broadcast_to(jnp.stack([positions_B, first_B], axis=-1)[:, None], (*heads, 2))
-    value_BKH = None if v_KHB is None else v_KHB.transpose(2, 0, 1)
-    alone = own["k"].ndim == 3  # see `squeezed`
-    panels = {name: panel[None] for name, panel in own.items()} if alone else own
-    given = qkv.transpose(3, 0, 1, 2), value_BKH, cos, sin, places, panels, shared
-    y_BKGH, panels = per_device(functools.partial(decode_attention, setup=setup), (BATCH_AXES, "tensor"), given)
-    return y_BKGH, {name: panel[0] for name, panel in panels.items()} if alone else panels
-
-
-def has_kernel(cfg: GPTConfig) -> bool:
-    """Whether decoding attends over the cache in a kernel: with 16 bits where `--attention pallas` asks for it, and
-    interpreted. What `auto` chooses, pallas itself in float32, does not bring it until it has been checked on a GPU.
-    """
-    asked = cfg.attention == "pallas_interpreted" or (cfg.attention, cfg.compute_dtype) == ("pallas", "bfloat16")
-    return asked and cfg.head_dim & (cfg.head_dim - 1) == 0
 
 
 def step(
@@ -437,7 +422,6 @@ def step(
     own = list(cache["own"])
     shared = cache.get("shared", [None] * cfg.n_layer)
     tables = rope(positions_B, cfg.head_dim, cfg.rope_base, jnp.dtype(cfg.compute_dtype))
-    over_cache = over_cache_by_kernel if has_kernel(cfg) else over_cache_by_xla
 
     def attention(i: int, qkv: jax.Array, v: jax.Array | None) -> jax.Array:
         y_BKGH, own[i] = over_cache(qkv, v, own[i], shared[i], tables, positions_B, first_B, cfg, i)

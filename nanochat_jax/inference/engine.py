@@ -111,7 +111,7 @@ class Engine:
         self._drivers: set[int] = set()
         self._rows: dict[int, Row] = {}
         self._flight: Flight | None = None
-        self._runs_ahead, self._steady = not on_cpu, False
+        self._runs_ahead, self._steady = not on_cpu, True
         shared = (self._groups, self.max_len) if samples > 1 else (0, 0)
         # Not a method of this engine: held by it, it would keep the cache on the device until Python looks for cycles.
         empty = functools.partial(empty_cache, cfg, self.max_rows, self.reaches[-1], *shared)
@@ -260,7 +260,7 @@ class Engine:
             self._flight = None  # it ran ahead for rows that had ended
         if self._flight is None:
             self._join()
-            self._flight = self._launch(None) if self._rows else None
+            self._flight, self._steady = self._launch(None) if self._rows else None, True
         if self._flight is None:
             return
         flight, self._flight = self._flight, None
@@ -269,8 +269,8 @@ class Engine:
             self._flight = self._launch(flight, CHUNK)
         written = jax.device_get(flight.written)
         # Where a row has ended or waits for a tool, the host has to say how it goes on.
-        self._steady = all(written.active[at] and not row.done for at, row in flight.owners.items())
-        if self._flight is None and self._steady and not self._may_join():
+        self._steady = all(written.active[at] for at in flight.owners)
+        if self._flight is None and self._steady and nobody_ended and not self._may_join():
             self._flight = self._launch(flight, int(written.count))
         arrays = (written.tokens, written.drawn, written.logprobs)
         for tokens, drawn, logprobs in zip(*(array[: written.count].tolist() for array in arrays), strict=True):
@@ -352,7 +352,7 @@ class Engine:
         limit = CHUNK
         if before is None:
             owners, rows = self._host_rows()
-            rows, self._steady = self._place(rows), True
+            rows = self._place(rows)
             # Whoever waits for the first token of an answer gets it without waiting for more.
             limit = 1 if any(not row.completion.ids for row in owners.values()) else CHUNK
         else:

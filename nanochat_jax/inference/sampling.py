@@ -202,7 +202,8 @@ def nobodys_rows(slots_B: np.ndarray) -> Rows:
 
 class Written(NamedTuple):
     """What `decode` wrote: how many tokens at most, and of each [CHUNK, B]: the token (-1: nothing), whether the model
-    drew it, and its log-probability (0 where not asked for, or not drawn); [B]: whether the row goes on.
+    drew it, and its log-probability (0 where not asked for, or not drawn); [B]: whether the row goes on, as the rows
+    may be another decode's already.
     """
 
     count: jax.Array
