@@ -226,6 +226,7 @@ def gpt_config(config: Config, vocab_size: int, platform: str | None = None) -> 
     except ValueError as error:
         raise UserError(str(error)) from None
     resolved = {"compute_dtype": dtype, "attention": impl, "fp8": config.fp8, "remat": config.remat}
+    resolved["native"] = config.native
     return GPTConfig.from_depth(config.model, vocab_size, **resolved)
 
 

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -43,6 +44,17 @@ def compilations():
     jax.monitoring.register_event_duration_secs_listener(listen)
     yield names
     jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.fixture(scope="session")
+def native():
+    """The kernels in C++, which need a compiler."""
+    from kernels import native
+
+    if not any(map(shutil.which, native.COMPILERS)):
+        pytest.skip("no C++ compiler")
+    native.load()
+    return native
 
 
 @pytest.fixture(scope="session")

@@ -32,6 +32,15 @@ def stepping(request, cfg):
     return replace(cfg, attention=request.param)
 
 
+@pytest.fixture(params=["xla_blocked", "pallas_interpreted", "native"])
+def alone(request, cfg):
+    """The same, and in C++ on one device."""
+    if request.param != "native":
+        return replace(cfg, attention=request.param)
+    request.getfixturevalue("native")
+    return replace(cfg, native=True)
+
+
 @pytest.fixture(scope="module")
 def params(cfg):
     params = jax.jit(init_params, static_argnums=0)(cfg, jax.random.key(0))
@@ -80,7 +89,7 @@ def test_a_model_that_trains_with_mosaic_reads_prompts_with_cudnn(params, cfg, t
     assert used == {"cudnn", "pallas"}
 
 
-def test_decoding_past_the_rings_end_equals_the_full_forward(params, cfg, stepping, tokens, expected):
+def test_decoding_past_the_rings_end_equals_the_full_forward(params, cfg, alone, tokens, expected):
     """Prompts shorter and longer than a ring, in rows of a larger batch, decoded to the end of the context."""
     counts, slots = (40, 200), (2, 0)
     assert [panel["k"].shape[2] for panel in empty_cache(cfg, 1, 300)["own"]] == [129, 129, 129, 300]
@@ -91,26 +100,26 @@ def test_decoding_past_the_rings_end_equals_the_full_forward(params, cfg, steppi
         token = np.zeros(3, np.int32)
         for i, slot in enumerate(slots):
             position[slot], token[slot] = counts[i] + at, tokens[i, counts[i] + at]
-        logits_VB, cache = advance(weights, cache, token, position, np.zeros(3, np.int32), active, cfg=stepping)
+        logits_VB, cache = advance(weights, cache, token, position, np.zeros(3, np.int32), active, cfg=alone)
         for i, slot in enumerate(slots):
             np.testing.assert_allclose(logits_VB[:, slot], expected[i, counts[i] + at], atol=2e-4)
 
 
-def test_a_row_fed_again_while_it_waits_is_as_if_fed_once(params, cfg, stepping, tokens, expected):
+def test_a_row_fed_again_while_it_waits_is_as_if_fed_once(params, cfg, alone, tokens, expected):
     weights, cache = filled(params, cfg, tokens, (40, 200), empty_cache(cfg, 2, 300), (0, 1))
     position, first = np.asarray([40, 200]), np.zeros(2, np.int32)
     for active in (True, False, False):
         flags = np.asarray([True, active])
         token = tokens[[0, 1], position]
-        logits_VB, cache = advance(weights, cache, token, position, first, flags, cfg=stepping)
+        logits_VB, cache = advance(weights, cache, token, position, first, flags, cfg=alone)
         np.testing.assert_allclose(logits_VB[:, 0], expected[0, position[0]], atol=2e-4)
         position[0] += 1
         position[1] += active
-    logits_VB, _ = advance(weights, cache, tokens[[0, 1], position], position, first, np.ones(2, bool), cfg=stepping)
+    logits_VB, _ = advance(weights, cache, tokens[[0, 1], position], position, first, np.ones(2, bool), cfg=alone)
     np.testing.assert_allclose(logits_VB[:, 1], expected[1, 201], atol=2e-4)
 
 
-def test_rows_that_share_a_prompt_equal_rows_that_own_it(params, cfg, stepping, tokens, expected):
+def test_rows_that_share_a_prompt_equal_rows_that_own_it(params, cfg, alone, tokens, expected):
     """Two prompts, one longer than the windows; each of its two rows goes on in its own way."""
     counts, first = (40, 200), np.asarray([40, 40, 200, 200])
     cache = empty_cache(cfg, 4, 64, prompts=2, prompt_length=256)
@@ -123,7 +132,7 @@ def test_rows_that_share_a_prompt_equal_rows_that_own_it(params, cfg, stepping, 
     for at in range(20):
         position = first + at
         token = np.asarray([tokens[0, 40 + at], other[0, 40 + at], tokens[1, 200 + at], other[1, 200 + at]])
-        logits_VB, cache = advance(weights, cache, token, position, first, np.ones(4, bool), cfg=stepping)
+        logits_VB, cache = advance(weights, cache, token, position, first, np.ones(4, bool), cfg=alone)
         for b, rows in enumerate((expected[0], full[0], expected[1], full[1])):
             np.testing.assert_allclose(logits_VB[:, b], rows[position[b]], atol=2e-4)
 

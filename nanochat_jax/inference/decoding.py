@@ -84,6 +84,27 @@ def product(weight: jax.Array | Int8, x_IC: jax.Array) -> jax.Array:
     return (y_OC * scales_C[None] * weight.scales.reshape(-1, *[1] * len(columns))).astype(x_IC.dtype)
 
 
+def layer_product(
+    weight: jax.Array | Int8,
+    x_IC: jax.Array,
+    cfg: GPTConfig,
+    plus: jax.Array | None = None,
+    *,
+    normed: bool = False,
+    squared: bool = False,
+) -> jax.Array:
+    """`product` and what surrounds it in a layer: of x `normed`, the square of what is above 0, added to `plus`."""
+    if cfg.native and not isinstance(weight, Int8) and x_IC.ndim == 2:
+        from kernels import native
+
+        if x_IC.shape[1] in native.COLUMNS:
+            return native.product(weight, x_IC, plus, normed=normed, squared=squared, eps=EPS)
+    y_OC = product(weight, rms(x_IC, axis=0) if normed else x_IC)
+    if squared:
+        y_OC = jnp.square(jax.nn.relu(y_OC))
+    return y_OC if plus is None else plus + y_OC
+
+
 def of_few(weight_OI: jax.Array, x_IC: jax.Array) -> jax.Array:
     """`product` of few inputs, as a sum that a GPU computes with what surrounds it, not in a kernel of its own."""
     weight = weight_OI.reshape(*weight_OI.shape, *[1] * (x_IC.ndim - 1)).astype(jnp.float32)
@@ -224,7 +245,7 @@ def hidden(
         if cfg.lambdas:
             x_DC = scaled(weights["resid_lambda"][i], x_DC) + scaled(weights["x0_lambda"][i], x0_DC)
         h_DC = rms(x_DC, axis=0)
-        qkv = product(layer["qkv"], h_DC).reshape(cfg.n_kv_head, -1, cfg.head_dim, *columns)
+        qkv = layer_product(layer["qkv"], h_DC, cfg).reshape(cfg.n_kv_head, -1, cfg.head_dim, *columns)
         v_KHC = None
         if cfg.has_value_embedding(i):
             gates_KC = (of_few if on_gpu else product)(layer["ve_gate"], h_DC[:GATE_CHANNELS])
@@ -232,9 +253,9 @@ def hidden(
             embedded_KHC = looked_up(weights[f"value_embed_{i}"]).reshape(cfg.n_kv_head, cfg.head_dim, *columns)
             v_KHC = qkv[:, -1] + gate_KC[:, None] * embedded_KHC
         y_KGHC = attention(i, qkv, v_KHC)
-        x_DC = x_DC + product(layer["out"], y_KGHC.reshape(-1, *columns))
-        h_FC = product(layer["fc"], rms(x_DC, axis=0))
-        x_DC = spread(x_DC + product(layer["down"], jnp.square(jax.nn.relu(h_FC))))
+        x_DC = layer_product(layer["out"], y_KGHC.reshape(-1, *columns), cfg, x_DC)
+        h_FC = layer_product(layer["fc"], x_DC, cfg, normed=True, squared=True)
+        x_DC = spread(layer_product(layer["down"], h_FC, cfg, x_DC))
         if i == cfg.n_layer // 2:
             middle_DC = x_DC
     if cfg.backout:
@@ -258,7 +279,7 @@ def turned(
 
 def logits_of(weights: Weights, cfg: GPTConfig, x_DC: jax.Array) -> jax.Array:
     """Logits [vocabulary, *C] float32. A transpose right behind the product would make the slow one of it on a CPU."""
-    logits_VC = product(weights["head"], x_DC)[: cfg.vocab_size]
+    logits_VC = layer_product(weights["head"], x_DC, cfg)[: cfg.vocab_size]
     return SOFTCAP * jnp.tanh(logits_VC.astype(jnp.float32) / SOFTCAP)
 
 
@@ -384,6 +405,15 @@ def over_cache(
     """What each row's queries see, [B, K, G, H], of queries, key and value as `Attend` has them; and the row's own
     slots with the new key and value. `tables`: of `model.rope`, for positions_B.
     """
+    alone = own["k"].ndim == 3  # see `squeezed`
+    if cfg.native and not alone:
+        from kernels import native
+
+        cos, sin = (table[:, 0] for table in tables)
+        given = qkv, v_KHB, own, shared, (cos, sin), positions_B, first_B
+        how = {"window": cfg.windows[layer], "qk_scale": cfg.qk_scale, "eps": EPS}
+        y_KGHB, own = native.attention(*given, **how)
+        return y_KGHB.transpose(3, 0, 1, 2), own
     if has_kernel(cfg):
         # Pallas takes up to half a second to import.
         from kernels.decode_attention import Setup, decode_attention
@@ -393,7 +423,6 @@ def over_cache(
         cos, sin = (jnp.broadcast_to(table, (*heads, cfg.head_dim)) for table in tables)
         places = jnp.broadcast_to(jnp.stack([positions_B, first_B], axis=-1)[:, None], (*heads, 2))
         value_BKH = None if v_KHB is None else v_KHB.transpose(2, 0, 1)
-        alone = own["k"].ndim == 3  # see `squeezed`
         panels = {name: panel[None] for name, panel in own.items()} if alone else own
         given = qkv.transpose(3, 0, 1, 2), value_BKH, cos, sin, places, panels, shared
         y_BKGH, panels = per_device(functools.partial(decode_attention, setup=setup), (BATCH_AXES, "tensor"), given)

@@ -60,6 +60,26 @@ class Flight(NamedTuple):
     owners: dict[int, Row]
 
 
+def load_native(cfg: GPTConfig, mesh: Mesh) -> None:
+    """Makes the kernels in C++ ready. UserError where they cannot do what is asked for, or cannot be had."""
+    from kernels import native
+
+    kind = mesh.devices.flat[0].platform
+    wrong = {
+        f"a device of kind {kind}": kind != "cpu",
+        f"{mesh.size} devices": mesh.size > 1,
+        f"--compute-dtype {cfg.compute_dtype}": cfg.compute_dtype != "float32",
+        f"--model.head-dim {cfg.head_dim}": cfg.head_dim % native.LANES != 0,
+    }
+    if found := [value for value, is_wrong in wrong.items() if is_wrong]:
+        needs = f"one CPU device, float32 and heads whose width is a multiple of {native.LANES}"
+        raise UserError(f"--native with {', '.join(found)}: it needs {needs}; leave out --native")
+    try:
+        native.load()
+    except native.NativeError as error:
+        raise UserError(f"--native: {error}; install one or leave out --native") from None
+
+
 class Engine:
     """Generation for one set of parameters; safe to call from several threads."""
 
@@ -86,6 +106,8 @@ class Engine:
         """
         if quantize not in ("none", "int8"):
             raise UserError(f"quantize {quantize!r} is not known; none and int8 are")
+        if cfg.native:
+            load_native(cfg, mesh)
         self._shards = data_shards(mesh)
         unit = self._shards * samples
         self.cfg, self.tokenizer, self.mesh, self.samples = cfg, tokenizer, mesh, samples
