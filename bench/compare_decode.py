@@ -15,10 +15,11 @@ rollouts-16         the same, the reference with all 16 answers to a question at
 greedy              the likeliest 128 tokens after four prompts, compared; no times
 
 Ours is measured with several engines: "plain"; "int8" weights; "shared": the samples of a prompt share its keys and
-values.
+values; "native": with the kernels in C++ (in float32 on CPUs).
 Printed (stderr; --json: one line on stdout): how many times as fast ours was, the median of the rounds with the lowest
 and highest, and milliseconds of both. A first round does not count. Compilation is not counted anywhere. Exit status 1
-where, both in float32, a greedy answer of the plain engine parts from the reference's within its first 64 tokens.
+where, both in float32, a greedy answer of the plain or the native engine parts from the reference's within its first
+64 tokens.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ class Measure(NamedTuple):
 def main() -> None:
     """Runs both and prints."""
     options = parse(sys.argv[1:])
-    asked = measures(options.vocab_size, options.seq_len)
+    native = (options.device, options.dtype) == ("cpu", "float32")
+    asked = measures(options.vocab_size, options.seq_len, native)
     with tempfile.TemporaryDirectory(prefix="compare_decode_") as folder:
         running: list[Child] = []
         try:
@@ -69,7 +71,8 @@ def main() -> None:
             timed = {name: asked[name] for name in options.what if name != "greedy"}
             figures = {"speeds": compare(options.rounds, timed, *running)}
             if "greedy" in options.what:
-                figures["greedy"] = agreement(prompts_of(options.vocab_size, (256, 40, 120, 300)), *running)
+                prompts = prompts_of(options.vocab_size, (256, 40, 120, 300))
+                figures["greedy"] = agreement(prompts, native, *running)
         finally:
             for child in running:
                 child.end()
@@ -78,13 +81,13 @@ def main() -> None:
     if options.json:
         print(json.dumps(figures))
     for record in figures.get("greedy", ()):
-        if options.dtype == "float32" and record["ours"] == "plain" and min(record["part_at"]) < MUST_AGREE:
+        if options.dtype == "float32" and record["ours"] != "int8" and min(record["part_at"]) < MUST_AGREE:
             sys.exit(f"error: greedy answers part after {min(record['part_at'])} tokens; {MUST_AGREE} should be equal")
 
 
 def parse(words: list[str]) -> argparse.Namespace:
     """The options. Exits with one line where one cannot be."""
-    what = [*measures(1, 512), "greedy"]
+    what = [*measures(1, 512, False), "greedy"]
     known = parser(__doc__, rounds=5)
     known.add_argument("--seq-len", type=int, default=512, help="context, tokens (512, the least)")
     known.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where both generate (cpu)")
@@ -99,20 +102,23 @@ def parse(words: list[str]) -> argparse.Namespace:
     return options
 
 
-def measures(vocab_size: int, length: int) -> dict[str, Measure]:
-    """Everything that is timed, by name, in a context of `length` tokens."""
+def measures(vocab_size: int, length: int, native: bool) -> dict[str, Measure]:
+    """Everything that is timed, by name, in a context of `length` tokens; with the kernels in C++, too."""
     (prompt,) = prompts_of(vocab_size, (length // 2,))
     (long,) = prompts_of(vocab_size, (25 * length // 32,))
     lengths = tuple(int(tokens) for tokens in np.linspace(40, 120, QUESTIONS))
     asked = {"prompts": prompts_of(vocab_size, lengths), "samples": SAMPLES, "tokens": ROLLOUT_TOKENS}
     decoding = {"prompt": prompt, "steps": 128}
     ways = ("plain", "shared", "one batch", "one batch, shared")
+    rows = ("plain", "int8", "shared", "int8, shared")
+    if native:
+        ways, rows = (*ways, "one batch, shared, native"), (*rows, "native", "shared, native", "int8, shared, native")
     return {
         "batch-1": Measure("decode", {"rows": 1, **decoding}, ("plain", "int8"), steps=128),
-        "batch-16": Measure("decode", {"rows": 16, **decoding}, ("plain", "int8", "shared", "int8, shared"), steps=128),
+        "batch-16": Measure("decode", {"rows": 16, **decoding}, rows, steps=128),
         "prefill": Measure("decode", {"rows": 1, "prompt": long, "steps": 1}, ("plain", "int8"), figure="first"),
         "rollouts": Measure("rollouts", asked | {"at_once": REFERENCE_AT_ONCE}, ways),
-        "rollouts-16": Measure("rollouts", asked | {"at_once": SAMPLES}, ways[-1:]),
+        "rollouts-16": Measure("rollouts", asked | {"at_once": SAMPLES}, ways[3:]),
     }
 
 
@@ -172,12 +178,12 @@ def record(name: str, variant: str, reference_ms: Sequence[float], ours_ms: Sequ
     }
 
 
-def agreement(prompts: list[list[int]], reference: Child, ours: Child) -> list[dict[str, Any]]:
+def agreement(prompts: list[list[int]], native: bool, reference: Child, ours: Child) -> list[dict[str, Any]]:
     """Of each greedy answer: how many tokens come before the first that differs, and the share of equal tokens."""
     asked = {"prompts": prompts, "tokens": GREEDY_TOKENS}
     right = reference.work(work="greedy", variant="reference", **asked)
     records = []
-    for variant in ("plain", "int8"):
+    for variant in ("plain", "int8", "native")[: 2 + native]:
         pairs = [
             list(zip(*both, strict=True))
             for both in zip(right, ours.work(work="greedy", variant=variant, **asked), strict=True)

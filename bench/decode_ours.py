@@ -38,12 +38,14 @@ def main() -> None:
     engines: dict[tuple, Engine] = {}
 
     def engine_of(max_rows: int, variant: str, max_len: int, max_new: int) -> Engine:
-        shared, quantize = "shared" in variant, "int8" if "int8" in variant else "none"
+        shared, quantize, native = "shared" in variant, "int8" if "int8" in variant else "none", "native" in variant
         together = {"samples": spec["samples"], "max_new": max_new} if shared else {}
-        key = (max_rows, shared, quantize, max_len, max_new)
+        key = (max_rows, shared, quantize, native, max_len, max_new)
         if key not in engines:
             where = {"max_rows": max_rows, "max_len": max_len, "mesh": make_mesh("1")}
-            engines[key] = Engine(params, cfg, NoSpecials(), quantize=quantize, **where, **together)
+            engines[key] = Engine(
+                params, replace(cfg, native=native), NoSpecials(), quantize=quantize, **where, **together
+            )
         return engines[key]
 
     def generate(engine: Engine, prompts: list[list[int]], tokens: int, samples: int, **changed: Any) -> tuple:

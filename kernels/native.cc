@@ -1,4 +1,5 @@
-// Decoding a few rows on a CPU: products and attention over the KV cache, called by XLA (native.py). float32 only.
+// Decoding a few rows on a CPU: products and attention over the KV cache, called by XLA (native.py). In float32, and
+// products of 8-bit integers where the processor has instructions for them (AVX-512 VNNI).
 //
 // A weight is read once for all rows, and the next ones are asked for ahead: memory is what bounds such a step. Vectors
 // are 16 floats wide; a compiler splits them where the processor's are narrower.
@@ -12,6 +13,10 @@
 #include <utility>
 #include <vector>
 
+#ifdef __AVX512VNNI__
+#include <immintrin.h>
+#endif
+
 #include "xla/ffi/api/ffi.h"
 
 namespace {
@@ -19,6 +24,7 @@ namespace {
 namespace ffi = xla::ffi;
 using Floats = ffi::Buffer<ffi::F32>;
 using Ints = ffi::Buffer<ffi::S32>;
+using Bytes = ffi::Buffer<ffi::S8>;
 using Result = ffi::ResultBuffer<ffi::F32>;
 
 constexpr int64_t kLanes = 16;
@@ -139,6 +145,80 @@ ffi::Error product(ffi::ThreadPool pool, Floats weight, Floats x, Floats plus, R
   });
   return ffi::Error::Success();
 }
+
+#ifdef __AVX512VNNI__
+
+// Sums of weight [O, I] times 16 columns of x, which stands in `packed` as [I / 4, 16, 4] with 128 added to each number:
+// the instruction multiplies unsigned by signed ones. R outputs from `out` on, to y [O, C] from `column` on.
+template <int R>
+inline void tile_int8(const int8_t* weight, const uint8_t* packed, int32_t* y, int64_t inputs, int64_t columns,
+                      int64_t out, int64_t column) {
+  __m512i sums[R], of_weights[R];
+  const int8_t* row = weight + out * inputs;
+  const __m512i ones = _mm512_set1_epi8(1);
+  for (int r = 0; r < R; r++) sums[r] = of_weights[r] = _mm512_setzero_si512();
+  for (int64_t i = 0; i < inputs; i += 64) {
+    const int64_t end = std::min(inputs, i + 64);
+    for (int r = 0; r < R; r++) {
+      __builtin_prefetch(row + (R + r) * inputs + i);
+      const __mmask64 there = ~uint64_t{0} >> (64 - (end - i));
+      const __m512i weights = _mm512_maskz_loadu_epi8(there, row + r * inputs + i);
+      of_weights[r] = _mm512_dpbusd_epi32(of_weights[r], ones, weights);
+    }
+    for (int64_t j = i; j < end; j += 4) {
+      const __m512i x = _mm512_loadu_si512(packed + j * kLanes);
+      for (int r = 0; r < R; r++) {
+        int32_t four;
+        std::memcpy(&four, row + r * inputs + j, sizeof four);
+        sums[r] = _mm512_dpbusd_epi32(sums[r], x, _mm512_set1_epi32(four));
+      }
+    }
+  }
+  for (int r = 0; r < R; r++) {
+    const __m512i added = _mm512_set1_epi32(128 * _mm512_reduce_add_epi32(of_weights[r]));
+    _mm512_storeu_si512(y + (out + r) * columns + column, _mm512_sub_epi32(sums[r], added));
+  }
+}
+
+// y [O, C] of weight [O, I] and x [I, C], exact sums; I a multiple of 4, C of 16.
+ffi::Error product_int8(ffi::ThreadPool pool, Bytes weight, Bytes x, ffi::ResultBuffer<ffi::S32> y) {
+  const int64_t outputs = weight.dimensions()[0], inputs = weight.dimensions()[1], columns = x.dimensions()[1];
+  const int8_t *of_weight = weight.typed_data(), *of_x = x.typed_data();
+  int32_t* to = y->typed_data();
+  std::vector<uint8_t> packed(inputs * columns);
+  for (int64_t c = 0; c < columns; c += kLanes)
+    for (int64_t i = 0; i < inputs; i += 4) {
+      __m128i rows[4];
+      for (int r = 0; r < 4; r++)
+        rows[r] = _mm_xor_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(of_x + (i + r) * columns + c)),
+                                _mm_set1_epi8(-128));
+      const __m128i low[2] = {_mm_unpacklo_epi8(rows[0], rows[1]), _mm_unpacklo_epi8(rows[2], rows[3])};
+      const __m128i high[2] = {_mm_unpackhi_epi8(rows[0], rows[1]), _mm_unpackhi_epi8(rows[2], rows[3])};
+      auto* at = reinterpret_cast<__m128i*>(packed.data() + c * inputs + i * kLanes);
+      _mm_storeu_si128(at, _mm_unpacklo_epi16(low[0], low[1]));
+      _mm_storeu_si128(at + 1, _mm_unpackhi_epi16(low[0], low[1]));
+      _mm_storeu_si128(at + 2, _mm_unpacklo_epi16(high[0], high[1]));
+      _mm_storeu_si128(at + 3, _mm_unpackhi_epi16(high[0], high[1]));
+    }
+  const uint8_t* of_packed = packed.data();
+  constexpr int64_t kTile = 8;
+  const int64_t share = std::max<int64_t>(1, outputs / kTile / (2 * pool.num_threads())) * kTile;
+  spread(pool, (outputs + share - 1) / share, [=](int64_t part) {
+    const int64_t end = std::min(outputs, (part + 1) * share);
+    for (int64_t out = part * share; out < end; out += kTile)
+      for (int64_t c = 0; c < columns; c += kLanes) {
+        const uint8_t* block = of_packed + c * inputs;
+        if (out + kTile <= end) {
+          tile_int8<kTile>(of_weight, block, to, inputs, columns, out, c);
+        } else {
+          for (int64_t one = out; one < end; one++) tile_int8<1>(of_weight, block, to, inputs, columns, one, c);
+        }
+      }
+  });
+  return ffi::Error::Success();
+}
+
+#endif
 
 inline float sum(Vec x) {
   using Half = Lanes<8>::Type;
@@ -305,6 +385,11 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(nanochat_product, product,
                                   .Attr<bool>("normed")
                                   .Attr<bool>("squared")
                                   .Attr<float>("eps"));
+
+#ifdef __AVX512VNNI__
+XLA_FFI_DEFINE_HANDLER_SYMBOL(nanochat_product_int8, product_int8,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Bytes>().Arg<Bytes>().Ret<Ints>());
+#endif
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(nanochat_attention, attention,
                               ffi::Ffi::Bind()

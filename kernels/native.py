@@ -27,6 +27,7 @@ COLUMNS = range(8, 129, 8)
 """Numbers of columns of which a product is faster than XLA's, or as fast."""
 LANES = 16
 """What the width of a head is a multiple of."""
+KERNELS = ("nanochat_product", "nanochat_product_int8", "nanochat_attention")
 
 
 class NativeError(Exception):
@@ -34,11 +35,15 @@ class NativeError(Exception):
 
 
 @functools.cache
-def load() -> None:
-    """Compiles the kernels, unless that was done before on such a machine, and makes them known to JAX. NativeError."""
+def load() -> frozenset[str]:
+    """Compiles the kernels, unless that was done before on such a machine, and makes them known to JAX. Those that this
+    processor has. Raises NativeError.
+    """
     library = ctypes.CDLL(str(_compiled()))
-    for name in ("nanochat_product", "nanochat_attention"):
+    names = frozenset(name for name in KERNELS if hasattr(library, name))
+    for name in names:
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
+    return names
 
 
 def _compiled() -> Path:
@@ -92,6 +97,17 @@ def product(
     out = jax.ShapeDtypeStruct((weight_OI.shape[0], x_IC.shape[1]), jnp.float32)
     call = jax.ffi.ffi_call("nanochat_product", out)
     return call(weight_OI, x_IC, plus, normed=normed, squared=squared, eps=np.float32(eps))
+
+
+def has_int8(inputs: int, columns: int) -> bool:
+    """Whether `product_int8` takes [O, inputs] @ [inputs, columns] on this processor."""
+    return "nanochat_product_int8" in load() and inputs % 4 == 0 and columns % LANES == 0 and columns in COLUMNS
+
+
+def product_int8(weight_OI: jax.Array, x_IC: jax.Array) -> jax.Array:
+    """weight @ x [O, C] int32 of int8, the exact sums."""
+    out = jax.ShapeDtypeStruct((weight_OI.shape[0], x_IC.shape[1]), jnp.int32)
+    return jax.ffi.ffi_call("nanochat_product_int8", out)(weight_OI, x_IC)
 
 
 def attention(

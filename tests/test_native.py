@@ -46,6 +46,18 @@ def test_a_product_and_what_surrounds_it_equal_numpys(native, outputs, inputs, c
     np.testing.assert_allclose(got, np.maximum(normed, 0) ** 2 + plus, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("columns", [16, 48])
+@pytest.mark.parametrize(("outputs", "inputs"), [(64, 48), (37, 4), (3, 100), (200, 192)])
+def test_products_of_integers_are_exact(native, outputs, inputs, columns):
+    if not native.has_int8(inputs, columns):
+        pytest.skip("this processor has no AVX-512 VNNI")
+    random = np.random.default_rng(0)
+    weight, x = (random.integers(-128, 128, size).astype(np.int8) for size in ((outputs, inputs), (inputs, columns)))
+    weight[:, :2], x[:2] = 127, -128
+    got = native.product_int8(jnp.asarray(weight), jnp.asarray(x))
+    np.testing.assert_array_equal(got, weight.astype(np.int32) @ x.astype(np.int32))
+
+
 def test_products_in_several_threads_at_once_do_not_mix(native):
     random = np.random.default_rng(0)
     weights = [random.normal(size=(256, 64)).astype(np.float32) for _ in range(16)]
@@ -64,9 +76,8 @@ def test_answers_are_those_of_xla(native, cfg, params, samples):
     prompts = [random.integers(cfg.vocab_size, size=length).tolist() for length in lengths]
     texts = []
     for native_too in (False, True):
-        engine = Engine(
-            params, replace(cfg, native=native_too), NoSpecials(), max_rows=16, mesh=ONE, samples=samples, max_new=40
-        )
+        asked = replace(cfg, native=native_too)
+        engine = Engine(params, asked, NoSpecials(), max_rows=16, mesh=ONE, samples=samples, max_new=40)
         answers = [
             engine.generate(prompts, SamplingParams(temperature=t, max_tokens=35, top_k=20, seed=5), samples=samples)
             for t in (0.0, 1.0)
@@ -78,17 +89,22 @@ def test_answers_are_those_of_xla(native, cfg, params, samples):
 def test_the_engine_uses_them_where_asked(native, cfg, params, monkeypatch):
     """Nothing else would notice if it did not."""
     called = []
-    for name in ("product", "attention"):
+    for name in ("product", "product_int8", "attention"):
         made = getattr(native, name)
         monkeypatch.setattr(native, name, lambda *a, name=name, made=made, **k: called.append(name) or made(*a, **k))
-    for asked in (False, True):
+
+    def calls(asked, quantize):
         called.clear()
         other = replace(cfg, native=asked, rope_base=777.0)  # not compiled before
-        engine = Engine(params, other, NoSpecials(), max_rows=8, mesh=ONE)
-        engine.generate([[1, 2, 3]] * 8, SamplingParams(max_tokens=3))
-        assert set(called) == ({"product", "attention"} if asked else set())
-    assert called.count("product") == 4 * cfg.n_layer + 1
-    assert called.count("attention") == cfg.n_layer
+        engine = Engine(params, other, NoSpecials(), max_rows=16, mesh=ONE, quantize=quantize)
+        engine.generate([[1, 2, 3]] * 16, SamplingParams(max_tokens=3))
+        return {name: called.count(name) for name in set(called)}
+
+    layers = cfg.n_layer
+    assert calls(False, "none") == {} == calls(False, "int8")
+    assert calls(True, "none") == {"product": 4 * layers + 1, "attention": layers}
+    integers = {"product_int8": 4 * layers} if native.has_int8(cfg.n_embd, 16) else {}
+    assert calls(True, "int8") == {"product": 1, "attention": layers} | integers
 
 
 @pytest.mark.parametrize(

@@ -67,9 +67,10 @@ def quantized(weight_OI: jax.Array) -> Int8:
     return Int8(jnp.round(weight_OI / scales_O[:, None]).astype(jnp.int8), scales_O)
 
 
-def product(weight: jax.Array | Int8, x_IC: jax.Array) -> jax.Array:
+def product(weight: jax.Array | Int8, x_IC: jax.Array, native: bool = False) -> jax.Array:
     """weight [O, I] @ x [I, ...], in x's dtype. For Int8 each column of x is rounded to 8 bits too, by its largest
-    magnitude, and products of integers are summed exactly (LLM.int8, arXiv 2208.07339, without its outliers).
+    magnitude, and products of integers are summed exactly (LLM.int8, arXiv 2208.07339, without its outliers); `native`:
+    by kernels/native.cc where that can.
     """
     over = (((1,), (0,)), ((), ()))
     if not isinstance(weight, Int8):
@@ -77,9 +78,14 @@ def product(weight: jax.Array | Int8, x_IC: jax.Array) -> jax.Array:
     scales_C = jnp.maximum(jnp.max(jnp.abs(x_IC.astype(jnp.float32)), axis=0), 1e-30) / INT8_MAX
     x8_IC = jnp.round(x_IC / scales_C[None]).astype(jnp.int8)
     columns = x8_IC.shape[1:]
+    dot = functools.partial(jax.lax.dot_general, dimension_numbers=over, preferred_element_type=jnp.int32)
+    if native and len(columns) == 1:
+        from kernels.native import has_int8, product_int8
+
+        dot = product_int8 if has_int8(len(x8_IC), *columns) else dot
     if columns == (1,):  # XLA has no fast product of int8 with a single column on a CPU
         x8_IC = jnp.concatenate([x8_IC, x8_IC], axis=1)
-    y_OC = jax.lax.dot_general(weight.values, x8_IC, over, preferred_element_type=jnp.int32)
+    y_OC = dot(weight.values, x8_IC)
     y_OC = y_OC[:, : columns[0], ...].astype(jnp.float32)
     return (y_OC * scales_C[None] * weight.scales.reshape(-1, *[1] * len(columns))).astype(x_IC.dtype)
 
@@ -99,7 +105,7 @@ def layer_product(
 
         if x_IC.shape[1] in native.COLUMNS:
             return native.product(weight, x_IC, plus, normed=normed, squared=squared, eps=EPS)
-    y_OC = product(weight, rms(x_IC, axis=0) if normed else x_IC)
+    y_OC = product(weight, rms(x_IC, axis=0) if normed else x_IC, cfg.native)
     if squared:
         y_OC = jnp.square(jax.nn.relu(y_OC))
     return y_OC if plus is None else plus + y_OC
