@@ -72,7 +72,7 @@ def main() -> None:
             figures = {"speeds": compare(options.rounds, timed, *running)}
             if "greedy" in options.what:
                 prompts = prompts_of(options.vocab_size, (256, 40, 120, 300))
-                figures["greedy"] = agreement(prompts, native, *running)
+                figures["greedy"] = agreement(prompts, *running, native)
         finally:
             for child in running:
                 child.end()
@@ -87,7 +87,7 @@ def main() -> None:
 
 def parse(words: list[str]) -> argparse.Namespace:
     """The options. Exits with one line where one cannot be."""
-    what = [*measures(1, 512, False), "greedy"]
+    what = [*measures(1, 512), "greedy"]
     known = parser(__doc__, rounds=5)
     known.add_argument("--seq-len", type=int, default=512, help="context, tokens (512, the least)")
     known.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where both generate (cpu)")
@@ -102,7 +102,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     return options
 
 
-def measures(vocab_size: int, length: int, native: bool) -> dict[str, Measure]:
+def measures(vocab_size: int, length: int, native: bool = False) -> dict[str, Measure]:
     """Everything that is timed, by name, in a context of `length` tokens; with the kernels in C++, too."""
     (prompt,) = prompts_of(vocab_size, (length // 2,))
     (long,) = prompts_of(vocab_size, (25 * length // 32,))
@@ -112,7 +112,10 @@ def measures(vocab_size: int, length: int, native: bool) -> dict[str, Measure]:
     ways = ("plain", "shared", "one batch", "one batch, shared")
     rows = ("plain", "int8", "shared", "int8, shared")
     if native:
-        ways, rows = (*ways, "one batch, shared, native"), (*rows, "native", "shared, native", "int8, shared, native")
+        ways, rows = (
+            (*ways, "one batch, shared, native"),
+            (*rows, "native", "shared, native", "int8, native", "int8, shared, native"),
+        )
     return {
         "batch-1": Measure("decode", {"rows": 1, **decoding}, ("plain", "int8"), steps=128),
         "batch-16": Measure("decode", {"rows": 16, **decoding}, rows, steps=128),
@@ -178,7 +181,7 @@ def record(name: str, variant: str, reference_ms: Sequence[float], ours_ms: Sequ
     }
 
 
-def agreement(prompts: list[list[int]], native: bool, reference: Child, ours: Child) -> list[dict[str, Any]]:
+def agreement(prompts: list[list[int]], reference: Child, ours: Child, native: bool = False) -> list[dict[str, Any]]:
     """Of each greedy answer: how many tokens come before the first that differs, and the share of equal tokens."""
     asked = {"prompts": prompts, "tokens": GREEDY_TOKENS}
     right = reference.work(work="greedy", variant="reference", **asked)

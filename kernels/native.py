@@ -1,7 +1,7 @@
 """Decoding on a CPU in C++ (native.cc): compiled once by the machine's own compiler, called by XLA through its FFI.
 
-XLA's own products of a few columns and its attention over many short caches leave half of what a CPU's memory gives
-(docs/INFERENCE.md). This is asked for by `--native`; it computes in float32, on one device.
+XLA's products of 8 to 128 columns and its attention over many short caches take longer (docs/INFERENCE.md). `--native`
+asks for these; they compute in float32, on one device.
 """
 
 from __future__ import annotations
@@ -39,7 +39,11 @@ def load() -> frozenset[str]:
     """Compiles the kernels, unless that was done before on such a machine, and makes them known to JAX. Those that this
     processor has. Raises NativeError.
     """
-    library = ctypes.CDLL(str(_compiled()))
+    path = _compiled()
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise NativeError(f"{path} cannot be loaded: {error}") from None
     names = frozenset(name for name in KERNELS if hasattr(library, name))
     for name in names:
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")

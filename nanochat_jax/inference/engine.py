@@ -77,7 +77,7 @@ def load_native(cfg: GPTConfig, mesh: Mesh) -> None:
     try:
         native.load()
     except native.NativeError as error:
-        raise UserError(f"--native: {error}; install one or leave out --native") from None
+        raise UserError(f"--native: {error}; mend that, or leave out --native") from None
 
 
 class Engine:
@@ -166,7 +166,8 @@ class Engine:
         shares += [reach / self.reaches[-1] for reach in self.reaches[:-1]]
         if shares:
             mib += f", up to {self.cache_bytes * max(shares) / 2**20:,.0f} MiB while part of it is in use"
-        return f"engine: {rows}, {mib}; more wait"
+        kernels = ", kernels in C++" if self.cfg.native else ""
+        return f"engine: {rows}, {mib}{kernels}; more wait"
 
     def most_compilations(self) -> int:
         """How many there can be: prefills by length, prompts and rows of them, decodes by what sampling has to do."""
