@@ -245,7 +245,17 @@ def test_force_reads_on_where_positions_did_not_note_own_conversations_yet(run, 
 FREE = {
     "data": {"source", "dir", "cache", "num_shards", "mirror", "eval_bundle"},
     "eval": {field.name for field in fields(Config().eval)},
-    "": {"mesh", "attention", "unsafe_sandbox", "device_hour_cost", "device_memory_gb", "remat", "loss_chunk", "track"},
+    "": {
+        "mesh",
+        "attention",
+        "native",
+        "unsafe_sandbox",
+        "device_hour_cost",
+        "device_memory_gb",
+        "remat",
+        "loss_chunk",
+        "track",
+    },
 }
 FREE_IN_STAGE = {"device_batch_size", "eval_every", "save_every", "keep", "stop_after", "sample_tokens"}
 FREE |= {
