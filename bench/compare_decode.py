@@ -15,11 +15,10 @@ rollouts-16         the same, the reference with all 16 answers to a question at
 greedy              the likeliest 128 tokens after four prompts, compared; no times
 
 Ours is measured with several engines: "plain"; "int8" weights; "shared": the samples of a prompt share its keys and
-values; "native": with the kernels in C++ (in float32 on CPUs).
+values; "xla": without the kernels in C++ that it else has in float32 on a CPU.
 Printed (stderr; --json: one line on stdout): how many times as fast ours was, the median of the rounds with the lowest
 and highest, and milliseconds of both. A first round does not count. Compilation is not counted anywhere. Exit status 1
-where, both in float32, a greedy answer of the plain or the native engine parts from the reference's within its first
-64 tokens.
+where, both in float32, a greedy answer of an engine without int8 parts from the reference's within its first 64 tokens.
 """
 
 from __future__ import annotations
@@ -59,8 +58,8 @@ class Measure(NamedTuple):
 def main() -> None:
     """Runs both and prints."""
     options = parse(sys.argv[1:])
-    native = (options.device, options.dtype) == ("cpu", "float32")
-    asked = measures(options.vocab_size, options.seq_len, native)
+    on_cpu = (options.device, options.dtype) == ("cpu", "float32")
+    asked = measures(options.vocab_size, options.seq_len, on_cpu)
     with tempfile.TemporaryDirectory(prefix="compare_decode_") as folder:
         running: list[Child] = []
         try:
@@ -72,7 +71,7 @@ def main() -> None:
             figures = {"speeds": compare(options.rounds, timed, *running)}
             if "greedy" in options.what:
                 prompts = prompts_of(options.vocab_size, (256, 40, 120, 300))
-                figures["greedy"] = agreement(prompts, *running, native)
+                figures["greedy"] = agreement(prompts, *running, on_cpu)
         finally:
             for child in running:
                 child.end()
@@ -102,26 +101,23 @@ def parse(words: list[str]) -> argparse.Namespace:
     return options
 
 
-def measures(vocab_size: int, length: int, native: bool = False) -> dict[str, Measure]:
-    """Everything that is timed, by name, in a context of `length` tokens; with the kernels in C++, too."""
+def measures(vocab_size: int, length: int, on_cpu: bool = False) -> dict[str, Measure]:
+    """Everything that is timed, by name, in a context of `length` tokens; `on_cpu`: also without the kernels in C++."""
     (prompt,) = prompts_of(vocab_size, (length // 2,))
     (long,) = prompts_of(vocab_size, (25 * length // 32,))
     lengths = tuple(int(tokens) for tokens in np.linspace(40, 120, QUESTIONS))
     asked = {"prompts": prompts_of(vocab_size, lengths), "samples": SAMPLES, "tokens": ROLLOUT_TOKENS}
     decoding = {"prompt": prompt, "steps": 128}
+    one, rows = ("plain", "int8"), ("plain", "int8", "shared", "int8, shared")
     ways = ("plain", "shared", "one batch", "one batch, shared")
-    rows = ("plain", "int8", "shared", "int8, shared")
-    if native:
-        ways, rows = (
-            (*ways, "one batch, shared, native"),
-            (*rows, "native", "shared, native", "int8, native", "int8, shared, native"),
-        )
+    if on_cpu:
+        one, rows, ways = (*one, "xla"), (*rows, "xla", "shared, xla"), (*ways, "one batch, shared, xla")
     return {
-        "batch-1": Measure("decode", {"rows": 1, **decoding}, ("plain", "int8"), steps=128),
+        "batch-1": Measure("decode", {"rows": 1, **decoding}, one, steps=128),
         "batch-16": Measure("decode", {"rows": 16, **decoding}, rows, steps=128),
-        "prefill": Measure("decode", {"rows": 1, "prompt": long, "steps": 1}, ("plain", "int8"), figure="first"),
+        "prefill": Measure("decode", {"rows": 1, "prompt": long, "steps": 1}, one, figure="first"),
         "rollouts": Measure("rollouts", asked | {"at_once": REFERENCE_AT_ONCE}, ways),
-        "rollouts-16": Measure("rollouts", asked | {"at_once": SAMPLES}, ways[3:]),
+        "rollouts-16": Measure("rollouts", asked | {"at_once": SAMPLES}, ways[3:4]),
     }
 
 
@@ -181,12 +177,12 @@ def record(name: str, variant: str, reference_ms: Sequence[float], ours_ms: Sequ
     }
 
 
-def agreement(prompts: list[list[int]], reference: Child, ours: Child, native: bool = False) -> list[dict[str, Any]]:
+def agreement(prompts: list[list[int]], reference: Child, ours: Child, on_cpu: bool = False) -> list[dict[str, Any]]:
     """Of each greedy answer: how many tokens come before the first that differs, and the share of equal tokens."""
     asked = {"prompts": prompts, "tokens": GREEDY_TOKENS}
     right = reference.work(work="greedy", variant="reference", **asked)
     records = []
-    for variant in ("plain", "int8", "native")[: 2 + native]:
+    for variant in ("plain", "int8", "xla")[: 2 + on_cpu]:
         pairs = [
             list(zip(*both, strict=True))
             for both in zip(right, ours.work(work="greedy", variant=variant, **asked), strict=True)

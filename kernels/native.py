@@ -1,7 +1,7 @@
 """Decoding on a CPU in C++ (native.cc): compiled once by the machine's own compiler, called by XLA through its FFI.
 
-XLA's products of 8 to 128 columns and its attention over many short caches take longer (docs/INFERENCE.md). `--native`
-asks for these; they compute in float32, on one device.
+They read the weights of a step at memory's speed, where XLA's products of several columns do not, and take less time
+between products (docs/INFERENCE.md). They compute in float32, on one device; see nanochat_jax/inference/native.py.
 """
 
 from __future__ import annotations
@@ -9,109 +9,208 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import math
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
+import threading
+from collections.abc import Hashable
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import jaxlib
 import numpy as np
+from jax.extend.random import define_prng_impl
 
 SOURCE = Path(__file__).with_name("native.cc")
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC")
-COLUMNS = range(8, 129, 8)
-"""Numbers of columns of which a product is faster than XLA's, or as fast."""
 LANES = 16
-"""What the width of a head is a multiple of."""
-KERNELS = ("nanochat_product", "nanochat_product_int8", "nanochat_attention")
+"""The widest vectors' lanes: what the width of a head and the number of a product's outputs are multiples of."""
+KERNELS = ("product", "product_int8", "attention", "prompt_attention", "top", "threefry")
+
+
+LOCK = threading.Lock()
 
 
 class NativeError(Exception):
     """The kernels cannot be compiled or loaded here: one line."""
 
 
-@functools.cache
-def load() -> frozenset[str]:
-    """Compiles the kernels, unless that was done before on such a machine, and makes them known to JAX. Those that this
-    processor has. Raises NativeError.
+class Library(NamedTuple):
+    """What the kernels are like on this processor: lanes of its vectors, and whether `product` takes int8."""
+
+    lanes: int
+    has_int8: bool
+
+
+def load() -> Library:
+    """Compiles the kernels, unless that was done before on such a machine, and makes them known to JAX. It is tried
+    once. Raises NativeError.
     """
-    path = _compiled()
+    with LOCK:
+        found = _loaded()
+    if isinstance(found, NativeError):
+        raise NativeError(str(found))
+    return found
+
+
+@functools.cache
+def _loaded() -> Library | NativeError:
+    try:
+        command = _command()
+        path = _place(command)
+        opened = _opened(path) if path.exists() else None
+        if opened is None:
+            _compile(command, path)
+            opened = ctypes.CDLL(str(path))
+    except NativeError as error:
+        return error
+    except OSError as error:
+        return NativeError(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    found = {name for name in KERNELS if hasattr(opened, f"nanochat_{name}")}
+    for name in found:
+        symbol = f"nanochat_{name}"
+        jax.ffi.register_ffi_target(symbol, jax.ffi.pycapsule(getattr(opened, symbol)), platform="cpu")
+    return Library(ctypes.c_int.in_dll(opened, "nanochat_lanes").value, "product_int8" in found)
+
+
+def _opened(path: Path) -> ctypes.CDLL | None:
+    """The library, or None where it is damaged, or is none of ours."""
     try:
         library = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise NativeError(f"{path} cannot be loaded: {error}") from None
-    names = frozenset(name for name in KERNELS if hasattr(library, name))
-    for name in names:
-        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
-    return names
-
-
-def _compiled() -> Path:
-    """The shared library, named after everything that it depends on."""
-    given = os.environ.get("CXX")
-    compiler = next((path for name in ([given] if given else COMPILERS) if (path := shutil.which(name))), None)
-    if compiler is None:
-        looked_for = f"CXX={given}" if given else ", ".join(COMPILERS)
-        raise NativeError(f"no C++ compiler ({looked_for}) is found")
-    try:
-        processor = [
-            line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("model", "flags"))
-        ]
     except OSError:
-        processor = []
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    depends_on = SOURCE.read_text(), version, FLAGS, jax.__version__, platform.machine(), sorted(set(processor))
+        return None
+    return library if hasattr(library, "nanochat_lanes") else None
+
+
+def _place(command: list[str]) -> Path:
+    """Where the shared library is or will be, named after everything that it depends on."""
+    # What the compiler makes of this processor, and of itself.
+    asked = _run([*command, "-dM", "-E", "-x", "c++", os.devnull])
+    if asked.returncode or not asked.stdout:
+        raise NativeError(f"{command[0]} does not say what it compiles for: {_first_error(asked)}")
+    depends_on = SOURCE.read_bytes(), asked.stdout, command, jaxlib.__version__, platform.machine()
     name = hashlib.sha256(repr(depends_on).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanochat_jax" / "native"
-    library = folder / f"{name}.so"
-    if library.exists():
-        return library
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as own:  # several processes may compile at once
-            made = Path(own) / library.name
-            command = [compiler, *FLAGS, f"-I{jax.ffi.include_dir()}", "-o", str(made), str(SOURCE)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                said = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
-                raise NativeError(f"{compiler} cannot compile {SOURCE.name}: {(said or ['it said nothing'])[0]}")
-            made.replace(library)
-    except OSError as error:
-        raise NativeError(f"{folder}: {error.strerror}") from None
-    return library
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError as error:  # no home
+        raise NativeError(f"no folder for what is compiled: {error} Set XDG_CACHE_HOME") from None
+    return cache / "nanochat_jax" / "native" / f"{name}.so"
+
+
+def _compile(command: list[str], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as own:  # several processes may compile at once
+        made = Path(own) / path.name
+        done = _run([*command, f"-I{jax.ffi.include_dir()}", "-o", str(made), str(SOURCE)])
+        if done.returncode or _opened(made) is None:
+            what = _first_error(done) if done.returncode else "what it makes cannot be loaded"
+            raise NativeError(f"{command[0]} cannot compile {SOURCE.name}: {what}")
+        made.replace(path)
+
+
+def _first_error(done: subprocess.CompletedProcess) -> str:
+    lines = done.stderr.splitlines()
+    return next((line for line in lines if "error" in line), lines[0] if lines else "it said nothing")
+
+
+def _command() -> list[str]:
+    """The C++ compiler, CXX or the first that is found, with FLAGS and those of CXXFLAGS."""
+    chosen, flags = (os.environ.get(name, "").strip() for name in ("CXX", "CXXFLAGS"))
+    try:
+        commands = [shlex.split(chosen)] if chosen else [[name] for name in COMPILERS]
+        own_flags = shlex.split(flags)
+    except ValueError as error:
+        raise NativeError(f"CXX={chosen} CXXFLAGS={flags}: {error}") from None
+    for first, *rest in commands:
+        if path := shutil.which(first):
+            return [path, *rest, *FLAGS, *own_flags]
+    raise NativeError(f"no C++ compiler ({f'CXX={chosen}' if chosen else ', '.join(COMPILERS)}) is found")
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess:
+    english = os.environ | {"LC_ALL": "C"}
+    return subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, env=english)
+
+
+def packed(weight_OI: jax.Array) -> jax.Array:
+    """A weight as `product` reads it: float32 [O / L, I, L], int8 [O / L, I / 4, L, 4], L the lanes of a vector."""
+    (outputs, inputs), lanes = weight_OI.shape, load().lanes
+    together = 4 if weight_OI.dtype == jnp.int8 else 1
+    tiles = weight_OI.reshape(outputs // lanes, lanes, inputs // together, together).swapaxes(1, 2)
+    return tiles if together > 1 else tiles[..., 0]
 
 
 def product(
-    weight_OI: jax.Array,
+    weight: jax.Array,
     x_IC: jax.Array,
     plus_OC: jax.Array | None = None,
+    scales_O: jax.Array | None = None,
     *,
     normed: bool = False,
     squared: bool = False,
     eps: float = 0.0,
 ) -> jax.Array:
-    """weight @ x [O, C] float32, C in COLUMNS. `normed`: of x's columns divided by their root mean square (with eps);
-    `squared`: the square of what is above 0; and plus.
+    """weight @ x [O, C] float32 of a `packed` weight [O, I]. `normed`: of x's columns divided by their root mean square
+    (with eps); `squared`: the square of what is above 0; and plus. Of an int8 weight with scales [O] each column of x
+    is rounded to 8 bits too, by its largest magnitude, and integers are summed exactly.
     """
+    of_bytes = weight.dtype == jnp.int8
+    name, scales = ("nanochat_product_int8", [scales_O]) if of_bytes else ("nanochat_product", [])
     plus = jnp.zeros(0, jnp.float32) if plus_OC is None else plus_OC
-    out = jax.ShapeDtypeStruct((weight_OI.shape[0], x_IC.shape[1]), jnp.float32)
-    call = jax.ffi.ffi_call("nanochat_product", out)
-    return call(weight_OI, x_IC, plus, normed=normed, squared=squared, eps=np.float32(eps))
+    out = jax.ShapeDtypeStruct((len(weight) * load().lanes, x_IC.shape[1]), jnp.float32)
+    call = jax.ffi.ffi_call(name, out)
+    return call(weight, *scales, x_IC, plus, normed=normed, squared=squared, eps=np.float32(eps))
 
 
-def has_int8(inputs: int, columns: int) -> bool:
-    """Whether `product_int8` takes [O, inputs] @ [inputs, columns] on this processor."""
-    return "nanochat_product_int8" in load() and inputs % 4 == 0 and columns % LANES == 0 and columns in COLUMNS
+def top(logits_VB: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """What `jax.lax.top_k` gives of the columns: the largest logits and their tokens, [B, count] each."""
+    out = [jax.ShapeDtypeStruct((logits_VB.shape[1], count), dtype) for dtype in (jnp.float32, jnp.int32)]
+    values, tokens = jax.ffi.ffi_call("nanochat_top", out)(logits_VB)
+    return values, tokens
 
 
-def product_int8(weight_OI: jax.Array, x_IC: jax.Array) -> jax.Array:
-    """weight @ x [O, C] int32 of int8, the exact sums."""
-    out = jax.ShapeDtypeStruct((weight_OI.shape[0], x_IC.shape[1]), jnp.int32)
-    return jax.ffi.ffi_call("nanochat_product_int8", out)(weight_OI, x_IC)
+def _blocks(key: jax.Array, first: jax.Array, count: int) -> jax.Array:
+    out = jax.ShapeDtypeStruct((count, 2), jnp.uint32)
+    return jax.ffi.ffi_call("nanochat_threefry", out, vmap_method="broadcast_all")(key, first)
+
+
+@functools.cache
+def random() -> Hashable:
+    """What `jax.random.key` takes as `impl` for keys whose numbers are those of JAX's own threefry. XLA computes those
+    in a loop that takes a tenth of a small model's decode step.
+    """
+
+    def seed(seed: jax.Array) -> jax.Array:
+        return jnp.stack([jnp.uint32(0), seed.astype(jnp.uint32)])
+
+    def split(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        return _blocks(key, jnp.uint32(0), math.prod(shape)).reshape(*shape, 2)
+
+    def random_bits(key: jax.Array, bit_width: int, shape: tuple[int, ...]) -> jax.Array:
+        if bit_width != 32:
+            raise NotImplementedError(f"{bit_width} random bits; 32 are what there is")
+        blocks = _blocks(key, jnp.uint32(0), math.prod(shape))
+        return (blocks[:, 0] ^ blocks[:, 1]).reshape(shape)
+
+    def fold_in(key: jax.Array, data: jax.Array) -> jax.Array:
+        return _blocks(key, data.astype(jnp.uint32), 1)[0]
+
+    return define_prng_impl(
+        key_shape=(2,),
+        seed=seed,
+        split=split,
+        random_bits=random_bits,
+        fold_in=fold_in,
+        name="native_threefry",
+        tag="nt",
+    )
 
 
 def attention(
@@ -142,3 +241,21 @@ def attention(
     options = {"window": np.int64(window), "qk_scale": np.float32(qk_scale), "eps": np.float32(eps)}
     y_KGHB, keys, values = call(qkv_KNHB, value, *panels, *tables, *where, **options)
     return y_KGHB, {"k": keys, "v": values}
+
+
+def prompt_attention(
+    qkv_KNHPT: jax.Array,
+    value_KHPT: jax.Array | None,
+    tables: tuple[jax.Array, jax.Array],
+    *,
+    window: int,
+    qk_scale: float,
+    eps: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Causal attention of whole prompts [K, G, H, P, T], and their keys and values [P, K, T, H]; tables [T, H]."""
+    heads, both, width, prompts, length = qkv_KNHPT.shape
+    shapes = (heads, both - 2, width, prompts, length), *[(prompts, heads, length, width)] * 2
+    out = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    value = jnp.zeros(0, jnp.float32) if value_KHPT is None else value_KHPT
+    options = {"window": np.int64(window), "qk_scale": np.float32(qk_scale), "eps": np.float32(eps)}
+    return jax.ffi.ffi_call("nanochat_prompt_attention", out)(qkv_KNHPT, value, *(x.T for x in tables), **options)

@@ -536,8 +536,8 @@ def _defaults(argv: Sequence[str], starts_run: bool, tolerant: bool = False) -> 
         config = run.read_config(workdir)
         check_types(config, f"{workdir / 'config.json'}: ")
         if not starts_run:
-            # A model is used on other machines than it was trained on; --mesh spreads it out again.
-            config = dataclasses.replace(config, mesh="1")
+            # A model is used on other machines than it was trained on: --mesh and --native are asked for anew.
+            config = dataclasses.replace(config, mesh="1", native="auto")
         return config, workdir, f"{workdir}/config.json"
     if distributed.membership(given.coordinator, given.num_processes, given.process_id, os.environ):
         raise UsageError("a run of several processes needs --experiment: devices are looked for after they have met")

@@ -299,8 +299,8 @@ class Config:
     attention: Literal["auto", "reference", "xla_blocked", "cudnn", "pallas", "mosaic"] = "auto"
     """Attention; auto: mosaic on Hopper with CUDA 13, else cudnn on NVIDIA (float32: pallas), xla_blocked elsewhere."""
     # With one for GPUs come the kernels of rotary positions and of the loss. pallas on a CPU is a slow test mode.
-    native: bool = False
-    """Decode by kernels in C++, which the machine's compiler makes once: many rows faster, float32 on one CPU only."""
+    native: Literal["auto", "on", "off"] = "auto"
+    """Decode by kernels in C++, made once by the machine's compiler; auto: in float32 on one CPU that has such."""
     remat: bool = False
     """Keep only each layer's input for the backward pass and compute the rest again: less memory, a third more work."""
     loss_chunk: int | Literal["auto"] = "auto"
@@ -340,8 +340,8 @@ class GPTConfig:
     fp8: bool = False
     """Train the products of layers whose dimensions allow it in 8-bit floats; nothing else computes in them."""
     attention: str = "xla_blocked"
-    native: bool = False
-    """Decode by kernels/native.cc."""
+    native: bool | None = False
+    """Decode by kernels/native.cc; None: the engine decides."""
     loss_chunk: int = 0
     """Positions of a row in one chunk of the loss over the vocabulary; 0: all at once."""
     remat: bool = False

@@ -22,6 +22,7 @@ from nanochat_jax.data.conversations import read_jsonl
 from nanochat_jax.data.download import SHARD_BYTES
 from nanochat_jax.data.files import expanded
 from nanochat_jax.fp8 import precision
+from nanochat_jax.inference.native import check_native
 from nanochat_jax.loss import kernel_takes
 from nanochat_jax.memory import loss_chunk
 from nanochat_jax.metrics import duration, gib, peak_flops, si
@@ -76,6 +77,7 @@ def plan(config: Config, chosen: Collection[str] = MODEL_STAGES) -> dict[str, An
     attention, cfg = cfg.attention, replace(cfg, attention="reference")  # which can be traced everywhere
     check_mesh(mesh, cfg)
     precision(cfg, jax.devices()[0])
+    check_native(cfg, platform, devices)
     counts, per_token = count_params(cfg), flops_per_token(cfg)
     stages = []
     if "base" in chosen:

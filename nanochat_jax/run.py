@@ -184,7 +184,10 @@ def refuse_changes(
 
 def read_config(workdir: Path) -> Config:
     """The configuration in `workdir`/config.json. UserError where it is missing, damaged or of another version."""
-    return config_from_dict(_read_record(workdir)["config"], f"{workdir}/config.json")
+    fields = _read_record(workdir)["config"]
+    if isinstance(fields, dict) and isinstance(fields.get("native"), bool):  # as it was written when it began
+        fields = fields | {"native": "on" if fields["native"] else "auto"}
+    return config_from_dict(fields, f"{workdir}/config.json")
 
 
 def config_from_dict(fields: dict[str, Any], where: str) -> Config:
@@ -226,7 +229,7 @@ def gpt_config(config: Config, vocab_size: int, platform: str | None = None) -> 
     except ValueError as error:
         raise UserError(str(error)) from None
     resolved = {"compute_dtype": dtype, "attention": impl, "fp8": config.fp8, "remat": config.remat}
-    resolved["native"] = config.native
+    resolved["native"] = {"auto": None, "on": True, "off": False}[config.native]
     return GPTConfig.from_depth(config.model, vocab_size, **resolved)
 
 

@@ -222,6 +222,8 @@ def test_bad_training_data(capsys, experiment, tmp_path):
         (["--mesh", "99"], 1, ["99", "8 found", "xla_force_host_platform_device_count=99"]),
         (["--mesh", "many"], 2, ["--mesh 'many'"]),
         (["--attention", "cudnn"], 1, ["cudnn", "--attention auto"]),
+        (["--native", "on", "--compute-dtype", "bfloat16"], 1, ["--native on", "bfloat16", "leave it at auto"]),
+        (["--native", "yes"], 2, ["--native", "yes"]),
         (["--model.depth", "0", "--force"], 2, ["--model.depth 0"]),
         (["--model.window-pattern", "XYZ"], 2, ["--model.window-pattern 'XYZ'"]),
     ],
@@ -337,6 +339,18 @@ def test_fields_that_may_not_change(tmp_path):
     said = []
     run.open_run(config, tmp_path, force=True, log=said.append)
     assert run.read_config(tmp_path) == config and len(said) == 2
+
+
+def test_how_answers_are_computed_is_asked_for_anew_where_a_model_is_used(experiment, tmp_path):
+    run.open_run(replace(cli.load_experiment(experiment), native="on", mesh="2"), tmp_path)
+    for uses, expected in ((False, ("on", "2")), (True, ("auto", "1"))):
+        config, *_ = cli._defaults(["--workdir", str(tmp_path)], starts_run=not uses)
+        assert (config.native, config.mesh) == expected
+    record = json.loads((tmp_path / "config.json").read_text())
+    for was, now in ((True, "on"), (False, "auto")):  # a flag, before it was three words
+        record["config"]["native"] = was
+        (tmp_path / "config.json").write_text(json.dumps(record))
+        assert run.read_config(tmp_path).native == now
 
 
 def test_a_start_that_fails_leaves_no_values_behind(capsys, experiment, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import pickle
 import struct
 import subprocess
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -137,7 +138,7 @@ def test_newest_architecture_keeps_its_logits(home, tmp_path, july, capsys):
     assert convert(home, workdir, "--step", 7) == 0
     assert not capsys.readouterr().out, "progress goes to stderr"
     params, cfg, tokenizer, stage, step = run.load_model(workdir)
-    assert (cfg, stage, step) == (july[0], "base", 7)
+    assert (replace(cfg, native=False), stage, step) == (july[0], "base", 7)
     tokens = np.random.default_rng(0).integers(0, 512, (2, 32), dtype=np.int32)
     np.testing.assert_array_equal(forward(params, cfg, tokens), forward(july[1], july[0], tokens))
     config = run.read_config(workdir)

@@ -1,6 +1,8 @@
 """The kernels in C++: products against numpy, whole answers against those without them, what they refuse, the compiler."""
 
+import functools
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +12,10 @@ import pytest
 from nanochat_jax.bench.decode import NoSpecials
 from nanochat_jax.config import GPTConfig, ModelConfig
 from nanochat_jax.errors import UserError
+from nanochat_jax.inference.decoding import layer_product, over_cache, prepare, quantized, read
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.inference.requests import SamplingParams
-from nanochat_jax.model import init_params
+from nanochat_jax.model import init_params, rope
 from nanochat_jax.sharding import make_mesh
 
 ONE = make_mesh("1")
@@ -31,38 +34,151 @@ def params(cfg):
     return jax.tree.map(lambda p: p + 0.15 * jax.random.normal(next(keys), p.shape), params)
 
 
-@pytest.mark.parametrize("columns", [8, 16, 24, 32, 56, 128])
-@pytest.mark.parametrize(("outputs", "inputs"), [(64, 48), (37, 5), (3, 100), (200, 33)])
+@pytest.mark.parametrize("columns", [1, 2, 3, 4, 8, 15, 16, 17, 32, 56, 200])
+@pytest.mark.parametrize(("outputs", "inputs"), [(64, 48), (16, 5), (48, 100), (208, 33)])
 def test_a_product_and_what_surrounds_it_equal_numpys(native, outputs, inputs, columns):
     random = np.random.default_rng(0)
     weight, x, plus = (
         random.normal(size=shape).astype(np.float32)
         for shape in ((outputs, inputs), (inputs, columns), (outputs, columns))
     )
+    packed = native.packed(jnp.asarray(weight))
     exact = weight.astype(np.float64) @ x
-    np.testing.assert_allclose(native.product(weight, x), exact, atol=1e-5 * np.sqrt(inputs))
+    np.testing.assert_allclose(native.product(packed, x), exact, atol=1e-5 * np.sqrt(inputs))
     normed = exact / np.sqrt((x.astype(np.float64) ** 2).mean(axis=0) + 1e-6)
-    got = native.product(jnp.asarray(weight), x, plus, normed=True, squared=True, eps=1e-6)
+    got = native.product(packed, x, plus, normed=True, squared=True, eps=1e-6)
     np.testing.assert_allclose(got, np.maximum(normed, 0) ** 2 + plus, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("columns", [16, 48])
-@pytest.mark.parametrize(("outputs", "inputs"), [(64, 48), (37, 4), (3, 100), (200, 192)])
+@pytest.mark.parametrize("columns", [1, 2, 3, 4, 8, 16, 17, 48, 100])
+@pytest.mark.parametrize(("outputs", "inputs"), [(64, 48), (16, 4), (48, 100), (208, 192)])
 def test_products_of_integers_are_exact(native, outputs, inputs, columns):
-    if not native.has_int8(inputs, columns):
+    if not native.load().has_int8:
         pytest.skip("this processor has no AVX-512 VNNI")
     random = np.random.default_rng(0)
-    weight, x = (random.integers(-128, 128, size).astype(np.int8) for size in ((outputs, inputs), (inputs, columns)))
-    weight[:, :2], x[:2] = 127, -128
-    got = native.product_int8(jnp.asarray(weight), jnp.asarray(x))
-    np.testing.assert_array_equal(got, weight.astype(np.int32) @ x.astype(np.int32))
+    weight = random.integers(-128, 128, (outputs, inputs)).astype(np.int8)
+    x = random.integers(-127, 128, (inputs, columns)).astype(np.float32)
+    x[0], weight[:, :2] = 127, -128  # so that a column is not divided
+    plus = random.integers(-9, 9, (outputs, columns)).astype(np.float32)
+    scales = 2.0 ** random.integers(-3, 4, outputs).astype(np.float32)
+    got = native.product(native.packed(jnp.asarray(weight)), x, plus, jnp.asarray(scales))
+    exact = weight.astype(np.int64) @ x.astype(np.int64)
+    np.testing.assert_array_equal(got, (exact * scales[:, None] + plus).astype(np.float32))
+
+
+@pytest.mark.parametrize("columns", [1, 16, 40])
+def test_products_in_8_bits_are_those_of_xla(native, columns):
+    if not native.load().has_int8:
+        pytest.skip("this processor has no AVX-512 VNNI")
+    random = np.random.default_rng(0)
+    rounded = quantized(jnp.asarray(random.normal(size=(64, 48)), jnp.float32))
+    whole = random.integers(-126, 127, (48, columns))
+    whole[0] = 127
+    x = jnp.asarray(
+        (whole + random.uniform(-0.4, 0.4, whole.shape)) * (whole < 127) + 127 * (whole == 127), jnp.float32
+    )
+    packed = rounded._replace(values=native.packed(rounded.values))
+    for how in ({}, {"normed": True, "squared": True}):
+        want = layer_product(rounded, x / 64, **how)
+        np.testing.assert_allclose(layer_product(packed, x / 64, **how), want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["float32", "int8"])
+def test_numbers_that_are_none_are_not_hidden(native, kind):
+    if kind == "int8" and not native.load().has_int8:
+        pytest.skip("this processor has no AVX-512 VNNI")
+    x = jnp.ones((4, 16)).at[2, 3].set(jnp.nan).at[1, 5].set(jnp.inf)
+    scales = jnp.ones(16) if kind == "int8" else None
+    y = native.product(native.packed(jnp.ones((16, 4), kind)), x, None, scales, squared=True)
+    assert not np.isfinite(y[:, (3, 5)]).any() and np.isfinite(np.delete(y, (3, 5), axis=1)).all()
+
+
+@pytest.mark.parametrize("kind", ["float32", "int8"])
+def test_a_column_is_the_same_among_any_number_of_others(native, kind):
+    if kind == "int8" and not native.load().has_int8:
+        pytest.skip("this processor has no AVX-512 VNNI")
+    random = np.random.default_rng(0)
+    weight = jnp.asarray(random.normal(size=(48, 100)) * 9, kind)
+    scales = jnp.asarray(random.uniform(size=48), jnp.float32) if kind == "int8" else None
+    x = jnp.asarray(random.normal(size=(100, 70)), jnp.float32)
+
+    def asked(x):
+        return np.asarray(native.product(native.packed(weight), x, None, scales, normed=True, eps=1e-6))
+
+    alone = asked(x[:, :1])
+    for columns in (2, 3, 4, 8, 16, 17, 70):
+        np.testing.assert_array_equal(asked(x[:, :columns])[:, :1], alone)
+
+
+@pytest.mark.parametrize("heads", [(1, 1, 16), (2, 3, 48), (1, 2, 144)])
+@pytest.mark.parametrize("together", [1, 3])
+def test_attention_over_the_cache_is_that_of_xla(native, heads, together):
+    """Rows before and past the end of their ring, with a window, without and with prompts that rows share."""
+    kv_heads, per_kv, width = heads
+    cfg = GPTConfig.from_depth(ModelConfig(1, width * kv_heads * per_kv, width, kv_heads, 96, "L"), 64)
+    cfg = replace(cfg, windows=(20,))
+    random, rows, slots = np.random.default_rng(0), 6, 21
+    positions = jnp.asarray([0, 3, 20, 21, 40, 77] if together == 1 else [30, 31, 45, 5, 6, 7])
+    first = jnp.zeros(rows, int) if together == 1 else jnp.asarray([30] * 3 + [5] * 3)
+
+    def normal(*shape):
+        return jnp.asarray(random.normal(size=shape), jnp.float32)
+
+    own = {name: normal(rows, kv_heads, slots, width) for name in ("k", "v")}
+    shared = None if together == 1 else {name: normal(2, kv_heads, slots, width) for name in ("k", "v")}
+    given = normal(kv_heads, per_kv + 2, width, rows), normal(kv_heads, width, rows), own, shared
+    given += *rope(positions, width, 100.0, jnp.float32), positions, first
+    asked = (replace(cfg, native=native) for native in (False, True))
+    want, got = (
+        jax.jit(over_cache, static_argnums=(7, 8))(*given[:4], given[4:6], *given[6:], cfg, 0) for cfg in asked
+    )
+    for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
+        np.testing.assert_allclose(b, a, atol=2e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 16, 40])
+@pytest.mark.parametrize(("vocabulary", "count"), [(300, 50), (301, 1), (1000, 20), (20, 20)])
+def test_the_best_are_those_of_xla_in_their_order(native, vocabulary, count, rows):
+    """Rounded logits, so that many are equal, and some that are no number, or infinite."""
+    random = np.random.default_rng(0)
+    logits = random.normal(size=(vocabulary, rows)).round(1)
+    logits[random.integers(vocabulary, size=3), random.integers(rows, size=3)] = np.nan, np.inf, -np.inf
+    logits = jnp.asarray(logits, jnp.float32)
+    for got, want in zip(native.top(logits, count), jax.lax.top_k(logits.T, count), strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+def test_random_numbers_are_those_of_jax(native):
+    def drawn(seed, at, impl):
+        key = jax.random.fold_in(jax.random.key(seed, impl=impl), at)
+        return jax.random.gumbel(key, (7,)), jax.random.bits(jax.random.split(key, (2,))[1], (3, 5))
+
+    seeds, places = jnp.array([0, 1, -5, 2**31 - 1]), jnp.array([0, 77, 2**31 - 1, 3])
+    both = [
+        jax.jit(jax.vmap(lambda s, at, impl=impl: drawn(s, at, impl)))(seeds, places)
+        for impl in (None, native.random())
+    ]
+    for want, got in zip(*both, strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("length", [1, 16, 50, 96])
+def test_reading_prompts_is_that_of_xla(native, cfg, params, length):
+    """Of a length that is not a multiple of a vector's, past a window of the attention, several at once."""
+    tokens = jnp.asarray(np.random.default_rng(0).integers(cfg.vocab_size, size=(3, length)))
+    want, got = (
+        jax.jit(read, static_argnums=1)(prepare(params, asked), asked, tokens)
+        for asked in (cfg, replace(cfg, native=True))
+    )
+    for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
+        np.testing.assert_allclose(b, a, atol=2e-4)
 
 
 def test_products_in_several_threads_at_once_do_not_mix(native):
     random = np.random.default_rng(0)
     weights = [random.normal(size=(256, 64)).astype(np.float32) for _ in range(16)]
     x = random.normal(size=(64, 16)).astype(np.float32)
-    together = jax.jit(lambda weights, x: [native.product(weight, x) for weight in weights])
+    together = jax.jit(lambda weights, x: [native.product(native.packed(weight), x) for weight in weights])
     for _ in range(20):
         for weight, y in zip(weights, together(weights, x), strict=True):
             np.testing.assert_allclose(y, weight @ x, atol=1e-4)
@@ -89,22 +205,32 @@ def test_answers_are_those_of_xla(native, cfg, params, samples):
 def test_the_engine_uses_them_where_asked(native, cfg, params, monkeypatch):
     """Nothing else would notice if it did not."""
     called = []
-    for name in ("product", "product_int8", "attention"):
+    for name in ("product", "attention", "prompt_attention", "top", "random"):
         made = getattr(native, name)
         monkeypatch.setattr(native, name, lambda *a, name=name, made=made, **k: called.append(name) or made(*a, **k))
 
-    def calls(asked, quantize):
+    def calls(asked, quantize="none"):
         called.clear()
         other = replace(cfg, native=asked, rope_base=777.0)  # not compiled before
         engine = Engine(params, other, NoSpecials(), max_rows=16, mesh=ONE, quantize=quantize)
-        engine.generate([[1, 2, 3]] * 16, SamplingParams(max_tokens=3))
+        engine.generate([[1, 2, 3]] * 16, SamplingParams(max_tokens=3, top_k=5))
+        assert ("kernels in C++" in engine.describe()) == bool(called)
         return {name: called.count(name) for name in set(called)}
 
     layers = cfg.n_layer
-    assert calls(False, "none") == {} == calls(False, "int8")
-    assert calls(True, "none") == {"product": 4 * layers + 1, "attention": layers}
-    integers = {"product_int8": 4 * layers} if native.has_int8(cfg.n_embd, 16) else {}
-    assert calls(True, "int8") == {"product": 1, "attention": layers} | integers
+    each = {"attention": layers, "prompt_attention": layers, "top": 1, "random": 1}
+    assert calls(False) == {} == calls(False, "int8")
+    assert calls(True) == each | {"product": 8 * layers + 1}  # of prompts, and of a step
+    cfg = replace(cfg, qk_scale=1.1)
+    assert calls(None) == each | {"product": 8 * layers + 1}
+    assert calls(True, "int8") == each | {"product": (8 * layers if native.load().has_int8 else 0) + 1}
+
+
+@pytest.mark.parametrize(("dtype", "mesh"), [("bfloat16", "1"), ("float32", "data=2")])
+def test_left_to_the_engine_they_are_not_used_where_they_cannot_be(cfg, params, dtype, mesh):
+    asked = replace(cfg, native=None, compute_dtype=dtype)
+    engine = Engine(params, asked, NoSpecials(), max_rows=4, mesh=make_mesh(mesh))
+    assert engine.cfg.native is False and "C++" not in engine.describe()
 
 
 @pytest.mark.parametrize(
@@ -118,31 +244,79 @@ def test_the_engine_uses_them_where_asked(native, cfg, params, monkeypatch):
 def test_what_they_cannot_do_is_refused_in_one_line(cfg, params, changed, mesh, said):
     with pytest.raises(UserError, match=said) as caught:
         Engine(params, replace(cfg, native=True, **changed), NoSpecials(), max_rows=4, mesh=make_mesh(mesh))
-    assert "leave out --native" in str(caught.value) and "\n" not in str(caught.value)
+    assert "leave it at auto, or off" in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_without_a_compiler_and_with_a_broken_one_one_line_says_so(native, cfg, params, monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(native, "load", native.load.__wrapped__)
-    asked = replace(cfg, native=True)
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(UserError, match=r"no C.. compiler .CXX=no-such-compiler. is found"):
-        Engine(params, asked, NoSpecials(), max_rows=4, mesh=ONE)
+@pytest.fixture
+def compiling(native, monkeypatch, tmp_path):
+    """The module as if nothing had been compiled yet, with a folder of its own for it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(native, "_loaded", native._loaded.__wrapped__)
+    return native
+
+
+def program(path, text):
+    path.write_text(text)
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_a_compiler_that_is_missing_or_fails_is_told_in_one_line(compiling, cfg, params, monkeypatch, tmp_path):
+    def told(*said):
+        with pytest.raises(UserError) as caught:
+            Engine(params, replace(cfg, native=True), NoSpecials(), max_rows=4, mesh=ONE)
+        assert "\n" not in str(caught.value) and all(words in str(caught.value) for words in said), caught.value
+        engine = Engine(params, replace(cfg, native=None), NoSpecials(), max_rows=4, mesh=ONE)  # goes on without
+        assert engine.cfg.native is False and said[0] in engine.describe()
+
+    monkeypatch.setenv("CXX", "no-such-compiler -O1")
+    told("no C++ compiler (CXX=no-such-compiler -O1) is found", "leave it at auto")
+    monkeypatch.setenv("CXX", "c++ 'unclosed")
+    told("CXX=c++ 'unclosed", "No closing quotation")
+    monkeypatch.setenv("CXX", program(tmp_path / "not-a-program", "neither script nor binary"))
+    told("not-a-program", "Exec format error")
     monkeypatch.delenv("CXX")
     broken = tmp_path / "native.cc"
     broken.write_text("int main( {")
-    monkeypatch.setattr(native, "SOURCE", broken)
-    with pytest.raises(UserError, match=r"cannot compile native.cc: .*error") as caught:
-        Engine(params, asked, NoSpecials(), max_rows=4, mesh=ONE)
-    assert "\n" not in str(caught.value)
-    assert not list((tmp_path / "nanochat_jax" / "native").iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr(compiling, "SOURCE", broken)
+        told("cannot compile native.cc: ", "error")
+    assert not list((tmp_path / "cache" / "nanochat_jax" / "native").iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr(compiling, "SOURCE", tmp_path / "gone.cc")
+        told("gone.cc", "No such file or directory")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home directory.")))
+        told("no folder for what is compiled", "Set XDG_CACHE_HOME")
 
 
-def test_they_are_compiled_once(native, monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(native, "FLAGS", tuple(flag.replace("-O3", "-O0") for flag in native.FLAGS))
-    first = native._compiled()
-    made = first.stat().st_mtime_ns
-    assert native._compiled() == first and first.stat().st_mtime_ns == made
-    monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, "-DOTHER"))
-    assert native._compiled() != first
+def test_they_are_compiled_once_for_a_compiler_its_options_and_the_processor(compiling, monkeypatch):
+    monkeypatch.setattr(compiling, "FLAGS", tuple(flag.replace("-O3", "-O0") for flag in compiling.FLAGS))
+    monkeypatch.setattr(compiling.jax.ffi, "register_ffi_target", lambda *_, **__: None)  # those in use stay
+    compiled = []
+    monkeypatch.setattr(compiling, "_compile", lambda *a, made=compiling._compile: compiled.append(a[1]) or made(*a))
+    place = compiling._place(compiling._command())
+    place.parent.mkdir(parents=True)
+    place.write_bytes(b"damaged")
+    loaded = compiling._loaded()
+    assert compiled == [place] and place.stat().st_size > 10_000
+    assert compiling._loaded() == loaded and len(compiled) == 1
+    assert list(place.parent.iterdir()) == [place]
+    monkeypatch.setenv("CXX", "env c++")  # a command of several words
+    second = compiling._place(compiling._command())
+    monkeypatch.setenv("CXXFLAGS", "-DOTHER")
+    assert len({place, second, compiling._place(compiling._command())}) == 3
+
+
+def test_a_failure_is_kept(compiling, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        compiling, "_command", lambda: asked.append(1) or (_ for _ in ()).throw(compiling.NativeError("no"))
+    )
+    monkeypatch.setattr(compiling, "_loaded", functools.cache(compiling._loaded))
+    for _ in range(3):
+        with pytest.raises(compiling.NativeError, match="no"):
+            compiling.load()
+    assert len(asked) == 1

@@ -117,6 +117,12 @@ def test_fp8_that_the_run_would_refuse_is_not_planned():
     assert plan(replace(tiny(), fp8=True, model=wide)) == plan(replace(tiny(), model=wide))
 
 
+def test_kernels_that_the_run_would_refuse_are_not_planned():
+    with pytest.raises(UserError, match=r"--native on with .*2 devices"):
+        plan(replace(tiny(), native="on", mesh="2", compute_dtype="float32"))
+    assert plan(replace(tiny(), native="on", compute_dtype="float32"))  # no compiler is asked for
+
+
 def test_memory_is_shared_out_over_the_mesh():
     one, eight, cut = (plan(replace(tiny(), mesh=m, compute_dtype="float32"))["memory"] for m in ("1", "8", "fsdp=8"))
     counts = count_params(GPTConfig.from_depth(tiny().model, 512))

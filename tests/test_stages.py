@@ -13,6 +13,7 @@ import pytest
 import tiny
 from stage_runs import last_state, losses, quiet, records, reinforce, start, start_after
 
+from kernels import native
 from nanochat_jax.checkpoint import steps
 from nanochat_jax.config import DEFAULT_ROWS, MODEL_STAGES
 from nanochat_jax.data.download import ensure_shards
@@ -142,6 +143,15 @@ def test_what_ends_a_later_stage_is_known_before_the_first(change, words, tmp_pa
         check_ahead(config, MODEL_STAGES, tmp_path, quiet)
     if "mesh" not in change:
         check_ahead(config, ["base"], tmp_path, quiet)  # which does not need it
+
+
+def test_kernels_that_cannot_be_had_are_refused_before_the_first_stage(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr("kernels.native._loaded", native._loaded.__wrapped__)
+    check_ahead(tiny.config, MODEL_STAGES, tmp_path, quiet)
+    with pytest.raises(UserError, match=r"--native on: no C.. compiler .CXX=no-such-compiler. is found"):
+        check_ahead(replace(tiny.config, native="on"), MODEL_STAGES, tmp_path, quiet)
 
 
 @pytest.mark.parametrize(("streams", "words"), [(1, "--data.streams 1 cannot be dealt to 2"), (6, "no multiple of")])

@@ -67,10 +67,9 @@ def quantized(weight_OI: jax.Array) -> Int8:
     return Int8(jnp.round(weight_OI / scales_O[:, None]).astype(jnp.int8), scales_O)
 
 
-def product(weight: jax.Array | Int8, x_IC: jax.Array, native: bool = False) -> jax.Array:
+def product(weight: jax.Array | Int8, x_IC: jax.Array) -> jax.Array:
     """weight [O, I] @ x [I, ...], in x's dtype. For Int8 each column of x is rounded to 8 bits too, by its largest
-    magnitude, and products of integers are summed exactly (LLM.int8, arXiv 2208.07339, without its outliers); `native`:
-    by kernels/native.cc where that can.
+    magnitude, and products of integers are summed exactly (LLM.int8, arXiv 2208.07339, without its outliers).
     """
     over = (((1,), (0,)), ((), ()))
     if not isinstance(weight, Int8):
@@ -78,34 +77,36 @@ def product(weight: jax.Array | Int8, x_IC: jax.Array, native: bool = False) -> 
     scales_C = jnp.maximum(jnp.max(jnp.abs(x_IC.astype(jnp.float32)), axis=0), 1e-30) / INT8_MAX
     x8_IC = jnp.round(x_IC / scales_C[None]).astype(jnp.int8)
     columns = x8_IC.shape[1:]
-    dot = functools.partial(jax.lax.dot_general, dimension_numbers=over, preferred_element_type=jnp.int32)
-    if native and len(columns) == 1:
-        from kernels.native import has_int8, product_int8
-
-        dot = product_int8 if has_int8(len(x8_IC), *columns) else dot
     if columns == (1,):  # XLA has no fast product of int8 with a single column on a CPU
         x8_IC = jnp.concatenate([x8_IC, x8_IC], axis=1)
-    y_OC = dot(weight.values, x8_IC)
+    y_OC = jax.lax.dot_general(weight.values, x8_IC, over, preferred_element_type=jnp.int32)
     y_OC = y_OC[:, : columns[0], ...].astype(jnp.float32)
     return (y_OC * scales_C[None] * weight.scales.reshape(-1, *[1] * len(columns))).astype(x_IC.dtype)
+
+
+def is_packed(values: jax.Array) -> bool:
+    """Whether these are a weight's values as kernels/native.cc reads them; else they are [O, I]."""
+    return values.ndim > 2
 
 
 def layer_product(
     weight: jax.Array | Int8,
     x_IC: jax.Array,
-    cfg: GPTConfig,
     plus: jax.Array | None = None,
     *,
     normed: bool = False,
     squared: bool = False,
 ) -> jax.Array:
     """`product` and what surrounds it in a layer: of x `normed`, the square of what is above 0, added to `plus`."""
-    if cfg.native and not isinstance(weight, Int8) and x_IC.ndim == 2:
+    values, scales = weight if isinstance(weight, Int8) else (weight, None)
+    if is_packed(values):
         from kernels import native
 
-        if x_IC.shape[1] in native.COLUMNS:
-            return native.product(weight, x_IC, plus, normed=normed, squared=squared, eps=EPS)
-    y_OC = product(weight, rms(x_IC, axis=0) if normed else x_IC, cfg.native)
+        columns = x_IC.shape[1:]
+        flat, *rest = (None if x is None else x.reshape(len(x), -1) for x in (x_IC, plus))
+        y_OC = native.product(values, flat, *rest, scales, normed=normed, squared=squared, eps=EPS)
+        return y_OC.reshape(-1, *columns)
+    y_OC = product(weight, rms(x_IC, axis=0) if normed else x_IC)
     if squared:
         y_OC = jnp.square(jax.nn.relu(y_OC))
     return y_OC if plus is None else plus + y_OC
@@ -128,8 +129,17 @@ def prepare(params: Params, cfg: GPTConfig, quantize: str = "none") -> Weights:
     def turned(kernel_IO: jax.Array) -> jax.Array:
         return kernel_IO.astype(dtype).T
 
+    def laid(weight: jax.Array | Int8) -> jax.Array | Int8:
+        if not cfg.native:
+            return weight
+        from kernels import native
+
+        if not isinstance(weight, Int8):
+            return native.packed(weight)
+        return weight._replace(values=native.packed(weight.values)) if native.load().has_int8 else weight
+
     rounded = quantized if quantize == "int8" else lambda weight: weight
-    weights: Weights = {"wte": params["wte"]["embedding"], "head": turned(params["lm_head"]["kernel"])}
+    weights: Weights = {"wte": params["wte"]["embedding"], "head": laid(turned(params["lm_head"]["kernel"]))}
     weights |= {name: value for name, value in params.items() if name.endswith("_lambda")}
     weights |= {name: value["embedding"] for name, value in params.items() if name.startswith("value_embed_")}
     if cfg.smear:
@@ -144,7 +154,7 @@ def prepare(params: Params, cfg: GPTConfig, quantize: str = "none") -> Weights:
             "fc": turned(mlp["fc"]["kernel"]),
             "down": turned(mlp["proj"]["kernel"]),
         }
-        weights[f"h_{i}"] = {name: rounded(weight) for name, weight in layer.items()}
+        weights[f"h_{i}"] = {name: laid(rounded(weight)) for name, weight in layer.items()}
         if cfg.has_value_embedding(i):
             weights[f"h_{i}"]["ve_gate"] = turned(attn["ve_gate"]["kernel"])
     return jax.tree_util.tree_map_with_path(lambda path, x: shard(x, *match(path_of(path), WEIGHT_SPECS)), weights)
@@ -251,7 +261,7 @@ def hidden(
         if cfg.lambdas:
             x_DC = scaled(weights["resid_lambda"][i], x_DC) + scaled(weights["x0_lambda"][i], x0_DC)
         h_DC = rms(x_DC, axis=0)
-        qkv = layer_product(layer["qkv"], h_DC, cfg).reshape(cfg.n_kv_head, -1, cfg.head_dim, *columns)
+        qkv = layer_product(layer["qkv"], x_DC, normed=True).reshape(cfg.n_kv_head, -1, cfg.head_dim, *columns)
         v_KHC = None
         if cfg.has_value_embedding(i):
             gates_KC = (of_few if on_gpu else product)(layer["ve_gate"], h_DC[:GATE_CHANNELS])
@@ -259,9 +269,9 @@ def hidden(
             embedded_KHC = looked_up(weights[f"value_embed_{i}"]).reshape(cfg.n_kv_head, cfg.head_dim, *columns)
             v_KHC = qkv[:, -1] + gate_KC[:, None] * embedded_KHC
         y_KGHC = attention(i, qkv, v_KHC)
-        x_DC = layer_product(layer["out"], y_KGHC.reshape(-1, *columns), cfg, x_DC)
-        h_FC = layer_product(layer["fc"], x_DC, cfg, normed=True, squared=True)
-        x_DC = spread(layer_product(layer["down"], h_FC, cfg, x_DC))
+        x_DC = layer_product(layer["out"], y_KGHC.reshape(-1, *columns), x_DC)
+        h_FC = layer_product(layer["fc"], x_DC, normed=True, squared=True)
+        x_DC = spread(layer_product(layer["down"], h_FC, x_DC))
         if i == cfg.n_layer // 2:
             middle_DC = x_DC
     if cfg.backout:
@@ -285,7 +295,7 @@ def turned(
 
 def logits_of(weights: Weights, cfg: GPTConfig, x_DC: jax.Array) -> jax.Array:
     """Logits [vocabulary, *C] float32. A transpose right behind the product would make the slow one of it on a CPU."""
-    logits_VC = layer_product(weights["head"], x_DC, cfg)[: cfg.vocab_size]
+    logits_VC = layer_product(weights["head"], x_DC)[: cfg.vocab_size]
     return SOFTCAP * jnp.tanh(logits_VC.astype(jnp.float32) / SOFTCAP)
 
 
@@ -310,6 +320,15 @@ def read(weights: Weights, cfg: GPTConfig, tokens_PT: jax.Array) -> Prompts:
     tables = rope(positions_PT, cfg.head_dim, cfg.rope_base, jnp.dtype(cfg.compute_dtype))
 
     def attention(i: int, qkv: jax.Array, v: jax.Array | None) -> jax.Array:
+        if cfg.native:
+            from kernels import native
+
+            flat = tuple(table[0, :, 0] for table in tables)
+            how = {"window": cfg.windows[i], "qk_scale": cfg.qk_scale, "eps": EPS}
+            y_KGHPT, *new = native.prompt_attention(qkv, v, flat, **how)
+            for kept, new_PKTH in zip((keys, values), new, strict=True):
+                kept.append(new_PKTH.swapaxes(1, 2))
+            return y_KGHPT
         q, k, v = turned(qkv, v, tables, cfg.qk_scale)
         q_PTNH = q.reshape(-1, *q.shape[2:]).transpose(2, 3, 0, 1)
         k_PTKH, v_PTKH = k.transpose(2, 3, 0, 1), v.transpose(2, 3, 0, 1)
@@ -412,7 +431,7 @@ def over_cache(
     slots with the new key and value. `tables`: of `model.rope`, for positions_B.
     """
     alone = own["k"].ndim == 3  # see `squeezed`
-    if cfg.native and not alone:
+    if cfg.native:
         from kernels import native
 
         cos, sin = (table[:, 0] for table in tables)

@@ -31,6 +31,7 @@ from nanochat_jax.config import GPTConfig
 from nanochat_jax.errors import UserError
 from nanochat_jax.inference.buckets import bucket, decode_buckets, padded, prompt_bucket, prompts_at_once, reach_buckets
 from nanochat_jax.inference.decoding import cache_spec, empty_cache, prepare
+from nanochat_jax.inference.native import with_native
 from nanochat_jax.inference.requests import Completion, Row, SamplingParams
 from nanochat_jax.inference.sampling import (
     CHUNK,
@@ -60,26 +61,6 @@ class Flight(NamedTuple):
     owners: dict[int, Row]
 
 
-def load_native(cfg: GPTConfig, mesh: Mesh) -> None:
-    """Makes the kernels in C++ ready. UserError where they cannot do what is asked for, or cannot be had."""
-    from kernels import native
-
-    kind = mesh.devices.flat[0].platform
-    wrong = {
-        f"a device of kind {kind}": kind != "cpu",
-        f"{mesh.size} devices": mesh.size > 1,
-        f"--compute-dtype {cfg.compute_dtype}": cfg.compute_dtype != "float32",
-        f"--model.head-dim {cfg.head_dim}": cfg.head_dim % native.LANES != 0,
-    }
-    if found := [value for value, is_wrong in wrong.items() if is_wrong]:
-        needs = f"one CPU device, float32 and heads whose width is a multiple of {native.LANES}"
-        raise UserError(f"--native with {', '.join(found)}: it needs {needs}; leave out --native")
-    try:
-        native.load()
-    except native.NativeError as error:
-        raise UserError(f"--native: {error}; mend that, or leave out --native") from None
-
-
 class Engine:
     """Generation for one set of parameters; safe to call from several threads."""
 
@@ -106,8 +87,7 @@ class Engine:
         """
         if quantize not in ("none", "int8"):
             raise UserError(f"quantize {quantize!r} is not known; none and int8 are")
-        if cfg.native:
-            load_native(cfg, mesh)
+        cfg, self._not_native = with_native(cfg, mesh)
         self._shards = data_shards(mesh)
         unit = self._shards * samples
         self.cfg, self.tokenizer, self.mesh, self.samples = cfg, tokenizer, mesh, samples
@@ -167,6 +147,8 @@ class Engine:
         if shares:
             mib += f", up to {self.cache_bytes * max(shares) / 2**20:,.0f} MiB while part of it is in use"
         kernels = ", kernels in C++" if self.cfg.native else ""
+        if self._not_native:
+            kernels = f", slower without kernels in C++: {self._not_native}"
         return f"engine: {rows}, {mib}{kernels}; more wait"
 
     def most_compilations(self) -> int:

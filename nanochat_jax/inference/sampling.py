@@ -61,13 +61,18 @@ METHODS = 12
 """Methods that one engine can come to need: plain or not, candidates none, few or all, penalized or not."""
 
 
-def best(logits_VB: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+def best(logits_VB: jax.Array, count: int, native: bool = False) -> tuple[jax.Array, jax.Array]:
     """The largest `count` <= V logits of each column, descending, and their tokens: [B, count] each. Of equal ones the
     first tokens come first, as in `jax.lax.top_k`.
 
     Among many they are found in two stages: the best blocks of BLOCK tokens by their largest logit hold them all. A CPU
     then sorts, and turns, a fraction of the vocabulary.
     """
+
+    if native:
+        from kernels.native import top as native_top
+
+        return native_top(logits_VB, count)
 
     def top(x_BV: jax.Array) -> tuple[jax.Array, jax.Array]:
         # Unfenced, a slice of what comes out merges with top_k's own and a CPU sorts the whole vocabulary. One fence
@@ -88,7 +93,14 @@ def best(logits_VB: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     return values_BC, jnp.take_along_axis(tokens_BM, places_BC, axis=1)
 
 
-def sample(logits_VB: jax.Array, seen_BV: jax.Array, knobs: Knobs, positions_B: jax.Array, method: Method) -> jax.Array:
+def sample(
+    logits_VB: jax.Array,
+    seen_BV: jax.Array,
+    knobs: Knobs,
+    positions_B: jax.Array,
+    method: Method,
+    native: bool = False,
+) -> jax.Array:
     """One token a row, int32 [B]: repetition penalty (CTRL, arXiv 1909.05858), then top-k, then top-p (arXiv
     1904.09751), then min-p (arXiv 2407.01082), then a draw; temperature 0 takes the most likely token.
     """
@@ -97,11 +109,18 @@ def sample(logits_VB: jax.Array, seen_BV: jax.Array, knobs: Knobs, positions_B: 
         discouraged_VB = jnp.where(logits_VB > 0, logits_VB / penalty_1B, logits_VB * penalty_1B)
         logits_VB = jnp.where(seen_BV.T, discouraged_VB, logits_VB)
     if method.candidates:
-        best_BC, tokens_BC = best(logits_VB, min(method.candidates, len(logits_VB)))
+        best_BC, tokens_BC = best(logits_VB, min(method.candidates, len(logits_VB)), native)
         token_B = tokens_BC[:, 0].astype(jnp.int32)
     else:
         token_B = jnp.argmax(logits_VB, axis=0).astype(jnp.int32)
-    keys_B = jax.vmap(lambda seed, at: jax.random.fold_in(jax.random.key(seed), at))(knobs["seed"], positions_B)
+    impl = None
+    if native:
+        from kernels.native import random
+
+        impl = random()
+    keys_B = jax.vmap(lambda seed, at: jax.random.fold_in(jax.random.key(seed, impl=impl), at))(
+        knobs["seed"], positions_B
+    )
     temperature_B = jnp.maximum(knobs["temperature"], 1e-6)
     restricted_B = (knobs["top_k"] > 0) | (knobs["top_p"] < 1)
     drawn = knobs["temperature"] > 0
@@ -250,7 +269,7 @@ def decode(
         active = rows["active"]
         logits_VB, cache = step(weights, cache, rows["token"], rows["position"], rows["first"], active, cfg)
         drawn = rows["taken"] >= rows["owed"]
-        chosen = sample(logits_VB, cache["seen"], rows, rows["position"] + 1, method)
+        chosen = sample(logits_VB, cache["seen"], rows, rows["position"] + 1, method, cfg.native)
         token = jnp.where(drawn, chosen, rows["forced"][jnp.arange(batch), jnp.minimum(rows["taken"], FORCED - 1)])
         logprob = jnp.zeros(batch, jnp.float32)
         if method.logprobs:
@@ -285,7 +304,7 @@ def decode(
         )
 
     slots, part = rows["slot"], part_of(cache, rows["slot"], reach)
-    alone = batch == 1 and "shared" not in cache
+    alone = batch == 1 and "shared" not in cache and not cfg.native
     # Behind a decode that stopped for rows that wait, this one stops at once.
     waiting = jnp.sum(rows["waits"], dtype=jnp.int32)
     carry = (written, rows, squeezed(part) if alone else part, waiting, jnp.int32(0))

@@ -12,6 +12,7 @@ from nanochat_jax.data.pretrain import check_dealt
 from nanochat_jax.distributed import leaders
 from nanochat_jax.evals.core import checked_tasks
 from nanochat_jax.fp8 import precision
+from nanochat_jax.inference.native import with_native
 from nanochat_jax.optim import check_horizon, horizon
 from nanochat_jax.run import finished, gpt_config
 from nanochat_jax.sharding import check_mesh, data_part, data_shards, make_mesh, rows_of_microbatch, rows_of_step
@@ -31,6 +32,7 @@ def check_ahead(config: Config, stages: Collection[str], workdir: Path, log: Log
     shards = data_shards(mesh)
     check_mesh(mesh, cfg)
     precision(cfg, mesh.devices.flat[0])
+    with_native(cfg, mesh)
     continued = ["sft"] if "rl" in stages and config.rl.control else []
     for name in [name for name in ("base", "mid", "sft") if name in (*stages, *continued)]:
         stage = getattr(config, name)

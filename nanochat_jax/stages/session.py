@@ -28,6 +28,7 @@ from nanochat_jax.data.pretrain import merge_states
 from nanochat_jax.distributed import barrier, gather_json, is_leader, leaders
 from nanochat_jax.errors import UserError
 from nanochat_jax.fp8 import check_compiled, precision
+from nanochat_jax.inference.native import with_native
 from nanochat_jax.memory import account, train_rows, with_loss_chunk
 from nanochat_jax.metrics import Console, MetricsLog, Pace, banner, duration, gib, peak_flops, peak_memory_bytes, si
 from nanochat_jax.model import count_params, flops_per_token
@@ -323,6 +324,7 @@ def open_session(
     mesh = make_mesh(config.mesh)
     check_mesh(mesh, cfg)
     precision(cfg, mesh.devices.flat[0])  # a device that cannot is an error before anything is compiled
+    with_native(cfg, mesh)
     record_used(workdir, cfg, tokenizer, force)
     folder = workdir / name
     folder.mkdir(parents=True, exist_ok=True)
