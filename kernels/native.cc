@@ -438,20 +438,20 @@ struct Slots {
 // Their values, which come next, are asked for.
 inline Vec score(const float* query, const float* keys, const float* values, int64_t count, int64_t width,
                  float scale) {
-  constexpr int kKeys = std::min(8, kLanes);
+  constexpr int kSome = std::min(8, kLanes);
   Vec found[kLanes];
-  for (int64_t first = 0; first < kLanes; first += kKeys) {
-    const float* of[kKeys];
-    for (int n = 0; n < kKeys; n++) of[n] = keys + std::min(first + n, count - 1) * width;
-    Vec partial[kKeys] = {};
+  for (int64_t first = 0; first < kLanes; first += kSome) {
+    const float* of[kSome];
+    for (int n = 0; n < kSome; n++) of[n] = keys + std::min(first + n, count - 1) * width;
+    Vec partial[kSome] = {};
     for (int64_t h = 0; h < width; h += kLanes) {
       const Vec q = load(query + h);
-      for (int n = 0; n < kKeys; n++) {
+      for (int n = 0; n < kSome; n++) {
         __builtin_prefetch(values + (of[n] - keys) + h);
         partial[n] += q * load(of[n] + h);
       }
     }
-    for (int n = 0; n < kKeys; n++) found[first + n] = partial[n];
+    for (int n = 0; n < kSome; n++) found[first + n] = partial[n];
   }
   return lane_sums(found) * scale;
 }
@@ -528,6 +528,7 @@ ffi::Error attention(ffi::ThreadPool pool, Floats qkv, Floats value, Floats own_
   const int64_t slots = own_keys.dimensions()[2], prompts = shared_keys.dimensions()[0];
   const int64_t prompt_slots = shared_keys.dimensions()[2], together = prompts ? rows / prompts : 1;
   float *keys = new_keys->typed_data(), *values = new_values->typed_data(), *to = y->typed_data();
+  if (width % kLanes) return ffi::Error::InvalidArgument("heads are as wide as several vectors");
   if (keys != own_keys.typed_data() || values != own_values.typed_data())
     return ffi::Error::Internal("the KV cache was not updated in place");
   const float *of_qkv = qkv.typed_data(), *of_value = value.element_count() ? value.typed_data() : nullptr;
@@ -586,7 +587,7 @@ ffi::Error prompt_attention(ffi::ThreadPool pool, Floats qkv, Floats value, Floa
   const int64_t heads = sizes[0], kinds = sizes[1], queries = kinds - 2, width = sizes[2], prompts = sizes[3];
   const int64_t length = sizes[4], blocks = (length + kLanes - 1) / kLanes;
   const int64_t padded = (length + kKeys - 1) / kKeys * kKeys;
-  if (width % kLanes || cos.element_count() != static_cast<size_t>(width * length))
+  if (width % kKeys || cos.element_count() != static_cast<size_t>(width * length))
     return ffi::Error::InvalidArgument("the width of the heads or the rotary positions do not fit");
   const Scratch<float> turned(prompts * heads * kinds * width * padded);
   const float *of_qkv = qkv.typed_data(), *of_value = value.element_count() ? value.typed_data() : nullptr;
@@ -647,10 +648,10 @@ ffi::Error prompt_attention(ffi::ThreadPool pool, Floats qkv, Floats value, Floa
                                    0);
       for (int64_t n = 0; n < kKeys; n++) {
         const int32_t at = key + n;
-        const Vec visible =
+        const Vec score =
             ((at <= position) & (at >= position - static_cast<int32_t>(window))) ? found[n] * scale : Vec{} - INFINITY;
-        most = most > visible ? most : visible;
-        found[n] = visible;
+        most = most > score ? most : score;
+        found[n] = score;
       }
     }
     for (int64_t i = 0; i < last - first; i++) total += scores[i] = exp(scores[i] - most);
@@ -668,11 +669,12 @@ ffi::Error prompt_attention(ffi::ThreadPool pool, Floats qkv, Floats value, Floa
   return ffi::Error::Success();
 }
 
-// As large as another number's if this number is as large; what is no number is the largest, as to XLA.
+// Larger than another number's if this number is larger, as XLA has it: what is no number lies beyond the infinity of
+// its sign, and -0 before 0.
 inline int32_t ordered(float x) {
   int32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
-  return x != x ? std::numeric_limits<int32_t>::max() : bits ^ (bits >> 31 & 0x7FFFFFFF);
+  return bits ^ (bits >> 31 & 0x7FFFFFFF);
 }
 
 // The largest `count` of each column of logits [V, B], descending, of equal ones the first: values and tokens [B,

@@ -65,10 +65,7 @@ def _loaded() -> Library | NativeError:
     try:
         command = _command()
         path = _place(command)
-        opened = _opened(path) if path.exists() else None
-        if opened is None:
-            _compile(command, path)
-            opened = ctypes.CDLL(str(path))
+        opened = (_opened(path) if path.exists() else None) or _compile(command, path)
     except NativeError as error:
         return error
     except OSError as error:
@@ -104,15 +101,20 @@ def _place(command: list[str]) -> Path:
     return cache / "nanochat_jax" / "native" / f"{name}.so"
 
 
-def _compile(command: list[str], path: Path) -> None:
+def _compile(command: list[str], path: Path) -> ctypes.CDLL:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as own:  # several processes may compile at once
         made = Path(own) / path.name
         done = _run([*command, f"-I{jax.ffi.include_dir()}", "-o", str(made), str(SOURCE)])
-        if done.returncode or _opened(made) is None:
-            what = _first_error(done) if done.returncode else "what it makes cannot be loaded"
+        # Opened by this name: by the other, a library that was found there and is none of ours would come again.
+        opened = None if done.returncode else _opened(made)
+        if opened is None:
+            what = _first_error(done) if done.returncode else "what it makes is not the library"
             raise NativeError(f"{command[0]} cannot compile {SOURCE.name}: {what}")
+        with open(made, "rb") as file:
+            os.fsync(file.fileno())
         made.replace(path)
+        return opened
 
 
 def _first_error(done: subprocess.CompletedProcess) -> str:

@@ -32,7 +32,8 @@ def check_ahead(config: Config, stages: Collection[str], workdir: Path, log: Log
     shards = data_shards(mesh)
     check_mesh(mesh, cfg)
     precision(cfg, mesh.devices.flat[0])
-    with_native(cfg, mesh)
+    if cfg.native:
+        with_native(cfg, mesh)
     continued = ["sft"] if "rl" in stages and config.rl.control else []
     for name in [name for name in ("base", "mid", "sft") if name in (*stages, *continued)]:
         stage = getattr(config, name)

@@ -324,7 +324,8 @@ def open_session(
     mesh = make_mesh(config.mesh)
     check_mesh(mesh, cfg)
     precision(cfg, mesh.devices.flat[0])  # a device that cannot is an error before anything is compiled
-    with_native(cfg, mesh)
+    if cfg.native:
+        with_native(cfg, mesh)
     record_used(workdir, cfg, tokenizer, force)
     folder = workdir / name
     folder.mkdir(parents=True, exist_ok=True)
