@@ -220,6 +220,7 @@ def test_the_engine_uses_them_where_asked(native, cfg, params, monkeypatch):
         engine = Engine(params, other, NoSpecials(), max_rows=16, mesh=ONE, quantize=quantize)
         engine.generate([[1, 2, 3]] * 16, SamplingParams(max_tokens=3, top_k=5))
         assert ("kernels in C++" in engine.describe()) == bool(called)
+        assert not called or len(engine.reaches) == 1  # they read no slots that no row has reached
         return {name: called.count(name) for name in set(called)}
 
     layers = cfg.n_layer

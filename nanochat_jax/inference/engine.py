@@ -106,7 +106,8 @@ class Engine:
         self.decode_sizes = [size * samples for size in few]
         """Numbers of rows that are decoded at once."""
         own = self.max_new if samples > 1 else self.max_len
-        self.reaches = reach_buckets(own) if exact else [own]
+        # The kernels in C++ read no others anyway.
+        self.reaches = reach_buckets(own) if exact and not cfg.native else [own]
         """Numbers of slots of a row that a decode reads."""
         self._lock = threading.RLock()
         self._waiting: deque[list[Row]] = deque()
