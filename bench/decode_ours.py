@@ -38,11 +38,8 @@ def main() -> None:
     engines: dict[tuple, Engine] = {}
 
     def engine_of(max_rows: int, variant: str, max_len: int, max_new: int) -> Engine:
-        shared, quantize, native = (
-            "shared" in variant,
-            "int8" if "int8" in variant else "none",
-            None if "xla" not in variant else False,
-        )
+        shared, quantize = "shared" in variant, "int8" if "int8" in variant else "none"
+        native = False if "xla" in variant else None
         together = {"samples": spec["samples"], "max_new": max_new} if shared else {}
         key = (max_rows, shared, quantize, native, max_len, max_new)
         if key not in engines:

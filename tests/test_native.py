@@ -36,6 +36,12 @@ def params(cfg):
     return jax.tree.map(lambda p: p + 0.15 * jax.random.normal(next(keys), p.shape), params)
 
 
+def needs(native, kind):
+    """Skips where the product of such weights is XLA's."""
+    if kind == "int8" and not native.load().has_int8:
+        pytest.skip("this processor has no AVX-512 VNNI")
+
+
 @pytest.mark.parametrize("columns", [1, 2, 3, 4, 8, 15, 16, 17, 32, 56, 200])
 @pytest.mark.parametrize(("outputs", "inputs"), [(64, 48), (16, 5), (48, 100), (208, 33)])
 def test_a_product_and_what_surrounds_it_equal_numpys(native, outputs, inputs, columns):
@@ -56,8 +62,7 @@ def test_a_product_and_what_surrounds_it_equal_numpys(native, outputs, inputs, c
 @pytest.mark.parametrize("columns", [1, 2, 3, 4, 8, 16, 17, 48, 100])
 @pytest.mark.parametrize(("outputs", "inputs"), [(64, 48), (16, 4), (48, 100), (208, 192)])
 def test_products_of_integers_are_exact(native, outputs, inputs, columns):
-    if not native.load().has_int8:
-        pytest.skip("this processor has no AVX-512 VNNI")
+    needs(native, "int8")
     random = np.random.default_rng(0)
     weight = random.integers(-128, 128, (outputs, inputs)).astype(np.int8)
     x = random.integers(-127, 128, (inputs, columns)).astype(np.float32)
@@ -71,8 +76,7 @@ def test_products_of_integers_are_exact(native, outputs, inputs, columns):
 
 @pytest.mark.parametrize("columns", [1, 16, 40])
 def test_products_in_8_bits_are_those_of_xla(native, columns):
-    if not native.load().has_int8:
-        pytest.skip("this processor has no AVX-512 VNNI")
+    needs(native, "int8")
     random = np.random.default_rng(0)
     rounded = quantized(jnp.asarray(random.normal(size=(64, 48)), jnp.float32))
     whole = random.integers(-126, 127, (48, columns))
@@ -88,8 +92,7 @@ def test_products_in_8_bits_are_those_of_xla(native, columns):
 
 @pytest.mark.parametrize("kind", ["float32", "int8"])
 def test_numbers_that_are_none_are_not_hidden(native, kind):
-    if kind == "int8" and not native.load().has_int8:
-        pytest.skip("this processor has no AVX-512 VNNI")
+    needs(native, kind)
     x = jnp.ones((4, 16)).at[2, 3].set(jnp.nan).at[1, 5].set(jnp.inf)
     scales = jnp.ones(16) if kind == "int8" else None
     y = native.product(native.packed(jnp.ones((16, 4), kind)), x, None, scales, squared=True)
@@ -98,8 +101,7 @@ def test_numbers_that_are_none_are_not_hidden(native, kind):
 
 @pytest.mark.parametrize("kind", ["float32", "int8"])
 def test_a_column_is_the_same_among_any_number_of_others(native, kind):
-    if kind == "int8" and not native.load().has_int8:
-        pytest.skip("this processor has no AVX-512 VNNI")
+    needs(native, kind)
     random = np.random.default_rng(0)
     weight = jnp.asarray(random.normal(size=(48, 100)) * 9, kind)
     scales = jnp.asarray(random.uniform(size=48), jnp.float32) if kind == "int8" else None
