@@ -33,15 +33,15 @@ using Bytes = ffi::Buffer<ffi::S8>;
 using Words = ffi::Buffer<ffi::U32>;
 using Result = ffi::ResultBuffer<ffi::F32>;
 
-// Lanes of a vector, and vectors of sums that stay in registers.
+// Lanes of a vector, vectors of sums that stay in registers, and of columns that are taken at once.
 #if defined(__AVX512F__)
-constexpr int kLanes = 16, kAtOnce = 16;
+constexpr int kLanes = 16, kAtOnce = 16, kVectors = 2;
 #elif defined(__AVX__)
-constexpr int kLanes = 8, kAtOnce = 8;
+constexpr int kLanes = 8, kAtOnce = 8, kVectors = 2;
 #elif defined(__aarch64__)
-constexpr int kLanes = 4, kAtOnce = 16;
+constexpr int kLanes = 4, kAtOnce = 16, kVectors = 4;
 #else
-constexpr int kLanes = 4, kAtOnce = 8;
+constexpr int kLanes = 4, kAtOnce = 8, kVectors = 2;
 #endif
 using Vec __attribute__((vector_size(4 * kLanes))) = float;
 using IntVec __attribute__((vector_size(4 * kLanes))) = int32_t;
@@ -158,217 +158,267 @@ void spread(ffi::ThreadPool& pool, int64_t count, Work work) {
 
 // A weight's tile is what kLanes outputs have of all inputs, in this order: of a float32 weight [I, kLanes], of an
 // 8-bit one [I / 4, kLanes, 4].
-constexpr int64_t kAhead = 32768;   // bytes of a weight that are asked for before they are needed
-constexpr int64_t kNear = 1 << 18;  // bytes of a weight that a core's cache keeps
-constexpr int kPanel = 16;          // columns of x that are copied together
+constexpr int64_t kAhead = 32768;                // bytes of a weight that are asked for before they are needed
+constexpr int64_t kNear = 1 << 18;               // bytes of a weight that a core's cache keeps
+constexpr int64_t kPanel = kVectors * kLanes;    // columns of x that are copied together, at most
+
+// Columns of prompts [P, T] of which only the first lengths[p] of each are wanted; of all columns, where there are no
+// lengths.
+struct Wanted {
+  Wanted(const Ints& of_prompts, int64_t columns)
+      : lengths(of_prompts.element_count() ? of_prompts.typed_data() : nullptr),
+        longest(lengths ? columns / of_prompts.element_count() : columns) {}
+
+  const int32_t* lengths;
+  int64_t longest;
+
+  bool any(int64_t begin, int64_t end) const {
+    if (!lengths) return true;
+    for (int64_t p = begin / longest; p * longest < end; p++)
+      if (begin < p * longest + lengths[p]) return true;
+    return false;
+  }
+};
+
+// The columns of x [I, C] as panels [I, width], which are copied unless there is one that x is already.
+struct Panels {
+  Panels(int64_t columns, const Wanted& wanted) : columns(columns), width(1) {
+    while (width < std::min<int64_t>(columns, kLanes)) width *= 2;
+    if (columns > kLanes) width = kPanel;
+    for (int64_t begin = 0; begin < columns; begin += width)
+      if (wanted.any(begin, std::min(columns, begin + width))) begins.push_back(begin);
+  }
+
+  int64_t columns, width;
+  std::vector<int64_t> begins;  // the first columns of those that are wanted
+};
 
 // A product: what is read, and what is done to each sum.
 struct Product {
-  int64_t tiles, columns;
-  int64_t stride;        // columns of a panel
-  int64_t tile_bytes;    // of the weight
+  Product(int64_t tiles, int64_t tile_bytes, const Panels& of_x, const float* factors, bool squared,
+          const Floats& plus, float* y)
+      : tiles(tiles), tile_bytes(tile_bytes), columns(of_x.columns), width(of_x.width), begins(of_x.begins.data()),
+        panels(of_x.begins.size()), factors(factors), squared(squared),
+        plus(plus.element_count() ? plus.typed_data() : nullptr), y(y) {}
+
+  int64_t tiles, tile_bytes;  // of the weight
+  int64_t columns, width;     // of x, and of a panel of it
+  const int64_t* begins;      // of the panels
+  int64_t panels;
   const float* factors;  // of each column
   bool squared;          // max(., 0)^2
   const float* plus;     // [O, C] or nullptr
   float* y;              // [O, C]
+
+  Vec finished(Vec sums, Vec factors) const {
+    const Vec x = sums * factors;
+    return squared ? (x < 0 ? Vec{} : x * x) : x;
+  }
 };
 
-// Columns that lie as a panel does already.
-inline bool few(int64_t columns) {
-  return columns == 1 || columns == 2 || columns == 4 || columns == 8 || columns == 16;
-}
-
-// Calls work with the number of columns of a panel; of a whole one as a constant, for which loops become vectors.
+// Calls work with the number of columns of a panel; of as many as vectors have as a constant, for which loops become
+// vectors.
 template <class Work>
 inline void of_panel(int64_t count, Work work) {
   if (count == kPanel) return work(std::integral_constant<int64_t, kPanel>());
+  if (count == kLanes) return work(std::integral_constant<int64_t, kLanes>());
   work(count);
 }
 
-// Multiplies `factors` by 1 / RMS of the first columns of x, of which there are `columns`.
-template <class Count>
-inline void divide_by_rms(const float* x, int64_t inputs, int64_t columns, Count count, float eps, float* factors) {
-  float squares[kPanel] = {};
-  for (int64_t i = 0; i < inputs; i++)
-    for (int64_t c = 0; c < count; c++) squares[c] += x[i * columns + c] * x[i * columns + c];
-  for (int64_t c = 0; c < count; c++) factors[c] *= 1 / std::sqrt(squares[c] / inputs + eps);
-}
-
-// The outputs of tile t, `real` of N columns from `column` on.
-template <int N>
-inline void finish(const Product& how, const Vec* sums, int64_t t, int64_t column, int64_t real) {
-  Vec turned[N];
-  for (int n = 0; n < N; n++) {
-    const Vec x = sums[n] * how.factors[column + n];
-    turned[n] = how.squared ? (x < 0 ? Vec{} : x * x) : x;
+// Sums over i < count of N numbers [count, stride] times V vectors [count, V, kLanes]; the line `ahead` + i is asked for.
+template <int N, int V>
+inline void outer(const float* numbers, int64_t stride, const float* vectors, int64_t count, const float* ahead,
+                  Vec (*sums)[V]) {
+  Vec found[N][V] = {};
+  for (int64_t i = 0; i < count; i++) {
+    if (ahead) __builtin_prefetch(ahead + i * kLanes);
+    Vec with[V];
+    for (int v = 0; v < V; v++) with[v] = load(vectors + (i * V + v) * kLanes);
+    for (int n = 0; n < N; n++)
+      for (int v = 0; v < V; v++) found[n][v] += numbers[i * stride + n] * with[v];
   }
-  const int64_t first = t * kLanes * how.columns + column;
-  if constexpr (N % kLanes == 0)
-    if (real == N) {
-      for (int n = 0; n < N; n += kLanes) {
-        transpose(turned + n);
-        for (int64_t o = 0; o < kLanes; o++) {
-          const int64_t at = first + o * how.columns + n;
-          store(how.y + at, how.plus ? turned[n + o] + load(how.plus + at) : turned[n + o]);
-        }
-      }
-      return;
-    }
-  for (int64_t o = 0; o < kLanes; o++)
-    for (int64_t n = 0; n < real; n++) {
-      const int64_t at = first + o * how.columns + n;
-      how.y[at] = how.plus ? turned[n][o] + how.plus[at] : turned[n][o];
-    }
+  for (int n = 0; n < N; n++)
+    for (int v = 0; v < V; v++) sums[n][v] = found[n][v];
 }
 
-template <int N>
-using Constant = std::integral_constant<int, N>;
-
-// `sums_of(s, n, m, tile, panel, column, ahead, sums)`: m tiles' sums of n of the s columns of a panel, from `column`
-// on; those of a tile stand s behind those of the one before. `ahead`: what comes later is to be asked for.
-template <int S, int N, int M, class Sums>
-void multiply(ffi::ThreadPool& pool, const Product& how, Sums sums_of) {
-  // Of a single panel a thread takes tiles one by one; each of many meets as many tiles as stay in a core's cache.
-  const int64_t near = std::max<int64_t>(1, kNear / (how.tile_bytes * M)) * M;
-  const int64_t half = std::max<int64_t>(1, how.tiles / (2 * M * threads(pool))) * M;  // of a thread's
-  const int64_t share = how.columns > kPanel ? std::min(near, half) : 1;
+// Of many columns: lanes are columns, V vectors of them. Each panel meets as many tiles as stay in a core's cache.
+template <int V, class Sums>
+void multiply_many(ffi::ThreadPool& pool, const Product& how, Sums sums_of) {
+  constexpr int kOutputs = std::min(kLanes, kAtOnce / V);
+  const int64_t near = std::max<int64_t>(1, kNear / how.tile_bytes);
+  const int64_t half = std::max<int64_t>(1, how.tiles / (2 * threads(pool)));  // of a thread's
+  const int64_t share = how.panels > 1 ? std::min(near, half) : 1;
   spread(pool, (how.tiles + share - 1) / share, [=](int64_t part) noexcept {
-    const int64_t end = std::min(how.tiles, (part + 1) * share);
-    auto of = [&](auto m, int64_t panel, int64_t t) {
-      Vec sums[m * S];
-      for (int64_t c = 0; c < S; c += N)
-        sums_of(Constant<S>(), Constant<N>(), m, t, panel, c, c == 0 && panel == 0, sums + c);
-      const int64_t column = panel * kPanel;
-      for (int64_t i = 0; i < m; i++)
-        finish<S>(how, sums + i * S, t + i, column, std::min<int64_t>(S, how.columns - column));
-    };
-    for (int64_t panel = 0; panel * kPanel < how.columns; panel++) {
-      int64_t t = part * share;
-      for (; t + M <= end; t += M) of(Constant<M>(), panel, t);
-      for (; t < end; t++) of(Constant<1>(), panel, t);
+    for (int64_t panel = 0; panel < how.panels; panel++) {
+      const int64_t column = how.begins[panel];
+      for (int64_t t = part * share; t < std::min(how.tiles, (part + 1) * share); t++)
+        for (int64_t first = 0; first < kLanes; first += kOutputs) {
+          Vec sums[kOutputs][V];
+          sums_of.template many<kOutputs, V>(t, first, column, panel == 0 && first == 0, sums);
+          for (int n = 0; n < kOutputs; n++)
+            for (int v = 0; v < V; v++) {
+              const int64_t begin = column + v * kLanes, left = how.columns - begin;
+              const int64_t at = (t * kLanes + first + n) * how.columns + begin;
+              const Vec x = how.finished(sums[n][v], load(how.factors + begin));
+              if (left >= kLanes) {
+                store(how.y + at, how.plus ? x + load(how.plus + at) : x);
+              } else {
+                for (int64_t c = 0; c < left; c++) how.y[at + c] = how.plus ? x[c] + how.plus[at + c] : x[c];
+              }
+            }
+        }
     }
   });
+}
+
+// Of C columns, fewer than a vector has: lanes are outputs.
+template <int C = 1, class Sums>
+void multiply_few(ffi::ThreadPool& pool, const Product& how, Sums sums_of) {
+  if constexpr (C < kLanes) {
+    if (how.width != C) return multiply_few<2 * C>(pool, how, sums_of);
+    spread(pool, how.tiles, [=](int64_t t) noexcept {
+      Vec sums[C][1];
+      sums_of.template few<C>(t, sums);
+      for (int c = 0; c < C; c++) sums[c][0] = how.finished(sums[c][0], Vec{} + how.factors[c]);
+      for (int64_t o = 0; o < kLanes; o++)
+        for (int64_t c = 0; c < how.columns; c++) {
+          const int64_t at = (t * kLanes + o) * how.columns + c;
+          how.y[at] = how.plus ? sums[c][0][o] + how.plus[at] : sums[c][0][o];
+        }
+    });
+  }
 }
 
 template <class Sums>
 void multiply(ffi::ThreadPool& pool, const Product& how, Sums sums_of) {
-  switch (how.stride) {
-    case 1:
-      return multiply<1, 1, 1>(pool, how, sums_of);
-    case 2:
-      return multiply<2, 2, 1>(pool, how, sums_of);
-    case 4:
-      return multiply<4, 4, 1>(pool, how, sums_of);
-    case 8:
-      return multiply<8, std::min(8, kAtOnce), 1>(pool, how, sums_of);
-    default:  // where x bounds it, not the weight, two tiles at once read half of x
-      if (how.columns > kPanel) return multiply<kPanel, kAtOnce / 2, 2>(pool, how, sums_of);
-      return multiply<kPanel, kAtOnce, 1>(pool, how, sums_of);
-  }
+  if (how.width == kPanel) return multiply_many<kVectors>(pool, how, sums_of);
+  if (how.width == kLanes) return multiply_many<1>(pool, how, sums_of);
+  multiply_few(pool, how, sums_of);
 }
 
-// M tiles of floats with N columns of x [I, stride]: sums [N] a tile, of a tile `apart` behind those of the one before.
-template <int N, int M>
-inline void sums_of_floats(const float* weight, const float* x, int64_t inputs, int64_t stride, bool ahead, Vec* sums,
-                           int64_t apart) {
-  Vec found[M][N] = {};
-  for (int64_t i = 0; i < inputs; i++) {
-    Vec w[M];
-    for (int m = 0; m < M; m++) {
-      const float* at = weight + (m * inputs + i) * kLanes;
-      if (ahead) __builtin_prefetch(reinterpret_cast<const char*>(at) + kAhead);
-      w[m] = load(at);
-    }
-    for (int n = 0; n < N; n++)
-      for (int m = 0; m < M; m++) found[m][n] += w[m] * x[i * stride + n];
+// Sums of floats: weight [O / kLanes, I, kLanes], panels of x [I, width].
+struct OfFloats {
+  const float *weight, *x;
+  int64_t inputs;
+
+  template <int N, int V>
+  void many(int64_t t, int64_t first, int64_t column, bool ahead, Vec (*sums)[V]) const {
+    const float* tile = weight + t * inputs * kLanes;
+    outer<N, V>(tile + first, kLanes, x + column * inputs, inputs, ahead ? tile + kAhead / 4 : nullptr, sums);
   }
-  for (int m = 0; m < M; m++)
-    for (int n = 0; n < N; n++) sums[m * apart + n] = found[m][n];
-}
+
+  template <int C>
+  void few(int64_t t, Vec (*sums)[1]) const {
+    const float* tile = weight + t * inputs * kLanes;
+    outer<C, 1>(x, C, tile, inputs, tile + kAhead / 4, sums);
+  }
+};
 
 // y [O, C] of weight [O / kLanes, I, kLanes] and x [I, C]. `normed`: of the columns' RMS norm; `squared`: max(y, 0)^2;
-// plus [O, C], or an empty array: added.
-ffi::Error product(ffi::ThreadPool pool, Floats weight, Floats x, Floats plus, Result y, bool normed, bool squared,
-                   float eps) {
+// plus [O, C], or an empty array: added. Of prompts of `lengths` [P], where these are given, C being P times as many,
+// what is beyond its length is not set.
+ffi::Error product(ffi::ThreadPool pool, Floats weight, Floats x, Floats plus, Ints lengths, Result y, bool normed,
+                   bool squared, float eps) {
   const int64_t tiles = weight.dimensions()[0], inputs = x.dimensions()[0], columns = x.dimensions()[1];
   if (weight.dimensions()[1] != inputs || y->element_count() != static_cast<size_t>(tiles * kLanes * columns))
     return ffi::Error::InvalidArgument("weight, x and y do not fit");
-  const int64_t panels = (columns + kPanel - 1) / kPanel, stride = few(columns) ? columns : kPanel;
-  const bool copies = stride != columns;
-  std::vector<float> factors(panels * kPanel, 1.0f);
-  const Scratch<float> copied(copies ? panels * kPanel * inputs : 0);
-  const float *of_x = x.typed_data(), *of_weight = weight.typed_data();
+  const Panels panels(columns, Wanted(lengths, columns));
+  const bool copies = panels.width != columns;
+  std::vector<float> factors(columns + kPanel, 1.0f);
+  const Scratch<float> copied(copies ? (columns + kPanel) * inputs : 0);
+  const Product how(tiles, inputs * kLanes * 4, panels, factors.data(), squared, plus, y->typed_data());
+  const float* of_x = x.typed_data();
   float *factor = factors.data(), *copy = copied.get();
   if (copies || normed)
-    spread(pool, panels, [=](int64_t panel) noexcept {
-      const int64_t begin = panel * kPanel, end = std::min(columns, begin + kPanel);
-      if (normed)
-        of_panel(end - begin,
-                 [&](auto count) { divide_by_rms(of_x + begin, inputs, columns, count, eps, factor + begin); });
-      if (!copies) return;
-      for (int64_t i = 0; i < inputs; i++)
-        std::memcpy(copy + (panel * inputs + i) * kPanel, of_x + i * columns + begin, (end - begin) * sizeof(float));
+    spread(pool, how.panels, [=](int64_t panel) noexcept {
+      const int64_t begin = how.begins[panel];
+      of_panel(std::min(how.width, columns - begin), [=](auto count) {
+        float squares[kPanel] = {};
+        for (int64_t i = 0; i < inputs; i++)
+          for (int64_t c = 0; c < count; c++) {
+            const float now = of_x[i * columns + begin + c];
+            if (copies) copy[begin * inputs + i * how.width + c] = now;
+            squares[c] += now * now;
+          }
+        if (!normed) return;
+        for (int64_t c = 0; c < count; c++) factor[begin + c] = 1 / std::sqrt(squares[c] / inputs + eps);
+      });
     });
-  const float* data = copies ? copy : of_x;
-  const float* added = plus.element_count() ? plus.typed_data() : nullptr;
-  const Product how{tiles, columns, stride, inputs * kLanes * 4, factor, squared, added, y->typed_data()};
-  multiply(pool, how, [=](auto s, auto n, auto m, int64_t t, int64_t panel, int64_t c, bool ahead, Vec* sums) {
-    sums_of_floats<n, m>(of_weight + t * inputs * kLanes, data + panel * inputs * kPanel + c, inputs, s, ahead, sums,
-                         s);
-  });
+  multiply(pool, how, OfFloats{weight.typed_data(), copies ? copy : of_x, inputs});
   return ffi::Error::Success();
 }
 
 #ifdef __AVX512VNNI__
 
-// M tiles of 8-bit integers with N columns of a panel [I / 4, S, 4] of integers to which 128 is added: the instruction
-// multiplies unsigned numbers by signed ones.
-template <int S, int N, int M>
-inline void sums_of_bytes(const int8_t* weight, const float* scales, const uint8_t* x, int64_t inputs, bool ahead,
-                          Vec* sums) {
-  __m512i found[M][N], added[M];
-  for (int m = 0; m < M; m++) {
-    added[m] = _mm512_setzero_si512();
-    for (int n = 0; n < N; n++) found[m][n] = added[m];
+// Sums of integers: weight [O / 16, I / 4, 16, 4], to which 128 is added, as the instruction multiplies unsigned numbers
+// by signed ones; panels of x [I / 4, width, 4]; `added`: what that adds to each column's sums.
+struct OfIntegers {
+  const int8_t* weight;
+  const float* scales;
+  const int8_t* x;
+  const int32_t* added;
+  int64_t inputs;
+
+  static __m512i four(const int8_t* at) {
+    int32_t four;
+    std::memcpy(&four, at, sizeof four);
+    return _mm512_set1_epi32(four);
   }
-  const __m512i all_128 = _mm512_set1_epi8(-128);
-  for (int64_t i = 0; i < inputs; i += 4) {
-    __m512i w[M];
-    for (int m = 0; m < M; m++) {
-      const int8_t* at = weight + (m * inputs + i) * kLanes;
-      if (ahead) __builtin_prefetch(at + kAhead);
-      w[m] = _mm512_loadu_si512(at);
-      added[m] = _mm512_dpbusd_epi32(added[m], all_128, w[m]);
-    }
-    for (int n = 0; n < N; n++) {
-      int32_t four;
-      std::memcpy(&four, x + i * S + 4 * n, sizeof four);
-      for (int m = 0; m < M; m++) found[m][n] = _mm512_dpbusd_epi32(found[m][n], _mm512_set1_epi32(four), w[m]);
-    }
+
+  static Vec floats(__m512i sum, __m512i added) {
+    return reinterpret_cast<Vec>(_mm512_cvtepi32_ps(_mm512_sub_epi32(sum, added)));
   }
-  for (int m = 0; m < M; m++)
-    for (int n = 0; n < N; n++) {
-      const __m512 sum = _mm512_cvtepi32_ps(_mm512_sub_epi32(found[m][n], added[m]));
-      sums[m * S + n] = reinterpret_cast<Vec>(sum) * load(scales + m * kLanes);
+
+  template <int N, int V>
+  void many(int64_t t, int64_t first, int64_t column, bool ahead, Vec (*sums)[V]) const {
+    const int8_t *tile = weight + t * inputs * kLanes, *panel = x + column * inputs;
+    __m512i found[N][V] = {};
+    for (int64_t i = 0; i < inputs; i += 4) {
+      if (ahead) __builtin_prefetch(tile + i * kLanes + kAhead);
+      __m512i with[V];
+      for (int v = 0; v < V; v++) with[v] = _mm512_loadu_si512(panel + (i * V + 4 * v) * kLanes);
+      for (int n = 0; n < N; n++) {
+        const __m512i number = four(tile + i * kLanes + 4 * (first + n));
+        for (int v = 0; v < V; v++) found[n][v] = _mm512_dpbusd_epi32(found[n][v], number, with[v]);
+      }
     }
-}
+    for (int n = 0; n < N; n++)
+      for (int v = 0; v < V; v++)
+        sums[n][v] = floats(found[n][v], _mm512_loadu_si512(added + column + v * kLanes)) *
+                     scales[t * kLanes + first + n];
+  }
+
+  template <int C>
+  void few(int64_t t, Vec (*sums)[1]) const {
+    const int8_t* tile = weight + t * inputs * kLanes;
+    __m512i found[C] = {};
+    for (int64_t i = 0; i < inputs; i += 4) {
+      __builtin_prefetch(tile + i * kLanes + kAhead);
+      const __m512i with = _mm512_loadu_si512(tile + i * kLanes);
+      for (int c = 0; c < C; c++) found[c] = _mm512_dpbusd_epi32(found[c], with, four(x + i * C + 4 * c));
+    }
+    for (int c = 0; c < C; c++)
+      sums[c][0] = floats(found[c], _mm512_set1_epi32(added[c])) * load(scales + t * kLanes);
+  }
+};
 
 // The first columns of x, of which there are `columns`, rounded to 8 bits by their largest magnitude, as a panel [I /
-// 4, stride, 4]; `factors`: what they were divided by.
+// 4, width, 4]; `factors`: what they were divided by, and if `normed` by their RMS; `added`: see OfIntegers.
 template <class Count>
-inline void round(const float* x, int64_t inputs, int64_t columns, Count count, int64_t stride, float* factors,
-                  uint8_t* panel) {
-  float largest[kPanel] = {}, inverse[kPanel] = {}, none[kPanel] = {};
+inline void round(const float* x, int64_t inputs, int64_t columns, Count count, int64_t width, bool normed, float eps,
+                  float* factors, int32_t* added, int8_t* panel) {
+  float largest[kPanel] = {}, inverse[kPanel] = {}, none[kPanel] = {}, squares[kPanel] = {};
   for (int64_t i = 0; i < inputs; i++)
     for (int64_t c = 0; c < count; c++) {
       const float now = x[i * columns + c];
       largest[c] = std::max(largest[c], std::abs(now));
       none[c] += now - now;  // 0, or no number if x is none
+      squares[c] += now * now;
     }
   for (int64_t c = 0; c < count; c++) {
     const float factor = std::max(largest[c], 1e-30f) / 127;
     inverse[c] = 1 / factor;
-    factors[c] = factor + none[c];
+    factors[c] = (factor + none[c]) * (normed ? 1 / std::sqrt(squares[c] / inputs + eps) : 1.0f);
   }
   for (int64_t i = 0; i < inputs; i += 4)
     for (int64_t c = 0; c < count; c++) {
@@ -376,38 +426,37 @@ inline void round(const float* x, int64_t inputs, int64_t columns, Count count, 
       for (int j = 0; j < 4; j++) {
         const float whole = (x[(i + j) * columns + c] * inverse[c] + kRounds) - kRounds;
         const float kept = std::min(127.0f, std::max(-127.0f, whole));  // what is no number, too
-        four |= static_cast<uint32_t>(static_cast<int32_t>(kept) + 128) << (8 * j);
+        const int32_t integer = static_cast<int32_t>(kept);
+        four |= (static_cast<uint32_t>(integer) & 255) << (8 * j);
+        added[c] += 128 * integer;
       }
-      std::memcpy(panel + (i * stride + 4 * c), &four, sizeof four);
+      std::memcpy(panel + i * width + 4 * c, &four, sizeof four);
     }
 }
 
 // The same of weight [O / 16, I / 4, 16, 4], in 8 bits, times scales [O]; each column of x is rounded to 8 bits too.
-ffi::Error product_int8(ffi::ThreadPool pool, Bytes weight, Floats scales, Floats x, Floats plus, Result y, bool normed,
-                        bool squared, float eps) {
+ffi::Error product_int8(ffi::ThreadPool pool, Bytes weight, Floats scales, Floats x, Floats plus, Ints lengths,
+                        Result y, bool normed, bool squared, float eps) {
   const int64_t tiles = weight.dimensions()[0], inputs = x.dimensions()[0], columns = x.dimensions()[1];
   if (weight.dimensions()[1] * 4 != inputs || y->element_count() != static_cast<size_t>(tiles * kLanes * columns))
     return ffi::Error::InvalidArgument("weight, x and y do not fit");
-  const int64_t panels = (columns + kPanel - 1) / kPanel, stride = few(columns) ? columns : kPanel;
-  std::vector<float> factors(panels * kPanel);
-  const Scratch<uint8_t> bytes(panels * stride * inputs);
-  const float *of_x = x.typed_data(), *of_scales = scales.typed_data();
-  const int8_t* of_weight = weight.typed_data();
+  const Panels panels(columns, Wanted(lengths, columns));
+  std::vector<float> factors(columns + kPanel);
+  std::vector<int32_t> added(columns + kPanel);
+  const Scratch<int8_t> bytes((columns + kPanel) * inputs);
+  const Product how(tiles, inputs * kLanes, panels, factors.data(), squared, plus, y->typed_data());
+  const float* of_x = x.typed_data();
   float* factor = factors.data();
-  uint8_t* byte = bytes.get();
-  spread(pool, panels, [=](int64_t panel) noexcept {
-    const int64_t begin = panel * kPanel, end = std::min(columns, begin + kPanel);
-    of_panel(end - begin, [&](auto count) {
-      round(of_x + begin, inputs, columns, count, stride, factor + begin, byte + panel * inputs * kPanel);
-      if (normed) divide_by_rms(of_x + begin, inputs, columns, count, eps, factor + begin);
+  int32_t* add = added.data();
+  int8_t* byte = bytes.get();
+  spread(pool, how.panels, [=](int64_t panel) noexcept {
+    const int64_t begin = how.begins[panel];
+    of_panel(std::min(how.width, columns - begin), [=](auto count) {
+      round(of_x + begin, inputs, columns, count, how.width, normed, eps, factor + begin, add + begin,
+            byte + begin * inputs);
     });
   });
-  const float* added = plus.element_count() ? plus.typed_data() : nullptr;
-  const Product how{tiles, columns, stride, inputs * kLanes, factor, squared, added, y->typed_data()};
-  multiply(pool, how, [=](auto s, auto n, auto m, int64_t t, int64_t panel, int64_t c, bool ahead, Vec* sums) {
-    sums_of_bytes<s, n, m>(of_weight + t * inputs * kLanes, of_scales + t * kLanes,
-                           byte + panel * inputs * kPanel + 4 * c, inputs, ahead, sums);
-  });
+  multiply(pool, how, OfIntegers{weight.typed_data(), scales.typed_data(), byte, add, inputs});
   return ffi::Error::Success();
 }
 
@@ -447,7 +496,6 @@ inline Vec score(const float* query, const float* keys, const float* values, int
     for (int64_t h = 0; h < width; h += kLanes) {
       const Vec q = load(query + h);
       for (int n = 0; n < kSome; n++) {
-        __builtin_prefetch(values + (of[n] - keys) + h);
         partial[n] += q * load(of[n] + h);
       }
     }
@@ -580,9 +628,9 @@ ffi::Error attention(ffi::ThreadPool pool, Floats qkv, Floats value, Floats own_
 constexpr int kKeys = 16;  // of a prompt, that are looked at together
 
 // Causal attention of whole prompts, from position 0 on. qkv [K, G + 2, H, P, T] and value [K, H, P, T] as above; cos
-// and signed sin [H, T]; y [K, G, H, P, T], keys and values [P, K, T, H]. Lanes are positions of a query.
-ffi::Error prompt_attention(ffi::ThreadPool pool, Floats qkv, Floats value, Floats cos, Floats sin, Result y,
-                            Result keys, Result values, int64_t window, float qk_scale, float eps) {
+// and signed sin [H, T]; lengths [P], or empty, as in `product`; y [K, G, H, P, T], keys and values [P, K, T, H]. Lanes are positions of a query.
+ffi::Error prompt_attention(ffi::ThreadPool pool, Floats qkv, Floats value, Floats cos, Floats sin, Ints lengths,
+                            Result y, Result keys, Result values, int64_t window, float qk_scale, float eps) {
   const auto sizes = qkv.dimensions();
   const int64_t heads = sizes[0], kinds = sizes[1], queries = kinds - 2, width = sizes[2], prompts = sizes[3];
   const int64_t length = sizes[4], blocks = (length + kLanes - 1) / kLanes;
@@ -592,6 +640,7 @@ ffi::Error prompt_attention(ffi::ThreadPool pool, Floats qkv, Floats value, Floa
   const Scratch<float> turned(prompts * heads * kinds * width * padded);
   const float *of_qkv = qkv.typed_data(), *of_value = value.element_count() ? value.typed_data() : nullptr;
   const float *of_cos = cos.typed_data(), *of_sin = sin.typed_data();
+  const int32_t* ends = lengths.element_count() ? lengths.typed_data() : nullptr;
   float *to_keys = keys->typed_data(), *to_values = values->typed_data(), *to = y->typed_data(),
         *of_turned = turned.get();
   // Queries and keys with rotary positions and norms, and values: [P, K, G + 2, H, padded]; the cache's from them.
@@ -632,38 +681,64 @@ ffi::Error prompt_attention(ffi::ThreadPool pool, Floats qkv, Floats value, Floa
   spread(pool, prompts * heads * queries * blocks, [=](int64_t part) noexcept {
     const int64_t begin = part % blocks * kLanes, query = part / blocks % queries;
     const int64_t head = part / blocks / queries % heads, prompt = part / blocks / queries / heads;
+    const int64_t end = ends ? ends[prompt] : length;
+    if (begin >= end) return;
     const float* mine = of_turned + (prompt * heads + head) * kinds * width * padded;
     const Scratch<float> q(width * kLanes);
     for (int64_t h = 0; h < width; h++) store(q.get() + h * kLanes, load(mine + (query * width + h) * padded + begin));
-    const int64_t first = std::max<int64_t>(0, begin - window) / kKeys * kKeys, last = std::min(length, begin + kLanes);
+    const int64_t first = std::max<int64_t>(0, begin - window) / kKeys * kKeys, last = std::min(end, begin + kLanes);
     const Scratch<float> all((last - first + kKeys) * kLanes);
     auto* scores = reinterpret_cast<Vec*>(all.get());
     IntVec position;
     for (int64_t i = 0; i < kLanes; i++) position[i] = begin + i;
     Vec most = Vec{} - INFINITY, total{};
     for (int64_t key = first; key < last; key += kKeys) {
-      Vec* found = scores + key - first;
+      auto* found = reinterpret_cast<Vec(*)[1]>(scores + key - first);
       for (int64_t n = 0; n < kKeys; n += kAtOnce)
-        sums_of_floats<kAtOnce, 1>(q.get(), mine + queries * width * padded + key + n, width, padded, false, found + n,
-                                   0);
+        outer<kAtOnce, 1>(mine + queries * width * padded + key + n, padded, q.get(), width, nullptr, found + n);
       for (int64_t n = 0; n < kKeys; n++) {
         const int32_t at = key + n;
         const Vec score =
-            ((at <= position) & (at >= position - static_cast<int32_t>(window))) ? found[n] * scale : Vec{} - INFINITY;
+            ((at <= position) & (at >= position - static_cast<int32_t>(window))) ? found[n][0] * scale : Vec{} - INFINITY;
         most = most > score ? most : score;
-        found[n] = score;
+        found[n][0] = score;
       }
     }
     for (int64_t i = 0; i < last - first; i++) total += scores[i] = exp(scores[i] - most);
     const float* of_values = to_values + ((prompt * heads + head) * length + first) * width;
     for (int64_t h = 0; h < width; h += kAtOnce) {
-      Vec found[kAtOnce];
-      sums_of_floats<kAtOnce, 1>(all.get(), of_values + h, last - first, width, false, found, 0);
+      Vec found[kAtOnce][1];
+      outer<kAtOnce, 1>(of_values + h, width, all.get(), last - first, nullptr, found);
       for (int n = 0; n < kAtOnce; n++) {
         float* out = to + (((head * queries + query) * width + h + n) * prompts + prompt) * length + begin;
-        const Vec mean = found[n] / total;
+        const Vec mean = found[n][0] / total;
         std::memcpy(out, &mean, (last - begin) * sizeof(float));
       }
+    }
+  });
+  return ffi::Error::Success();
+}
+
+// The newest of prompts' keys or values [P, K, T, H], of lengths [P], to rings [B, K, S, H], in place: those of prompt
+// source[r] to row slots[r], or nowhere, if there is no such row.
+ffi::Error fill(ffi::ThreadPool pool, Floats rings, Floats prompts, Ints lengths, Ints source, Ints slots,
+                Result filled) {
+  const auto of_rings = rings.dimensions(), of_prompts = prompts.dimensions();
+  const int64_t rows = of_rings[0], heads = of_rings[1], size = of_rings[2], width = of_rings[3];
+  const int64_t longest = of_prompts[2];
+  float* to = filled->typed_data();
+  if (to != rings.typed_data()) return ffi::Error::Internal("the KV cache was not updated in place");
+  const float* from = prompts.typed_data();
+  const int32_t *length = lengths.typed_data(), *of = source.typed_data(), *slot = slots.typed_data();
+  spread(pool, slots.element_count() * heads, [=](int64_t part) noexcept {
+    const int64_t r = part / heads, head = part % heads, end = length[of[r]];
+    if (slot[r] >= rows) return;
+    const float* prompt = from + (of[r] * heads + head) * longest * width;
+    float* ring = to + (slot[r] * heads + head) * size * width;
+    for (int64_t t = std::max<int64_t>(0, end - size); t < end;) {
+      const int64_t run = std::min(end - t, size - t % size);
+      std::memcpy(ring + t % size * width, prompt + t * width, run * width * sizeof(float));
+      t += run;
     }
   });
   return ffi::Error::Success();
@@ -760,6 +835,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(nanochat_product, product,
                                   .Arg<Floats>()
                                   .Arg<Floats>()
                                   .Arg<Floats>()
+                                  .Arg<Ints>()
                                   .Ret<Floats>()
                                   .Attr<bool>("normed")
                                   .Attr<bool>("squared")
@@ -773,6 +849,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(nanochat_product_int8, product_int8,
                                   .Arg<Floats>()
                                   .Arg<Floats>()
                                   .Arg<Floats>()
+                                  .Arg<Ints>()
                                   .Ret<Floats>()
                                   .Attr<bool>("normed")
                                   .Attr<bool>("squared")
@@ -786,12 +863,23 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(nanochat_prompt_attention, prompt_attention,
                                   .Arg<Floats>()
                                   .Arg<Floats>()
                                   .Arg<Floats>()
+                                  .Arg<Ints>()
                                   .Ret<Floats>()
                                   .Ret<Floats>()
                                   .Ret<Floats>()
                                   .Attr<int64_t>("window")
                                   .Attr<float>("qk_scale")
                                   .Attr<float>("eps"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(nanochat_fill, fill,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Ints>()
+                                  .Arg<Ints>()
+                                  .Arg<Ints>()
+                                  .Ret<Floats>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(nanochat_top, top,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Ret<Floats>().Ret<Ints>());

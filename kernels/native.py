@@ -32,7 +32,7 @@ COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC")
 LANES = 16
 """The widest vectors' lanes: what the width of a head and the number of a product's outputs are multiples of."""
-KERNELS = ("product", "product_int8", "attention", "prompt_attention", "top", "threefry")
+KERNELS = ("product", "product_int8", "attention", "prompt_attention", "fill", "top", "threefry")
 
 
 LOCK = threading.Lock()
@@ -142,11 +142,13 @@ def _run(command: list[str]) -> subprocess.CompletedProcess:
 
 
 def packed(weight_OI: jax.Array) -> jax.Array:
-    """A weight as `product` reads it: float32 [O / L, I, L], int8 [O / L, I / 4, L, 4], L the lanes of a vector."""
+    """A weight as `product` reads it: float32 [O / L, I, L], L the lanes of a vector; int8 [O / L, I / 4, L, 4], 128
+    added, in the bits of an unsigned number.
+    """
     (outputs, inputs), lanes = weight_OI.shape, load().lanes
     together = 4 if weight_OI.dtype == jnp.int8 else 1
     tiles = weight_OI.reshape(outputs // lanes, lanes, inputs // together, together).swapaxes(1, 2)
-    return tiles if together > 1 else tiles[..., 0]
+    return tiles ^ jnp.int8(-128) if together > 1 else tiles[..., 0]
 
 
 def product(
@@ -154,6 +156,7 @@ def product(
     x_IC: jax.Array,
     plus_OC: jax.Array | None = None,
     scales_O: jax.Array | None = None,
+    lengths_P: jax.Array | None = None,
     *,
     normed: bool = False,
     squared: bool = False,
@@ -161,14 +164,16 @@ def product(
 ) -> jax.Array:
     """weight @ x [O, C] float32 of a `packed` weight [O, I]. `normed`: of x's columns divided by their root mean square
     (with eps); `squared`: the square of what is above 0; and plus. Of an int8 weight with scales [O] each column of x
-    is rounded to 8 bits too, by its largest magnitude, and integers are summed exactly.
+    is rounded to 8 bits too, by its largest magnitude, and integers are summed exactly. `lengths`: the columns are
+    prompts [P, C / P], of which what is beyond its length is left as it happens to be.
     """
     of_bytes = weight.dtype == jnp.int8
     name, scales = ("nanochat_product_int8", [scales_O]) if of_bytes else ("nanochat_product", [])
     plus = jnp.zeros(0, jnp.float32) if plus_OC is None else plus_OC
+    lengths = jnp.zeros(0, jnp.int32) if lengths_P is None else lengths_P
     out = jax.ShapeDtypeStruct((len(weight) * load().lanes, x_IC.shape[1]), jnp.float32)
     call = jax.ffi.ffi_call(name, out)
-    return call(weight, *scales, x_IC, plus, normed=normed, squared=squared, eps=np.float32(eps))
+    return call(weight, *scales, x_IC, plus, lengths, normed=normed, squared=squared, eps=np.float32(eps))
 
 
 def top(logits_VB: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
@@ -249,15 +254,31 @@ def prompt_attention(
     qkv_KNHPT: jax.Array,
     value_KHPT: jax.Array | None,
     tables: tuple[jax.Array, jax.Array],
+    lengths_P: jax.Array | None = None,
     *,
     window: int,
     qk_scale: float,
     eps: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Causal attention of whole prompts [K, G, H, P, T], and their keys and values [P, K, T, H]; tables [T, H]."""
+    """Causal attention of whole prompts [K, G, H, P, T], and their keys and values [P, K, T, H]; tables [T, H]; lengths
+    as in `product`.
+    """
     heads, both, width, prompts, length = qkv_KNHPT.shape
     shapes = (heads, both - 2, width, prompts, length), *[(prompts, heads, length, width)] * 2
     out = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     value = jnp.zeros(0, jnp.float32) if value_KHPT is None else value_KHPT
     options = {"window": np.int64(window), "qk_scale": np.float32(qk_scale), "eps": np.float32(eps)}
-    return jax.ffi.ffi_call("nanochat_prompt_attention", out)(qkv_KNHPT, value, *(x.T for x in tables), **options)
+    lengths = jnp.zeros(0, jnp.int32) if lengths_P is None else lengths_P
+    call = jax.ffi.ffi_call("nanochat_prompt_attention", out)
+    return call(qkv_KNHPT, value, *(x.T for x in tables), lengths, **options)
+
+
+def filled(
+    rings_BKSH: jax.Array, prompts_PKTH: jax.Array, lengths_P: jax.Array, source_R: jax.Array, slot_R: jax.Array
+) -> jax.Array:
+    """The rings, in place, with the newest keys or values of prompt source[r], up to its length, in row slot[r]; in
+    none, where that is past the end.
+    """
+    out = jax.ShapeDtypeStruct(rings_BKSH.shape, jnp.float32)
+    call = jax.ffi.ffi_call("nanochat_fill", out, input_output_aliases={0: 0})
+    return call(rings_BKSH, prompts_PKTH, lengths_P, source_R, slot_R)

@@ -93,18 +93,21 @@ def layer_product(
     weight: jax.Array | Int8,
     x_IC: jax.Array,
     plus: jax.Array | None = None,
+    lengths_P: jax.Array | None = None,
     *,
     normed: bool = False,
     squared: bool = False,
 ) -> jax.Array:
-    """`product` and what surrounds it in a layer: of x `normed`, the square of what is above 0, added to `plus`."""
+    """`product` and what surrounds it in a layer: of x `normed`, the square of what is above 0, added to `plus`. With
+    `lengths`, x being [I, P, T], nobody looks at what is beyond them.
+    """
     values, scales = weight if isinstance(weight, Int8) else (weight, None)
     if is_packed(values):
         from kernels import native
 
         columns = x_IC.shape[1:]
         flat, *rest = (None if x is None else x.reshape(len(x), -1) for x in (x_IC, plus))
-        y_OC = native.product(values, flat, *rest, scales, normed=normed, squared=squared, eps=EPS)
+        y_OC = native.product(values, flat, *rest, scales, lengths_P, normed=normed, squared=squared, eps=EPS)
         return y_OC.reshape(-1, *columns)
     y_OC = product(weight, rms(x_IC, axis=0) if normed else x_IC)
     if squared:
@@ -237,13 +240,15 @@ def hidden(
     tokens_C: jax.Array,
     previous: Callable[[jax.Array], jax.Array],
     attention: Attend,
+    lengths_P: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Final hidden states and token embeddings, both [D, *C], by the numerics of `model.GPT`.
 
-    previous(embeddings [D, *C]) -> those one position earlier, for smear.
+    previous(embeddings [D, *C]) -> those one position earlier, for smear. `lengths`: of prompts, see `layer_product`.
     """
     dtype, on_gpu = jnp.dtype(cfg.compute_dtype), cfg.attention in GPU_IMPLEMENTATIONS
     columns = tokens_C.shape
+    multiplied = functools.partial(layer_product, lengths_P=lengths_P)
 
     def looked_up(table_VE: jax.Array) -> jax.Array:
         return jnp.moveaxis(table_VE[tokens_C].astype(dtype), -1, 0)
@@ -261,7 +266,7 @@ def hidden(
         if cfg.lambdas:
             x_DC = scaled(weights["resid_lambda"][i], x_DC) + scaled(weights["x0_lambda"][i], x0_DC)
         h_DC = rms(x_DC, axis=0)
-        qkv = layer_product(layer["qkv"], x_DC, normed=True).reshape(cfg.n_kv_head, -1, cfg.head_dim, *columns)
+        qkv = multiplied(layer["qkv"], x_DC, normed=True).reshape(cfg.n_kv_head, -1, cfg.head_dim, *columns)
         v_KHC = None
         if cfg.has_value_embedding(i):
             gates_KC = (of_few if on_gpu else product)(layer["ve_gate"], h_DC[:GATE_CHANNELS])
@@ -269,9 +274,9 @@ def hidden(
             embedded_KHC = looked_up(weights[f"value_embed_{i}"]).reshape(cfg.n_kv_head, cfg.head_dim, *columns)
             v_KHC = qkv[:, -1] + gate_KC[:, None] * embedded_KHC
         y_KGHC = attention(i, qkv, v_KHC)
-        x_DC = layer_product(layer["out"], y_KGHC.reshape(-1, *columns), x_DC)
-        h_FC = layer_product(layer["fc"], x_DC, normed=True, squared=True)
-        x_DC = spread(layer_product(layer["down"], h_FC, x_DC))
+        x_DC = multiplied(layer["out"], y_KGHC.reshape(-1, *columns), x_DC)
+        h_FC = multiplied(layer["fc"], x_DC, normed=True, squared=True)
+        x_DC = spread(multiplied(layer["down"], h_FC, x_DC))
         if i == cfg.n_layer // 2:
             middle_DC = x_DC
     if cfg.backout:
@@ -310,8 +315,10 @@ class Prompts(NamedTuple):
     values: list[jax.Array]
 
 
-def read(weights: Weights, cfg: GPTConfig, tokens_PT: jax.Array) -> Prompts:
-    """Runs whole prompts from position 0. ValueError where they reach past the rotary positions."""
+def read(weights: Weights, cfg: GPTConfig, tokens_PT: jax.Array, lengths_P: jax.Array | None = None) -> Prompts:
+    """Runs whole prompts from position 0. ValueError where they reach past the rotary positions. With `lengths` what is
+    computed of a prompt beyond its own may be anything.
+    """
     check_length(cfg, tokens_PT.shape[1])
     # Each of the many lengths is a compilation, which takes mosaic seconds; cuDNN runs wherever mosaic does.
     impl = "cudnn" if cfg.attention == "mosaic" else cfg.attention
@@ -325,7 +332,7 @@ def read(weights: Weights, cfg: GPTConfig, tokens_PT: jax.Array) -> Prompts:
 
             flat = tuple(table[0, :, 0] for table in tables)
             how = {"window": cfg.windows[i], "qk_scale": cfg.qk_scale, "eps": EPS}
-            y_KGHPT, *new = native.prompt_attention(qkv, v, flat, **how)
+            y_KGHPT, *new = native.prompt_attention(qkv, v, flat, lengths_P, **how)
             for kept, new_PKTH in zip((keys, values), new, strict=True):
                 kept.append(new_PKTH.swapaxes(1, 2))
             return y_KGHPT
@@ -338,7 +345,7 @@ def read(weights: Weights, cfg: GPTConfig, tokens_PT: jax.Array) -> Prompts:
         return y_PTNH.transpose(2, 3, 0, 1).reshape(q.shape)
 
     x_DPT, embedding_DPT = hidden(
-        weights, cfg, tokens_PT, lambda x: jnp.pad(x, ((0, 0), (0, 0), (1, 0)))[:, :, :-1], attention
+        weights, cfg, tokens_PT, lambda x: jnp.pad(x, ((0, 0), (0, 0), (1, 0)))[:, :, :-1], attention, lengths_P
     )
     return Prompts(x_DPT, jnp.moveaxis(embedding_DPT, 0, -1), keys, values)
 

@@ -169,7 +169,7 @@ def prefill(
     Row slot_R[i] takes prompt source_R[i]; a slot past the end is dropped: padding. `shared`: keys and values go to the
     shared prompt place_P[j] instead of into each row.
     """
-    prompts = read(weights, cfg, tokens_PT)
+    prompts = read(weights, cfg, tokens_PT, counts_P)
     (length,) = tokens_PT.shape[1:]
     newest_P = counts_P - 1
 
@@ -180,7 +180,15 @@ def prefill(
 
     def filled(panels: dict[str, jax.Array], i: int) -> dict[str, jax.Array]:
         new = {"k": prompts.keys[i], "v": prompts.values[i]}
-        at, order = (place_P, slice(None)) if shared else (slot_R, source_R)
+        at, order = (place_P, jnp.arange(len(place_P))) if shared else (slot_R, source_R)
+        if cfg.native:
+            from kernels.native import filled as native_filled
+
+            # Turned as they were when they came from there, so nothing is.
+            return {
+                name: native_filled(panel, new[name].swapaxes(1, 2), counts_P, order, at)
+                for name, panel in panels.items()
+            }
         return {
             name: panel.at[at].set(ring(new[name], panel.shape[2])[order], mode="drop")
             for name, panel in panels.items()
@@ -316,7 +324,7 @@ def decode(
 @functools.partial(jax.jit, static_argnames="cfg")
 def last_logits(weights: Weights, tokens_PT: jax.Array, counts_P: jax.Array, *, cfg: GPTConfig) -> jax.Array:
     """Logits float32 [P, vocabulary] after the last true token of each right-padded prompt."""
-    hidden_DPT = read(weights, cfg, tokens_PT).hidden_DPT
+    hidden_DPT = read(weights, cfg, tokens_PT, counts_P).hidden_DPT
     return logits_of(weights, cfg, hidden_DPT[:, jnp.arange(tokens_PT.shape[0]), counts_P - 1]).T
 
 
