@@ -647,16 +647,17 @@ ffi::Error prompt_attention(ffi::ThreadPool pool, Floats qkv, Floats value, Floa
   spread(pool, prompts * heads * kinds, [=](int64_t part) noexcept {
     const int64_t kind = part % kinds, head = part / kinds % heads, prompt = part / kinds / heads;
     const int64_t apart = prompts * length;  // of features
+    const int64_t end = ends ? ends[prompt] : length;
     const float* x = of_qkv + (head * kinds + kind) * width * apart + prompt * length;
     if (kind == queries + 1 && of_value) x = of_value + head * width * apart + prompt * length;
     float* out = of_turned + part * width * padded;
     if (kind > queries) {
-      for (int64_t h = 0; h < width; h++) std::memcpy(out + h * padded, x + h * apart, length * sizeof(float));
+      for (int64_t h = 0; h < width; h++) std::memcpy(out + h * padded, x + h * apart, end * sizeof(float));
     } else {
-      std::vector<float> factors(length);
+      std::vector<float> factors(end);
       for (int64_t h = 0; h < width; h++) {
         const float* other = x + (h < width / 2 ? h + width / 2 : h - width / 2) * apart;
-        for (int64_t t = 0; t < length; t++) {
+        for (int64_t t = 0; t < end; t++) {
           const float now = x[h * apart + t] * of_cos[h * length + t] + other[t] * of_sin[h * length + t];
           out[h * padded + t] = now;
           factors[t] += now * now;
@@ -664,16 +665,16 @@ ffi::Error prompt_attention(ffi::ThreadPool pool, Floats qkv, Floats value, Floa
       }
       for (float& factor : factors) factor = qk_scale / std::sqrt(factor / width + eps);
       for (int64_t h = 0; h < width; h++)
-        for (int64_t t = 0; t < length; t++) out[h * padded + t] *= factors[t];
+        for (int64_t t = 0; t < end; t++) out[h * padded + t] *= factors[t];
     }
     if (kind < queries) return;
     float* panel = (kind == queries ? to_keys : to_values) + (prompt * heads + head) * length * width;
-    for (int64_t t = 0; t < length; t += kLanes)
+    for (int64_t t = 0; t < end; t += kLanes)
       for (int64_t h = 0; h < width; h += kLanes) {
         Vec square[kLanes];
         for (int64_t i = 0; i < kLanes; i++) square[i] = load(out + (h + i) * padded + t);
         transpose(square);
-        for (int64_t i = 0; i < std::min<int64_t>(kLanes, length - t); i++)
+        for (int64_t i = 0; i < std::min<int64_t>(kLanes, end - t); i++)
           store(panel + (t + i) * width + h, square[i]);
       }
   });

@@ -265,8 +265,7 @@ class Engine:
         if self._flight is not None and all(row.done for row in self._flight.owners.values()):
             self._flight = None  # it ran ahead for rows that had ended
         if self._flight is None:
-            self._join()
-            self._flight, self._steady = self._launch(None) if self._rows else None, True
+            self._begin()
         if self._flight is None:
             return
         flight, self._flight = self._flight, None
@@ -283,6 +282,13 @@ class Engine:
             for at, row in flight.owners.items():
                 if tokens[at] >= 0 and not row.done:
                     self._advance(row, tokens[at], drawn[at], logprobs[at])
+        if self._flight is None:
+            self._begin()  # so that the device is at it while the host hands out what was written
+
+    def _begin(self) -> None:
+        """Let those who wait join, and begin to decode, if there is anything to."""
+        self._join()
+        self._flight, self._steady = self._launch(None) if self._rows else None, True
 
     def _row(self, prompt: Sequence[int], sampling: SamplingParams, text: TextStream | None) -> Row:
         if not prompt or len(prompt) >= self.max_len:
@@ -296,8 +302,12 @@ class Engine:
 
     def _may_join(self) -> bool:
         """Joining interrupts all rows for a prefill: where many wait, they wait until an eighth of the rows is free."""
+        return bool(self._waiting) and self._wanted_groups() <= 0
+
+    def _wanted_groups(self) -> int:
+        """How many groups of rows have to become free for those who wait to join."""
         _, free = self._groups_by_use()
-        return bool(self._waiting) and len(free) >= min(len(self._waiting), max(1, self._groups // 8))
+        return min(len(self._waiting), max(1, self._groups // 8)) - len(free)
 
     def _join(self) -> None:
         """Give free groups of rows to those who wait, in order, and read their prompts."""
@@ -316,8 +326,11 @@ class Engine:
             apart = self.samples > 1 or self._lone_prompts
             same.setdefault(i if apart else unit[0].prompt, []).extend(unit)
         of_length: dict[int, list[list[Row]]] = {}
+        longest = max(len(unit[0].prompt) for unit in units)
         for rows in same.values():
-            of_length.setdefault(self._length(len(rows[0].prompt) - 1), []).append(rows)
+            # The kernels in C++ compute no padding: they read prompts of all lengths at once.
+            length = longest if self.cfg.native else len(rows[0].prompt)
+            of_length.setdefault(self._length(length - 1), []).append(rows)
         for length, prompts in of_length.items():
             while prompts:
                 most = 1 if self._lone_prompts else len(prompts)
@@ -369,14 +382,15 @@ class Engine:
 
     def _decode(self, rows: Rows, limit: int, method: Method, reach: int) -> tuple[Written, Rows]:
         ends = np.asarray([self._token["assistant_end"], self._token["bos"]], np.int32)
-        self.compiled.add(("decode", method, reach, len(rows["slot"])))
+        self.compiled.add(("decode", method, reach, len(rows.ints)))
+        enough = max(1, self._wanted_groups()) if self._waiting else len(rows.ints) + 1
         with jax.set_mesh(self.mesh):
             written, rows, self._cache = decode(
                 self.weights,
                 self._cache,
                 rows,
                 np.int32(limit),
-                np.bool_(bool(self._waiting)),
+                np.int32(enough),
                 ends,
                 np.int32(self._token["python_end"]),
                 cfg=self.cfg,
@@ -417,6 +431,7 @@ class Engine:
         """The rows to decode, as numpy arrays, and by column whose they are; those of nobody are not active."""
         slots = self._slots_to_decode()
         rows = nobodys_rows(slots)
+        named = rows.by_name()
         owners = {at: self._rows[slot] for at, slot in enumerate(slots.tolist()) if slot in self._rows}
         for at, row in owners.items():
             how, done = row.sampling, row.completion.ids
@@ -435,8 +450,8 @@ class Engine:
                 "active": True,
             }
             for name, value in values.items():
-                rows[name][at] = value
-            rows["forced"][at, : len(row.forced)] = row.forced
+                named[name][at] = value
+            named["forced"][at, : len(row.forced)] = row.forced
         return owners, rows
 
     def _most(self, row: Row) -> int:

@@ -208,23 +208,35 @@ def prefill(
     }
 
 
-Rows = dict
-"""The rows that are decoded, [B]: "slot" int32 in the cache (row i in slot i, where it is all); "token" int32 to be fed
-at "position" int32, "first" int32 (see `decoding.step`), "budget" int32 tokens it may still write, "active" bool,
-"waits" bool: stopped until the host has looked at it; "forced" int32 [B, FORCED] of which [taken, owed) are still to be
-written; and `Knobs`.
-"""
+class Rows(NamedTuple):
+    """The rows that are decoded, in few arrays, as each takes its time to get to the device: `by_name` tells them apart.
+    ints [B, len(INTS) + FORCED] int32, floats [B, len(FLOATS)] float32.
+    """
+
+    ints: jax.Array
+    floats: jax.Array
+
+    def by_name(self) -> dict:
+        """[B] each: "slot" in the cache (row i in slot i, where it is all); "token" to be fed at "position", "first" (see
+        `decoding.step`), "budget" tokens it may still write, whether it is "active", and "waits" until the host has
+        looked at it; "forced" [B, FORCED] of which [taken, owed) are still to be written; and `Knobs`. Of numpy arrays
+        these are views.
+        """
+        ints, floats = ({name: x[:, i] for i, name in enumerate(n)} for x, n in zip(self, (INTS, FLOATS), strict=True))
+        return ints | floats | {"forced": self.ints[:, len(INTS) :]}
+
+
+INTS = ("slot", "token", "position", "first", "budget", "taken", "owed", "active", "waits", "top_k", "seed")
+FLOATS = ("temperature", "top_p", "min_p", "penalty")
 
 
 def nobodys_rows(slots_B: np.ndarray) -> Rows:
     """Rows in these slots, none of them active, as numpy arrays."""
     batch = len(slots_B)
-    ints = ("token", "position", "first", "budget", "taken", "owed", "top_k", "seed")
-    rows = {"slot": slots_B} | {name: np.zeros(batch, np.int32) for name in ints}
-    rows |= {name: np.ones(batch, np.float32) for name in ("top_p", "penalty")}
-    rows |= {name: np.zeros(batch, np.float32) for name in ("temperature", "min_p")}
-    rows |= {name: np.zeros(batch, bool) for name in ("active", "waits")}
-    return rows | {"forced": np.zeros((batch, FORCED), np.int32)}
+    rows = Rows(np.zeros((batch, len(INTS) + FORCED), np.int32), np.zeros((batch, len(FLOATS)), np.float32))
+    named = rows.by_name()
+    named["slot"][:], named["top_p"][:], named["penalty"][:] = slots_B, 1, 1
+    return rows
 
 
 class Written(NamedTuple):
@@ -246,7 +258,7 @@ def decode(
     cache: Cache,
     rows: Rows,
     limit: jax.Array,
-    hurry: jax.Array,
+    enough: jax.Array,
     ends: jax.Array,
     marker: jax.Array,
     *,
@@ -258,9 +270,11 @@ def decode(
     gets to more than `reach` tokens of its own: what is beyond in the cache is not read.
 
     A row stops after one of the tokens `ends` or when its budget is spent, and pauses after the token `marker`, which
-    the host has to look at. All stop early when an eighth of the running rows wait for that, or, in a `hurry`, when a
-    row has ended.
+    the host has to look at. All stop early when an eighth of the running rows wait for that, or when `enough` rows have
+    ended.
     """
+    given, rows = rows, rows.by_name()
+    rows |= {name: rows[name] != 0 for name in ("active", "waits")}
     batch = len(rows["token"])
     running = jnp.sum(rows["active"] | rows["waits"])
     blank = jnp.full((CHUNK, batch), -1, jnp.int32)
@@ -270,7 +284,7 @@ def decode(
     def proceed(carry: tuple) -> jax.Array:
         written, rows, _, paused, ended = carry
         waits = (paused > 0) & (8 * paused >= running - ended)
-        return (written.count < limit) & jnp.any(rows["active"]) & ~waits & ~(hurry & (ended > 0))
+        return (written.count < limit) & jnp.any(rows["active"]) & ~waits & (ended < enough)
 
     def one(carry: tuple) -> tuple:
         written, rows, cache, paused, ended = carry
@@ -318,6 +332,8 @@ def decode(
     carry = (written, rows, squeezed(part) if alone else part, waiting, jnp.int32(0))
     written, rows, part, _, _ = jax.lax.while_loop(proceed, one, carry)
     part = unsqueezed(part) if alone else part
+    ints = jnp.stack([rows[name].astype(jnp.int32) for name in INTS], axis=1)
+    rows = given._replace(ints=jnp.concatenate([ints, rows["forced"]], axis=1))
     return written, rows, with_part(cache, part, slots)
 
 
