@@ -584,7 +584,7 @@ ffi::Error attention(ffi::ThreadPool pool, Floats qkv, Floats value, Floats own_
   const float *of_cos = cos.typed_data(), *of_sin = sin.typed_data();
   const int32_t *at = positions.typed_data(), *begins = first.typed_data();
   // Neighbouring rows write to the same cache lines of y, so a thread does several rows of a head, and all if it can.
-  const int64_t block = std::clamp<int64_t>(rows * heads / (4 * threads(pool)), 1, 16),
+  const int64_t block = std::clamp<int64_t>(rows * heads / (8 * threads(pool)), 1, 16),
                 blocks = (rows + block - 1) / block;
   spread(pool, blocks * heads, [=](int64_t part) noexcept {
     const int64_t head = part / blocks, begin = part % blocks * block;
