@@ -158,9 +158,9 @@ void spread(ffi::ThreadPool& pool, int64_t count, Work work) {
 
 // A weight's tile is what kLanes outputs have of all inputs, in this order: of a float32 weight [I, kLanes], of an
 // 8-bit one [I / 4, kLanes, 4].
-constexpr int64_t kAhead = 32768;                // bytes of a weight that are asked for before they are needed
-constexpr int64_t kNear = 1 << 18;               // bytes of a weight that a core's cache keeps
-constexpr int64_t kPanel = kVectors * kLanes;    // columns of x that are copied together, at most
+constexpr int64_t kAhead = 32768;              // bytes of a weight that are asked for before they are needed
+constexpr int64_t kNear = 1 << 18;             // bytes of a weight that a core's cache keeps
+constexpr int64_t kPanel = kVectors * kLanes;  // columns of x that are copied together, at most
 
 // Columns of prompts [P, T] of which only the first lengths[p] of each are wanted; of all columns, where there are no
 // lengths.
@@ -175,7 +175,7 @@ struct Wanted {
   bool any(int64_t begin, int64_t end) const {
     if (!lengths) return true;
     for (int64_t p = begin / longest; p * longest < end; p++)
-      if (begin < p * longest + lengths[p]) return true;
+      if (std::max(begin, p * longest) < p * longest + lengths[p]) return true;
     return false;
   }
 };
@@ -195,11 +195,18 @@ struct Panels {
 
 // A product: what is read, and what is done to each sum.
 struct Product {
-  Product(int64_t tiles, int64_t tile_bytes, const Panels& of_x, const float* factors, bool squared,
-          const Floats& plus, float* y)
-      : tiles(tiles), tile_bytes(tile_bytes), columns(of_x.columns), width(of_x.width), begins(of_x.begins.data()),
-        panels(of_x.begins.size()), factors(factors), squared(squared),
-        plus(plus.element_count() ? plus.typed_data() : nullptr), y(y) {}
+  Product(int64_t tiles, int64_t tile_bytes, const Panels& of_x, const float* factors, bool squared, const Floats& plus,
+          float* y)
+      : tiles(tiles),
+        tile_bytes(tile_bytes),
+        columns(of_x.columns),
+        width(of_x.width),
+        begins(of_x.begins.data()),
+        panels(of_x.begins.size()),
+        factors(factors),
+        squared(squared),
+        plus(plus.element_count() ? plus.typed_data() : nullptr),
+        y(y) {}
 
   int64_t tiles, tile_bytes;  // of the weight
   int64_t columns, width;     // of x, and of a panel of it
@@ -225,7 +232,8 @@ inline void of_panel(int64_t count, Work work) {
   work(count);
 }
 
-// Sums over i < count of N numbers [count, stride] times V vectors [count, V, kLanes]; the line `ahead` + i is asked for.
+// Sums over i < count of N numbers [count, stride] times V vectors [count, V, kLanes]; of what is `ahead`, a line is
+// asked for each time.
 template <int N, int V>
 inline void outer(const float* numbers, int64_t stride, const float* vectors, int64_t count, const float* ahead,
                   Vec (*sums)[V]) {
@@ -350,8 +358,8 @@ ffi::Error product(ffi::ThreadPool pool, Floats weight, Floats x, Floats plus, I
 
 #ifdef __AVX512VNNI__
 
-// Sums of integers: weight [O / 16, I / 4, 16, 4], to which 128 is added, as the instruction multiplies unsigned numbers
-// by signed ones; panels of x [I / 4, width, 4]; `added`: what that adds to each column's sums.
+// Sums of integers: weight [O / 16, I / 4, 16, 4], to which 128 is added, as the instruction multiplies unsigned
+// numbers by signed ones; panels of x [I / 4, width, 4]; `added`: what that adds to each column's sums.
 struct OfIntegers {
   const int8_t* weight;
   const float* scales;
@@ -384,8 +392,8 @@ struct OfIntegers {
     }
     for (int n = 0; n < N; n++)
       for (int v = 0; v < V; v++)
-        sums[n][v] = floats(found[n][v], _mm512_loadu_si512(added + column + v * kLanes)) *
-                     scales[t * kLanes + first + n];
+        sums[n][v] =
+            floats(found[n][v], _mm512_loadu_si512(added + column + v * kLanes)) * scales[t * kLanes + first + n];
   }
 
   template <int C>
@@ -397,8 +405,7 @@ struct OfIntegers {
       const __m512i with = _mm512_loadu_si512(tile + i * kLanes);
       for (int c = 0; c < C; c++) found[c] = _mm512_dpbusd_epi32(found[c], with, four(x + i * C + 4 * c));
     }
-    for (int c = 0; c < C; c++)
-      sums[c][0] = floats(found[c], _mm512_set1_epi32(added[c])) * load(scales + t * kLanes);
+    for (int c = 0; c < C; c++) sums[c][0] = floats(found[c], _mm512_set1_epi32(added[c])) * load(scales + t * kLanes);
   }
 };
 
@@ -484,9 +491,7 @@ struct Slots {
 };
 
 // The scores of the first `count` keys [kLanes, width]; of the others nothing is read, and they get the last one's.
-// Their values, which come next, are asked for.
-inline Vec score(const float* query, const float* keys, const float* values, int64_t count, int64_t width,
-                 float scale) {
+inline Vec score(const float* query, const float* keys, int64_t count, int64_t width, float scale) {
   constexpr int kSome = std::min(8, kLanes);
   Vec found[kLanes];
   for (int64_t first = 0; first < kLanes; first += kSome) {
@@ -495,9 +500,7 @@ inline Vec score(const float* query, const float* keys, const float* values, int
     Vec partial[kSome] = {};
     for (int64_t h = 0; h < width; h += kLanes) {
       const Vec q = load(query + h);
-      for (int n = 0; n < kSome; n++) {
-        partial[n] += q * load(of[n] + h);
-      }
+      for (int n = 0; n < kSome; n++) partial[n] += q * load(of[n] + h);
     }
     for (int n = 0; n < kSome; n++) found[first + n] = partial[n];
   }
@@ -527,7 +530,7 @@ void attend(const float* query, const std::vector<Slots>& slots, int64_t width, 
   Vec most = Vec{} - INFINITY;
   for (const Slots& run : slots) {
     for (int64_t t = 0; t < run.count; t += kLanes) {
-      const Vec found = score(query, run.keys + t * width, run.values + t * width, run.count - t, width, scale);
+      const Vec found = score(query, run.keys + t * width, run.count - t, width, scale);
       most = most > found ? most : found;
       store(&scores[count + t], found);
     }
@@ -628,7 +631,8 @@ ffi::Error attention(ffi::ThreadPool pool, Floats qkv, Floats value, Floats own_
 constexpr int kKeys = 16;  // of a prompt, that are looked at together
 
 // Causal attention of whole prompts, from position 0 on. qkv [K, G + 2, H, P, T] and value [K, H, P, T] as above; cos
-// and signed sin [H, T]; lengths [P], or empty, as in `product`; y [K, G, H, P, T], keys and values [P, K, T, H]. Lanes are positions of a query.
+// and signed sin [H, T]; lengths [P], or empty, as in `product`; y [K, G, H, P, T], keys and values [P, K, T, H]. Lanes
+// are positions of a query.
 ffi::Error prompt_attention(ffi::ThreadPool pool, Floats qkv, Floats value, Floats cos, Floats sin, Ints lengths,
                             Result y, Result keys, Result values, int64_t window, float qk_scale, float eps) {
   const auto sizes = qkv.dimensions();
@@ -674,8 +678,7 @@ ffi::Error prompt_attention(ffi::ThreadPool pool, Floats qkv, Floats value, Floa
         Vec square[kLanes];
         for (int64_t i = 0; i < kLanes; i++) square[i] = load(out + (h + i) * padded + t);
         transpose(square);
-        for (int64_t i = 0; i < std::min<int64_t>(kLanes, end - t); i++)
-          store(panel + (t + i) * width + h, square[i]);
+        for (int64_t i = 0; i < std::min<int64_t>(kLanes, end - t); i++) store(panel + (t + i) * width + h, square[i]);
       }
   });
   const float scale = 1 / std::sqrt(static_cast<float>(width));
@@ -699,8 +702,8 @@ ffi::Error prompt_attention(ffi::ThreadPool pool, Floats qkv, Floats value, Floa
         outer<kAtOnce, 1>(mine + queries * width * padded + key + n, padded, q.get(), width, nullptr, found + n);
       for (int64_t n = 0; n < kKeys; n++) {
         const int32_t at = key + n;
-        const Vec score =
-            ((at <= position) & (at >= position - static_cast<int32_t>(window))) ? found[n][0] * scale : Vec{} - INFINITY;
+        const Vec score = ((at <= position) & (at >= position - static_cast<int32_t>(window))) ? found[n][0] * scale
+                                                                                               : Vec{} - INFINITY;
         most = most > score ? most : score;
         found[n][0] = score;
       }

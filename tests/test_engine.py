@@ -181,6 +181,29 @@ def test_the_next_tokens_are_asked_for_before_the_last_ones_are_there_unless_som
     assert happened == ["get", "decode"]
 
 
+def test_who_waits_is_let_in_once_an_eighth_of_the_rows_is_free(model, tokenizer, prompts, monkeypatch):
+    """Of 16 rows two; of those who wait no more than there are; and while the answers are handed out, they are decoded."""
+    params, cfg = model
+    engine = Engine(params, cfg, tokenizer, max_rows=16)
+    joined, real = [], engine._prefill
+    monkeypatch.setattr(engine, "_prefill", lambda rows, *a: joined.append(len(rows)) or real(rows, *a))
+    how = SamplingParams(1.0, max_tokens=60)
+    rows = [engine._row(prompts[0], replace(how, max_tokens=3 + 2 * i, seed=i), None) for i in range(19)]
+    engine._waiting.extend([row] for row in rows)
+    engine.step()
+    assert joined == [1]  # one prompt of 16 rows
+    ended = []
+    while engine._waiting:
+        before = sum(row.done for row in rows)
+        engine.step()
+        assert engine._flight is not None
+        ended.append(sum(row.done for row in rows) - before)
+    assert [count for count in ended if count] == [2, 1] and len(joined) == 3  # for two of them, and for the last
+    while not all(row.done for row in rows):
+        engine.step()
+    assert engine._flight is None and not engine._rows
+
+
 def sizes_decoded(engine):
     """Numbers of rows for which decoding was compiled."""
     return {name[-1] for name in engine.compiled if name[0] == "decode"}

@@ -14,9 +14,10 @@ import pytest
 from nanochat_jax.bench.decode import NoSpecials
 from nanochat_jax.config import GPTConfig, ModelConfig
 from nanochat_jax.errors import UserError
-from nanochat_jax.inference.decoding import layer_product, over_cache, prepare, quantized, read
+from nanochat_jax.inference.decoding import empty_cache, layer_product, over_cache, prepare, quantized, read
 from nanochat_jax.inference.engine import Engine
 from nanochat_jax.inference.requests import SamplingParams
+from nanochat_jax.inference.sampling import prefill
 from nanochat_jax.model import init_params, rope
 from nanochat_jax.sharding import make_mesh
 
@@ -88,6 +89,24 @@ def test_products_in_8_bits_are_those_of_xla(native, columns):
     for how in ({}, {"normed": True, "squared": True}):
         want = layer_product(rounded, x / 64, **how)
         np.testing.assert_allclose(layer_product(packed, x / 64, **how), want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["float32", "int8"])
+@pytest.mark.parametrize("lengths", [(70, 0, 33, 1), (0, 64, 0, 70), (0, 0, 0, 0)])
+def test_of_prompts_what_is_real_is_computed_and_little_else(native, lengths, kind):
+    """Prompts whose ends lie within a panel; of the rest at most what shares a panel with them."""
+    needs(native, kind)
+    random, longest = np.random.default_rng(0), 70
+    weight = jnp.asarray(random.normal(size=(32, 48)) * 9, kind)
+    scales = jnp.ones(32) if kind == "int8" else None
+    x = jnp.asarray(random.normal(size=(48, len(lengths) * longest)), jnp.float32)
+    plus = jnp.full((32, x.shape[1]), 1e30)  # so that what is computed is seen: nothing that was in memory is like it
+    product = functools.partial(native.product, native.packed(weight), x, plus, scales, normed=True, eps=1e-6)
+    whole, part = (np.asarray(product(lengths_P=given)) for given in (None, jnp.asarray(lengths)))
+    real = (np.arange(longest)[None] < np.asarray(lengths)[:, None]).reshape(-1)
+    np.testing.assert_array_equal(part[:, real], whole[:, real])
+    near = np.convolve(real, np.ones(2 * 32 + 1), "same") > 0  # 32: the widest panel
+    assert not (part[:, ~near] == 1e30).any()
 
 
 @pytest.mark.parametrize("kind", ["float32", "int8"])
@@ -181,6 +200,33 @@ def test_reading_prompts_is_that_of_xla(native, cfg, params, length):
         np.testing.assert_allclose(b, a, atol=2e-4)
 
 
+@pytest.mark.parametrize("longest", [96, 75])
+def test_prompts_of_several_lengths_fill_the_cache_as_in_xla(native, cfg, params, longest):
+    """None, less than a ring, more than one; a prompt for two rows, and one for none."""
+    lengths, source, slots = (0, 1, 20, 75, longest), (2, 0, 4, 3, 2, 1), (3, 0, 5, 1, 4, 9)
+    random = np.random.default_rng(0)
+    tokens = random.integers(cfg.vocab_size, size=(len(lengths), longest))
+    caches = []
+    for asked in (cfg, replace(cfg, native=True)):
+        empty = jax.tree.map(lambda x: jnp.full_like(x, 7), empty_cache(asked, 6, 96))
+        arrays = tokens, lengths, [5] * len(lengths), source, slots, [0] * len(lengths)
+        given = (jnp.asarray(array, jnp.int32) for array in arrays)
+        caches.append(prefill(prepare(params, asked), empty, *given, cfg=asked, shared=False))
+    want, got = caches
+    for name in ("prev", "seen"):
+        np.testing.assert_allclose(got[name], want[name], atol=2e-4)
+    for ours, theirs in zip(got["own"], want["own"], strict=True):
+        for name in ("k", "v"):
+            ring = ours[name].shape[2]
+            for prompt, slot in zip(source, slots, strict=True):
+                if slot < 6:
+                    held = np.arange(max(0, lengths[prompt] - ring), lengths[prompt]) % ring
+                    np.testing.assert_allclose(ours[name][slot, :, held], theirs[name][slot, :, held], atol=2e-4)
+                    rest = np.delete(ours[name][slot], held, axis=1)
+                    assert (rest == 7).all()  # nothing else is touched
+            assert (ours[name][2] == 7).all()
+
+
 def test_products_in_several_threads_at_once_do_not_mix(native):
     random = np.random.default_rng(0)
     weights = [random.normal(size=(256, 64)).astype(np.float32) for _ in range(16)]
@@ -209,10 +255,18 @@ def test_answers_are_those_of_xla(native, cfg, params, samples):
     assert texts[0] == texts[1]
 
 
+def test_prompts_of_like_lengths_are_read_together(native, cfg, params):
+    engine = Engine(params, replace(cfg, native=True), NoSpecials(), max_rows=8, mesh=ONE, max_len=400)
+    prompts = [list(range(length)) for length in (40, 300, 250, 90, 20)]
+    engine.generate(prompts, SamplingParams(max_tokens=1))
+    prefills = {name[1] for name in engine.compiled if name[0] == "prefill"}
+    assert prefills == {(4, 384), (2, 64)}  # three, and two that XLA's part would take much longer for at 384
+
+
 def test_the_engine_uses_them_where_asked(native, cfg, params, monkeypatch):
     """Nothing else would notice if it did not."""
     called = []
-    for name in ("product", "attention", "prompt_attention", "top", "random"):
+    for name in ("product", "attention", "prompt_attention", "filled", "top", "random"):
         made = getattr(native, name)
         monkeypatch.setattr(native, name, lambda *a, name=name, made=made, **k: called.append(name) or made(*a, **k))
 
@@ -226,7 +280,7 @@ def test_the_engine_uses_them_where_asked(native, cfg, params, monkeypatch):
         return {name: called.count(name) for name in set(called)}
 
     layers = cfg.n_layer
-    each = {"attention": layers, "prompt_attention": layers, "top": 1, "random": 1}
+    each = {"attention": layers, "prompt_attention": layers, "filled": 2 * layers, "top": 1, "random": 1}
     assert calls(False) == {} == calls(False, "int8")
     assert calls(True) == each | {"product": 8 * layers + 1}  # of prompts, and of a step
     cfg = replace(cfg, qk_scale=1.1)

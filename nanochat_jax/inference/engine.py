@@ -326,11 +326,11 @@ class Engine:
             apart = self.samples > 1 or self._lone_prompts
             same.setdefault(i if apart else unit[0].prompt, []).extend(unit)
         of_length: dict[int, list[list[Row]]] = {}
-        longest = max(len(unit[0].prompt) for unit in units)
-        for rows in same.values():
-            # The kernels in C++ compute no padding: they read prompts of all lengths at once.
-            length = longest if self.cfg.native else len(rows[0].prompt)
-            of_length.setdefault(self._length(length - 1), []).append(rows)
+        for rows in sorted(same.values(), key=lambda rows: -len(rows[0].prompt)):
+            own = self._length(len(rows[0].prompt) - 1)
+            # The kernels in C++ compute no padding, which only what XLA does between them takes time for.
+            length = next((longer for longer in of_length if self.cfg.native and longer <= 4 * own), own)
+            of_length.setdefault(length, []).append(rows)
         for length, prompts in of_length.items():
             while prompts:
                 most = 1 if self._lone_prompts else len(prompts)

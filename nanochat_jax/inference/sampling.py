@@ -209,7 +209,7 @@ def prefill(
 
 
 class Rows(NamedTuple):
-    """The rows that are decoded, in few arrays, as each takes its time to get to the device: `by_name` tells them apart.
+    """The rows that are decoded, in few arrays, as each takes its time to get to the device; see `by_name`.
     ints [B, len(INTS) + FORCED] int32, floats [B, len(FLOATS)] float32.
     """
 
@@ -217,10 +217,10 @@ class Rows(NamedTuple):
     floats: jax.Array
 
     def by_name(self) -> dict:
-        """[B] each: "slot" in the cache (row i in slot i, where it is all); "token" to be fed at "position", "first" (see
-        `decoding.step`), "budget" tokens it may still write, whether it is "active", and "waits" until the host has
-        looked at it; "forced" [B, FORCED] of which [taken, owed) are still to be written; and `Knobs`. Of numpy arrays
-        these are views.
+        """[B] each: "slot" in the cache (row i in slot i, where it is all); "token" to be fed at "position", "first"
+        (see `decoding.step`), "budget" tokens it may still write, whether it is "active", and "waits" until the host
+        has looked at it; "forced" [B, FORCED] of which [taken, owed) are still to be written; and `Knobs`. Of numpy
+        arrays these are views.
         """
         ints, floats = ({name: x[:, i] for i, name in enumerate(n)} for x, n in zip(self, (INTS, FLOATS), strict=True))
         return ints | floats | {"forced": self.ints[:, len(INTS) :]}
