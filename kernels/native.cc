@@ -33,7 +33,7 @@ using Bytes = ffi::Buffer<ffi::S8>;
 using Words = ffi::Buffer<ffi::U32>;
 using Result = ffi::ResultBuffer<ffi::F32>;
 
-// Lanes of a vector, vectors of sums that stay in registers, and of columns that are taken at once.
+// Lanes of a vector; vectors of sums that stay in registers; vectors that columns are taken in, where there are many.
 #if defined(__AVX512F__)
 constexpr int kLanes = 16, kAtOnce = 16, kVectors = 2;
 #elif defined(__AVX__)
@@ -168,6 +168,10 @@ struct Wanted {
   Wanted(const Ints& of_prompts, int64_t columns)
       : lengths(of_prompts.element_count() ? of_prompts.typed_data() : nullptr),
         longest(lengths ? columns / of_prompts.element_count() : columns) {}
+
+  static bool fits(const Ints& of_prompts, int64_t columns) {
+    return !of_prompts.element_count() || columns % of_prompts.element_count() == 0;
+  }
 
   const int32_t* lengths;
   int64_t longest;
@@ -330,6 +334,7 @@ ffi::Error product(ffi::ThreadPool pool, Floats weight, Floats x, Floats plus, I
   const int64_t tiles = weight.dimensions()[0], inputs = x.dimensions()[0], columns = x.dimensions()[1];
   if (weight.dimensions()[1] != inputs || y->element_count() != static_cast<size_t>(tiles * kLanes * columns))
     return ffi::Error::InvalidArgument("weight, x and y do not fit");
+  if (!Wanted::fits(lengths, columns)) return ffi::Error::InvalidArgument("x and lengths do not fit");
   const Panels panels(columns, Wanted(lengths, columns));
   const bool copies = panels.width != columns;
   std::vector<float> factors(columns + kPanel, 1.0f);
@@ -447,6 +452,7 @@ ffi::Error product_int8(ffi::ThreadPool pool, Bytes weight, Floats scales, Float
   const int64_t tiles = weight.dimensions()[0], inputs = x.dimensions()[0], columns = x.dimensions()[1];
   if (weight.dimensions()[1] * 4 != inputs || y->element_count() != static_cast<size_t>(tiles * kLanes * columns))
     return ffi::Error::InvalidArgument("weight, x and y do not fit");
+  if (!Wanted::fits(lengths, columns)) return ffi::Error::InvalidArgument("x and lengths do not fit");
   const Panels panels(columns, Wanted(lengths, columns));
   std::vector<float> factors(columns + kPanel);
   std::vector<int32_t> added(columns + kPanel);
@@ -547,17 +553,17 @@ void attend(const float* query, const std::vector<Slots>& slots, int64_t width, 
     totals += weights;
   }
   const float total = sum(totals);
-  constexpr int kVectors = 8;
-  for (int64_t h = 0; h < width; h += kVectors * kLanes) {
-    const int64_t vectors = std::min<int64_t>(kVectors, (width - h) / kLanes);
-    Vec sums[kVectors] = {};
+  constexpr int kSums = 8;
+  for (int64_t h = 0; h < width; h += kSums * kLanes) {
+    const int64_t vectors = std::min<int64_t>(kSums, (width - h) / kLanes);
+    Vec sums[kSums] = {};
     int64_t t = 0;
     for (const Slots& run : slots)
       for (int64_t s = 0; s < run.count; s++, t++) {
         const float* value = run.values + s * width + h;
         for (int v = 0; v < vectors; v++) __builtin_prefetch(run.keys + run.ahead + s * width + h + v * kLanes);
-        if (vectors == kVectors) {
-          for (int v = 0; v < kVectors; v++) sums[v] += scores[t] * load(value + v * kLanes);
+        if (vectors == kSums) {
+          for (int v = 0; v < kSums; v++) sums[v] += scores[t] * load(value + v * kLanes);
         } else {
           for (int v = 0; v < vectors; v++) sums[v] += scores[t] * load(value + v * kLanes);
         }
@@ -639,6 +645,8 @@ ffi::Error prompt_attention(ffi::ThreadPool pool, Floats qkv, Floats value, Floa
   const int64_t heads = sizes[0], kinds = sizes[1], queries = kinds - 2, width = sizes[2], prompts = sizes[3];
   const int64_t length = sizes[4], blocks = (length + kLanes - 1) / kLanes;
   const int64_t padded = (length + kKeys - 1) / kKeys * kKeys;
+  if (lengths.element_count() && lengths.element_count() != static_cast<size_t>(prompts))
+    return ffi::Error::InvalidArgument("prompts and lengths do not fit");
   if (width % kKeys || cos.element_count() != static_cast<size_t>(width * length))
     return ffi::Error::InvalidArgument("the width of the heads or the rotary positions do not fit");
   const Scratch<float> turned(prompts * heads * kinds * width * padded);
@@ -732,11 +740,15 @@ ffi::Error fill(ffi::ThreadPool pool, Floats rings, Floats prompts, Ints lengths
   const int64_t longest = of_prompts[2];
   float* to = filled->typed_data();
   if (to != rings.typed_data()) return ffi::Error::Internal("the KV cache was not updated in place");
+  if (of_prompts[1] != heads || of_prompts[3] != width ||
+      of_prompts[0] != static_cast<int64_t>(lengths.element_count()) || source.element_count() != slots.element_count())
+    return ffi::Error::InvalidArgument("rings and prompts do not fit");
   const float* from = prompts.typed_data();
   const int32_t *length = lengths.typed_data(), *of = source.typed_data(), *slot = slots.typed_data();
   spread(pool, slots.element_count() * heads, [=](int64_t part) noexcept {
-    const int64_t r = part / heads, head = part % heads, end = length[of[r]];
+    const int64_t r = part / heads, head = part % heads;
     if (slot[r] >= rows) return;
+    const int64_t end = length[of[r]];
     const float* prompt = from + (of[r] * heads + head) * longest * width;
     float* ring = to + (slot[r] * heads + head) * size * width;
     for (int64_t t = std::max<int64_t>(0, end - size); t < end;) {

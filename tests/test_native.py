@@ -256,11 +256,17 @@ def test_answers_are_those_of_xla(native, cfg, params, samples):
 
 
 def test_prompts_of_like_lengths_are_read_together(native, cfg, params):
-    engine = Engine(params, replace(cfg, native=True), NoSpecials(), max_rows=8, mesh=ONE, max_len=400)
     prompts = [list(range(length)) for length in (40, 300, 250, 90, 20)]
-    engine.generate(prompts, SamplingParams(max_tokens=1))
-    prefills = {name[1] for name in engine.compiled if name[0] == "prefill"}
-    assert prefills == {(4, 384), (2, 64)}  # three, and two that XLA's part would take much longer for at 384
+
+    def prefills(**options):
+        asked = replace(cfg, native=options.pop("native", True))
+        engine = Engine(params, asked, NoSpecials(), max_rows=8, mesh=ONE, max_len=400, **options)
+        engine.generate(prompts, SamplingParams(max_tokens=1))
+        return {name[1] for name in engine.compiled if name[0] == "prefill"}
+
+    assert prefills() == {(2, 384), (4, 128)}  # up to 1,024 padded tokens at once
+    alone = {(1, length) for length in (32, 64, 128, 256, 384)}
+    assert prefills(native=False) == prefills(quantize="int8") == prefills(lone_prompts=True) == alone
 
 
 def test_the_engine_uses_them_where_asked(native, cfg, params, monkeypatch):

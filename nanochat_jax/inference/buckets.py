@@ -10,6 +10,10 @@ PREFILL_TOKENS = 16384
 """Padded prompt tokens of one prefill, of which there are more only where a mesh or a lone prompt wants it."""
 
 
+PADDED_TOGETHER = 1024
+"""Padded prompt tokens up to which prompts of different lengths are read at once, where padding costs little."""
+
+
 def bucket(size: int, smallest: int = 1, limit: int | None = None) -> int:
     """`size` rounded up to smallest * 2^i, at most to `limit`; what is above that stays as it is."""
     rounded = smallest

@@ -99,7 +99,7 @@ def layer_product(
     squared: bool = False,
 ) -> jax.Array:
     """`product` and what surrounds it in a layer: of x `normed`, the square of what is above 0, added to `plus`. With
-    `lengths`, x being [I, P, T], nobody looks at what is beyond them.
+    `lengths`, x being [I, P, T], nobody looks at what is beyond them, and the kernels in C++ do not compute it.
     """
     values, scales = weight if isinstance(weight, Int8) else (weight, None)
     if is_packed(values):

@@ -29,7 +29,15 @@ from jax.sharding import PartitionSpec as P
 
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.errors import UserError
-from nanochat_jax.inference.buckets import bucket, decode_buckets, padded, prompt_bucket, prompts_at_once, reach_buckets
+from nanochat_jax.inference.buckets import (
+    PADDED_TOGETHER,
+    bucket,
+    decode_buckets,
+    padded,
+    prompt_bucket,
+    prompts_at_once,
+    reach_buckets,
+)
 from nanochat_jax.inference.decoding import cache_spec, empty_cache, prepare
 from nanochat_jax.inference.native import with_native
 from nanochat_jax.inference.requests import Completion, Row, SamplingParams
@@ -109,6 +117,8 @@ class Engine:
         # The kernels in C++ read no others anyway.
         self.reaches = reach_buckets(own) if exact and not cfg.native else [own]
         """Numbers of slots of a row that a decode reads."""
+        # In C++ padding costs what XLA does with it between the kernels, which is less than another prefill.
+        self._padded = PADDED_TOGETHER if exact and cfg.native and not lone_prompts else 0
         self._lock = threading.RLock()
         self._waiting: deque[list[Row]] = deque()
         self._drivers: set[int] = set()
@@ -265,7 +275,8 @@ class Engine:
         if self._flight is not None and all(row.done for row in self._flight.owners.values()):
             self._flight = None  # it ran ahead for rows that had ended
         if self._flight is None:
-            self._begin()
+            self._join()
+            self._flight, self._steady = self._launch(None) if self._rows else None, True
         if self._flight is None:
             return
         flight, self._flight = self._flight, None
@@ -282,13 +293,6 @@ class Engine:
             for at, row in flight.owners.items():
                 if tokens[at] >= 0 and not row.done:
                     self._advance(row, tokens[at], drawn[at], logprobs[at])
-        if self._flight is None:
-            self._begin()  # so that the device is at it while the host hands out what was written
-
-    def _begin(self) -> None:
-        """Let those who wait join, and begin to decode, if there is anything to."""
-        self._join()
-        self._flight, self._steady = self._launch(None) if self._rows else None, True
 
     def _row(self, prompt: Sequence[int], sampling: SamplingParams, text: TextStream | None) -> Row:
         if not prompt or len(prompt) >= self.max_len:
@@ -302,12 +306,12 @@ class Engine:
 
     def _may_join(self) -> bool:
         """Joining interrupts all rows for a prefill: where many wait, they wait until an eighth of the rows is free."""
-        return bool(self._waiting) and self._wanted_groups() <= 0
+        return bool(self._waiting) and not self._missing_groups()
 
-    def _wanted_groups(self) -> int:
-        """How many groups of rows have to become free for those who wait to join."""
+    def _missing_groups(self) -> int:
+        """How many groups of rows have yet to become free for those who wait to join."""
         _, free = self._groups_by_use()
-        return min(len(self._waiting), max(1, self._groups // 8)) - len(free)
+        return max(0, min(len(self._waiting), max(1, self._groups // 8)) - len(free))
 
     def _join(self) -> None:
         """Give free groups of rows to those who wait, in order, and read their prompts."""
@@ -327,10 +331,9 @@ class Engine:
             same.setdefault(i if apart else unit[0].prompt, []).extend(unit)
         of_length: dict[int, list[list[Row]]] = {}
         for rows in sorted(same.values(), key=lambda rows: -len(rows[0].prompt)):
-            own = self._length(len(rows[0].prompt) - 1)
-            # The kernels in C++ compute no padding, which only what XLA does between them takes time for.
-            length = next((longer for longer in of_length if self.cfg.native and longer <= 4 * own), own)
-            of_length.setdefault(length, []).append(rows)
+            length = self._length(len(rows[0].prompt) - 1)
+            fitting = (longer for longer, those in of_length.items() if longer * (len(those) + 1) <= self._padded)
+            of_length.setdefault(next(fitting, length), []).append(rows)
         for length, prompts in of_length.items():
             while prompts:
                 most = 1 if self._lone_prompts else len(prompts)
@@ -383,7 +386,7 @@ class Engine:
     def _decode(self, rows: Rows, limit: int, method: Method, reach: int) -> tuple[Written, Rows]:
         ends = np.asarray([self._token["assistant_end"], self._token["bos"]], np.int32)
         self.compiled.add(("decode", method, reach, len(rows.ints)))
-        enough = max(1, self._wanted_groups()) if self._waiting else len(rows.ints) + 1
+        enough = max(1, self._missing_groups()) * self.samples if self._waiting else len(rows.ints) + 1
         with jax.set_mesh(self.mesh):
             written, rows, self._cache = decode(
                 self.weights,

@@ -271,7 +271,7 @@ def decode(
 
     A row stops after one of the tokens `ends` or when its budget is spent, and pauses after the token `marker`, which
     the host has to look at. All stop early when an eighth of the running rows wait for that, or when `enough` rows have
-    ended.
+    ended in it.
     """
     given, rows = rows, rows.by_name()
     rows |= {name: rows[name] != 0 for name in ("active", "waits")}
