@@ -162,39 +162,24 @@ constexpr int64_t kAhead = 32768;              // bytes of a weight that are ask
 constexpr int64_t kNear = 1 << 18;             // bytes of a weight that a core's cache keeps
 constexpr int64_t kPanel = kVectors * kLanes;  // columns of x that are copied together, at most
 
-// Columns of prompts [P, T] of which only the first lengths[p] of each are wanted; of all columns, where there are no
-// lengths.
-struct Wanted {
-  Wanted(const Ints& of_prompts, int64_t columns)
-      : lengths(of_prompts.element_count() ? of_prompts.typed_data() : nullptr),
-        longest(lengths ? columns / of_prompts.element_count() : columns) {}
-
-  static bool fits(const Ints& of_prompts, int64_t columns) {
-    return !of_prompts.element_count() || columns % of_prompts.element_count() == 0;
-  }
-
-  const int32_t* lengths;
-  int64_t longest;
-
-  bool any(int64_t begin, int64_t end) const {
-    if (!lengths) return true;
-    for (int64_t p = begin / longest; p * longest < end; p++)
-      if (std::max(begin, p * longest) < p * longest + lengths[p]) return true;
-    return false;
-  }
-};
-
-// The columns of x [I, C] as panels [I, width], which are copied unless there is one that x is already.
+// The columns of x [I, C] as panels [I, width], which are copied unless there is one that x is already. Where there are
+// lengths [P], the columns are prompts [P, C / P], and panels of which nothing lies within its prompt's length are left
+// out.
 struct Panels {
-  Panels(int64_t columns, const Wanted& wanted) : columns(columns), width(1) {
+  Panels(int64_t columns, const Ints& lengths) : columns(columns), width(1) {
     while (width < std::min<int64_t>(columns, kLanes)) width *= 2;
     if (columns > kLanes) width = kPanel;
-    for (int64_t begin = 0; begin < columns; begin += width)
-      if (wanted.any(begin, std::min(columns, begin + width))) begins.push_back(begin);
+    const int64_t prompts = lengths.element_count(), longest = prompts ? columns / prompts : columns;
+    for (int64_t begin = 0; begin < columns; begin += width) {
+      bool wanted = !prompts;
+      for (int64_t p = begin / longest; !wanted && p < prompts && p * longest < begin + width; p++)
+        wanted = std::max(begin - p * longest, int64_t{0}) < lengths.typed_data()[p];
+      if (wanted) begins.push_back(begin);
+    }
   }
 
   int64_t columns, width;
-  std::vector<int64_t> begins;  // the first columns of those that are wanted
+  std::vector<int64_t> begins;  // the first column of each
 };
 
 // A product: what is read, and what is done to each sum.
@@ -326,16 +311,22 @@ struct OfFloats {
   }
 };
 
+constexpr char kMisfit[] = "weight, x, lengths and y do not fit";
+
+inline bool fit(int64_t inputs, int64_t tiles, const Floats& x, const Ints& lengths, Result& y) {
+  const int64_t columns = x.dimensions()[1], prompts = lengths.element_count();
+  return x.dimensions()[0] == inputs && y->element_count() == static_cast<size_t>(tiles * kLanes * columns) &&
+         (!prompts || columns % prompts == 0);
+}
+
 // y [O, C] of weight [O / kLanes, I, kLanes] and x [I, C]. `normed`: of the columns' RMS norm; `squared`: max(y, 0)^2;
 // plus [O, C], or an empty array: added. Of prompts of `lengths` [P], where these are given, C being P times as many,
 // what is beyond its length is not set.
 ffi::Error product(ffi::ThreadPool pool, Floats weight, Floats x, Floats plus, Ints lengths, Result y, bool normed,
                    bool squared, float eps) {
   const int64_t tiles = weight.dimensions()[0], inputs = x.dimensions()[0], columns = x.dimensions()[1];
-  if (weight.dimensions()[1] != inputs || y->element_count() != static_cast<size_t>(tiles * kLanes * columns))
-    return ffi::Error::InvalidArgument("weight, x and y do not fit");
-  if (!Wanted::fits(lengths, columns)) return ffi::Error::InvalidArgument("x and lengths do not fit");
-  const Panels panels(columns, Wanted(lengths, columns));
+  if (!fit(weight.dimensions()[1], tiles, x, lengths, y)) return ffi::Error::InvalidArgument(kMisfit);
+  const Panels panels(columns, lengths);
   const bool copies = panels.width != columns;
   std::vector<float> factors(columns + kPanel, 1.0f);
   const Scratch<float> copied(copies ? (columns + kPanel) * inputs : 0);
@@ -450,10 +441,8 @@ inline void round(const float* x, int64_t inputs, int64_t columns, Count count, 
 ffi::Error product_int8(ffi::ThreadPool pool, Bytes weight, Floats scales, Floats x, Floats plus, Ints lengths,
                         Result y, bool normed, bool squared, float eps) {
   const int64_t tiles = weight.dimensions()[0], inputs = x.dimensions()[0], columns = x.dimensions()[1];
-  if (weight.dimensions()[1] * 4 != inputs || y->element_count() != static_cast<size_t>(tiles * kLanes * columns))
-    return ffi::Error::InvalidArgument("weight, x and y do not fit");
-  if (!Wanted::fits(lengths, columns)) return ffi::Error::InvalidArgument("x and lengths do not fit");
-  const Panels panels(columns, Wanted(lengths, columns));
+  if (!fit(weight.dimensions()[1] * 4, tiles, x, lengths, y)) return ffi::Error::InvalidArgument(kMisfit);
+  const Panels panels(columns, lengths);
   std::vector<float> factors(columns + kPanel);
   std::vector<int32_t> added(columns + kPanel);
   const Scratch<int8_t> bytes((columns + kPanel) * inputs);

@@ -169,11 +169,15 @@ def product(
     """
     of_bytes = weight.dtype == jnp.int8
     name, scales = ("nanochat_product_int8", [scales_O]) if of_bytes else ("nanochat_product", [])
-    plus = jnp.zeros(0, jnp.float32) if plus_OC is None else plus_OC
-    lengths = jnp.zeros(0, jnp.int32) if lengths_P is None else lengths_P
     out = jax.ShapeDtypeStruct((len(weight) * load().lanes, x_IC.shape[1]), jnp.float32)
     call = jax.ffi.ffi_call(name, out)
-    return call(weight, *scales, x_IC, plus, lengths, normed=normed, squared=squared, eps=np.float32(eps))
+    given = weight, *scales, x_IC, _or_empty(plus_OC), _or_empty(lengths_P, jnp.int32)
+    return call(*given, normed=normed, squared=squared, eps=np.float32(eps))
+
+
+def _or_empty(x: jax.Array | None, dtype: jnp.dtype = jnp.float32) -> jax.Array:
+    """An array for XLA's FFI, which has no optional ones."""
+    return jnp.zeros(0, dtype) if x is None else x
 
 
 def top(logits_VB: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
@@ -243,10 +247,9 @@ def attention(
         jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((heads, both - 2, width, rows), *[own["k"].shape] * 2)
     ]
     call = jax.ffi.ffi_call("nanochat_attention", out, input_output_aliases={2: 1, 3: 2})
-    value = jnp.zeros(0, jnp.float32) if value_KHB is None else value_KHB
     where = positions_B.astype(jnp.int32), first_B.astype(jnp.int32)
     options = {"window": np.int64(window), "qk_scale": np.float32(qk_scale), "eps": np.float32(eps)}
-    y_KGHB, keys, values = call(qkv_KNHB, value, *panels, *tables, *where, **options)
+    y_KGHB, keys, values = call(qkv_KNHB, _or_empty(value_KHB), *panels, *tables, *where, **options)
     return y_KGHB, {"k": keys, "v": values}
 
 
@@ -266,11 +269,10 @@ def prompt_attention(
     heads, both, width, prompts, length = qkv_KNHPT.shape
     shapes = (heads, both - 2, width, prompts, length), *[(prompts, heads, length, width)] * 2
     out = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    value = jnp.zeros(0, jnp.float32) if value_KHPT is None else value_KHPT
     options = {"window": np.int64(window), "qk_scale": np.float32(qk_scale), "eps": np.float32(eps)}
-    lengths = jnp.zeros(0, jnp.int32) if lengths_P is None else lengths_P
     call = jax.ffi.ffi_call("nanochat_prompt_attention", out)
-    return call(qkv_KNHPT, value, *(x.T for x in tables), lengths, **options)
+    given = qkv_KNHPT, _or_empty(value_KHPT), *(x.T for x in tables), _or_empty(lengths_P, jnp.int32)
+    return call(*given, **options)
 
 
 def filled(

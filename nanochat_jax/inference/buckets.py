@@ -8,8 +8,6 @@ import numpy as np
 
 PREFILL_TOKENS = 16384
 """Padded prompt tokens of one prefill, of which there are more only where a mesh or a lone prompt wants it."""
-
-
 PADDED_TOGETHER = 1024
 """Padded prompt tokens up to which prompts of different lengths are read at once, where padding costs little."""
 

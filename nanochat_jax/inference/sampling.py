@@ -180,13 +180,14 @@ def prefill(
 
     def filled(panels: dict[str, jax.Array], i: int) -> dict[str, jax.Array]:
         new = {"k": prompts.keys[i], "v": prompts.values[i]}
-        at, order = (place_P, jnp.arange(len(place_P))) if shared else (slot_R, source_R)
+        at, order = (place_P, slice(None)) if shared else (slot_R, source_R)
         if cfg.native:
             from kernels.native import filled as native_filled
 
+            source = jnp.arange(len(counts_P), dtype=jnp.int32)[order]
             # Turned as they were when they came from there, so nothing is.
             return {
-                name: native_filled(panel, new[name].swapaxes(1, 2), counts_P, order, at)
+                name: native_filled(panel, new[name].swapaxes(1, 2), counts_P, source, at)
                 for name, panel in panels.items()
             }
         return {
