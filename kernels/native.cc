@@ -158,50 +158,63 @@ void spread(ffi::ThreadPool& pool, int64_t count, Work work) {
 
 // A weight's tile is what kLanes outputs have of all inputs, in this order: of a float32 weight [I, kLanes], of an
 // 8-bit one [I / 4, kLanes, 4].
-constexpr int64_t kAhead = 32768;              // bytes of a weight that are asked for before they are needed
-constexpr int64_t kNear = 1 << 18;             // bytes of a weight that a core's cache keeps
-constexpr int64_t kPanel = kVectors * kLanes;  // columns of x that are copied together, at most
+constexpr int64_t kAhead = 32768;    // bytes of a weight that are asked for before they are needed
+constexpr int64_t kNear = 1 << 18;   // bytes of a weight that a core's cache keeps
 
-// The columns of x [I, C] as panels [I, width], which are copied unless there is one that x is already. Where there are
-// lengths [P], the columns are prompts [P, C / P], and panels of which nothing lies within its prompt's length are left
-// out.
-struct Panels {
-  Panels(int64_t columns, const Ints& lengths) : columns(columns), width(1) {
-    while (width < std::min<int64_t>(columns, kLanes)) width *= 2;
-    if (columns > kLanes) width = kPanel;
-    const int64_t prompts = lengths.element_count(), longest = prompts ? columns / prompts : columns;
-    for (int64_t begin = 0; begin < columns; begin += width) {
-      bool wanted = !prompts;
-      for (int64_t p = begin / longest; !wanted && p < prompts && p * longest < begin + width; p++)
-        wanted = std::max(begin - p * longest, int64_t{0}) < lengths.typed_data()[p];
-      if (wanted) begins.push_back(begin);
+// How the columns of x [I, C] are read: in vectors of them, as many as a product takes at once next to each other (a
+// panel [I, width]), and those that are left by themselves. The last begins early enough to end with the columns: what
+// it shares with the one before is computed twice. Fewer columns than a vector has are one panel, filled up to a power
+// of two. Where there are lengths [P], the columns are prompts [P, C / P], of which no vector lies beyond its length.
+struct Columns {
+  Columns(int64_t count, const Ints& lengths) : count(count), lanes(1) {
+    while (lanes < std::min<int64_t>(count, kLanes)) lanes *= 2;
+    const int64_t prompts = std::max<int64_t>(lengths.element_count(), 1), longest = count / prompts;
+    for (int64_t p = 0; p < prompts; p++) {
+      const int64_t end = lengths.element_count() ? std::min<int64_t>(lengths.typed_data()[p], longest) : longest;
+      for (int64_t t = 0; t < end; t += lanes) {
+        const int64_t begin = p * longest + std::min(t, std::max<int64_t>(longest - lanes, 0));
+        begins.push_back(std::min(begin, std::max<int64_t>(count - lanes, 0)));
+      }
     }
   }
 
-  int64_t columns, width;
+  int64_t vectors() const { return begins.size(); }
+
+  // Calls work(vector), which does not throw, for all of them, a panel at a time.
+  template <class Work>
+  void each(ffi::ThreadPool& pool, Work work) const {
+    const int64_t end = vectors();
+    spread(pool, (end + kVectors - 1) / kVectors, [=](int64_t panel) noexcept {
+      for (int64_t v = panel * kVectors; v < std::min(end, (panel + 1) * kVectors); v++) work(v);
+    });
+  }
+
+  // How many vectors are next to each other in this one's panel.
+  int64_t beside(int64_t vector) const { return vector / kVectors * kVectors + kVectors <= vectors() ? kVectors : 1; }
+
+  // Where this vector is copied to among panels [I / `of`, width, `of`].
+  int64_t place(int64_t vector, int64_t inputs, int64_t of) const {
+    const int64_t before = vector % beside(vector);
+    return (vector - before) * lanes * inputs + before * lanes * of;
+  }
+
+  // Whether x is its only panel already.
+  bool are_x() const {
+    if (vectors() * lanes != count || beside(0) != vectors()) return false;
+    for (int64_t i = 0; i < vectors(); i++)
+      if (begins[i] != i * lanes) return false;
+    return true;
+  }
+
+  int64_t count, lanes;         // `lanes` of each vector
   std::vector<int64_t> begins;  // the first column of each
 };
 
 // A product: what is read, and what is done to each sum.
 struct Product {
-  Product(int64_t tiles, int64_t tile_bytes, const Panels& of_x, const float* factors, bool squared, const Floats& plus,
-          float* y)
-      : tiles(tiles),
-        tile_bytes(tile_bytes),
-        columns(of_x.columns),
-        width(of_x.width),
-        begins(of_x.begins.data()),
-        panels(of_x.begins.size()),
-        factors(factors),
-        squared(squared),
-        plus(plus.element_count() ? plus.typed_data() : nullptr),
-        y(y) {}
-
   int64_t tiles, tile_bytes;  // of the weight
-  int64_t columns, width;     // of x, and of a panel of it
-  const int64_t* begins;      // of the panels
-  int64_t panels;
-  const float* factors;  // of each column
+  const Columns& columns;
+  const float* factors;  // of each lane of each vector of columns
   bool squared;          // max(., 0)^2
   const float* plus;     // [O, C] or nullptr
   float* y;              // [O, C]
@@ -212,11 +225,9 @@ struct Product {
   }
 };
 
-// Calls work with the number of columns of a panel; of as many as vectors have as a constant, for which loops become
-// vectors.
+// Calls work with the number of columns of a vector; of whole ones as a constant, for which loops become vectors.
 template <class Work>
-inline void of_panel(int64_t count, Work work) {
-  if (count == kPanel) return work(std::integral_constant<int64_t, kPanel>());
+inline void of_vector(int64_t count, Work work) {
   if (count == kLanes) return work(std::integral_constant<int64_t, kLanes>());
   work(count);
 }
@@ -238,33 +249,41 @@ inline void outer(const float* numbers, int64_t stride, const float* vectors, in
     for (int v = 0; v < V; v++) sums[n][v] = found[n][v];
 }
 
-// Of many columns: lanes are columns, V vectors of them. Each panel meets as many tiles as stay in a core's cache.
+// Of V vectors of columns, from this one on, the outputs of tile t.
 template <int V, class Sums>
-void multiply_many(ffi::ThreadPool& pool, const Product& how, Sums sums_of) {
+inline void multiply_tile(const Product& how, Sums sums_of, int64_t t, int64_t vector) {
   constexpr int kOutputs = std::min(kLanes, kAtOnce / V);
-  const int64_t near = std::max<int64_t>(1, kNear / how.tile_bytes);
-  const int64_t half = std::max<int64_t>(1, how.tiles / (2 * threads(pool)));  // of a thread's
-  const int64_t share = how.panels > 1 ? std::min(near, half) : 1;
-  spread(pool, (how.tiles + share - 1) / share, [=](int64_t part) noexcept {
-    for (int64_t panel = 0; panel < how.panels; panel++) {
-      const int64_t column = how.begins[panel];
-      for (int64_t t = part * share; t < std::min(how.tiles, (part + 1) * share); t++)
-        for (int64_t first = 0; first < kLanes; first += kOutputs) {
-          Vec sums[kOutputs][V];
-          sums_of.template many<kOutputs, V>(t, first, column, panel == 0 && first == 0, sums);
-          for (int n = 0; n < kOutputs; n++)
-            for (int v = 0; v < V; v++) {
-              const int64_t begin = column + v * kLanes, left = how.columns - begin;
-              const int64_t at = (t * kLanes + first + n) * how.columns + begin;
-              const Vec x = how.finished(sums[n][v], load(how.factors + begin));
-              if (left >= kLanes) {
-                store(how.y + at, how.plus ? x + load(how.plus + at) : x);
-              } else {
-                for (int64_t c = 0; c < left; c++) how.y[at + c] = how.plus ? x[c] + how.plus[at + c] : x[c];
-              }
-            }
+  for (int64_t first = 0; first < kLanes; first += kOutputs) {
+    Vec sums[kOutputs][V];
+    sums_of.template many<kOutputs, V>(t, first, vector * kLanes, vector == 0 && first == 0, sums);
+    for (int n = 0; n < kOutputs; n++)
+      for (int v = 0; v < V; v++) {
+        const int64_t at = (t * kLanes + first + n) * how.columns.count + how.columns.begins[vector + v];
+        const Vec x = how.finished(sums[n][v], load(how.factors + (vector + v) * kLanes));
+        if (how.columns.count >= kLanes) {
+          store(how.y + at, how.plus ? x + load(how.plus + at) : x);
+        } else {
+          for (int64_t c = 0; c < how.columns.count; c++) how.y[at + c] = how.plus ? x[c] + how.plus[at + c] : x[c];
         }
-    }
+      }
+  }
+}
+
+// Of many columns: lanes are columns. Each panel meets as many tiles as stay in a core's cache.
+template <class Sums>
+void multiply_many(ffi::ThreadPool& pool, const Product& how, Sums sums_of) {
+  const int64_t vectors = how.columns.vectors();
+  const int64_t near = std::max<int64_t>(1, kNear / how.tile_bytes);
+  const int64_t few = std::max<int64_t>(1, how.tiles / (8 * threads(pool)));  // an eighth of a thread's
+  const int64_t share = vectors > kVectors ? std::min(near, few) : 1;
+  spread(pool, (how.tiles + share - 1) / share, [=](int64_t part) noexcept {
+    for (int64_t vector = 0; vector < vectors; vector += how.columns.beside(vector))
+      for (int64_t t = part * share; t < std::min(how.tiles, (part + 1) * share); t++)
+        if (how.columns.beside(vector) == kVectors) {
+          multiply_tile<kVectors>(how, sums_of, t, vector);
+        } else {
+          multiply_tile<1>(how, sums_of, t, vector);
+        }
   });
 }
 
@@ -272,14 +291,14 @@ void multiply_many(ffi::ThreadPool& pool, const Product& how, Sums sums_of) {
 template <int C = 1, class Sums>
 void multiply_few(ffi::ThreadPool& pool, const Product& how, Sums sums_of) {
   if constexpr (C < kLanes) {
-    if (how.width != C) return multiply_few<2 * C>(pool, how, sums_of);
+    if (how.columns.lanes != C) return multiply_few<2 * C>(pool, how, sums_of);
     spread(pool, how.tiles, [=](int64_t t) noexcept {
       Vec sums[C][1];
       sums_of.template few<C>(t, sums);
       for (int c = 0; c < C; c++) sums[c][0] = how.finished(sums[c][0], Vec{} + how.factors[c]);
       for (int64_t o = 0; o < kLanes; o++)
-        for (int64_t c = 0; c < how.columns; c++) {
-          const int64_t at = (t * kLanes + o) * how.columns + c;
+        for (int64_t c = 0; c < how.columns.count; c++) {
+          const int64_t at = (t * kLanes + o) * how.columns.count + c;
           how.y[at] = how.plus ? sums[c][0][o] + how.plus[at] : sums[c][0][o];
         }
     });
@@ -288,8 +307,8 @@ void multiply_few(ffi::ThreadPool& pool, const Product& how, Sums sums_of) {
 
 template <class Sums>
 void multiply(ffi::ThreadPool& pool, const Product& how, Sums sums_of) {
-  if (how.width == kPanel) return multiply_many<kVectors>(pool, how, sums_of);
-  if (how.width == kLanes) return multiply_many<1>(pool, how, sums_of);
+  if (how.columns.begins.empty()) return;
+  if (how.columns.lanes == kLanes) return multiply_many(pool, how, sums_of);
   multiply_few(pool, how, sums_of);
 }
 
@@ -313,6 +332,8 @@ struct OfFloats {
 
 constexpr char kMisfit[] = "weight, x, lengths and y do not fit";
 
+inline const float* given(const Floats& x) { return x.element_count() ? x.typed_data() : nullptr; }
+
 inline bool fit(int64_t inputs, int64_t tiles, const Floats& x, const Ints& lengths, Result& y) {
   const int64_t columns = x.dimensions()[1], prompts = lengths.element_count();
   return x.dimensions()[0] == inputs && y->element_count() == static_cast<size_t>(tiles * kLanes * columns) &&
@@ -326,29 +347,32 @@ ffi::Error product(ffi::ThreadPool pool, Floats weight, Floats x, Floats plus, I
                    bool squared, float eps) {
   const int64_t tiles = weight.dimensions()[0], inputs = x.dimensions()[0], columns = x.dimensions()[1];
   if (!fit(weight.dimensions()[1], tiles, x, lengths, y)) return ffi::Error::InvalidArgument(kMisfit);
-  const Panels panels(columns, lengths);
-  const bool copies = panels.width != columns;
-  std::vector<float> factors(columns + kPanel, 1.0f);
-  const Scratch<float> copied(copies ? (columns + kPanel) * inputs : 0);
-  const Product how(tiles, inputs * kLanes * 4, panels, factors.data(), squared, plus, y->typed_data());
-  const float* of_x = x.typed_data();
+  const Columns of_x(columns, lengths);
+  const bool copies = !of_x.are_x();
+  const int64_t lanes = of_x.lanes, all = of_x.vectors() * lanes;
+  std::vector<float> factors(all, 1.0f);
+  const Scratch<float> copied(copies ? all * inputs : 0);
+  const Product how{tiles, inputs * kLanes * 4, of_x, factors.data(), squared, given(plus), y->typed_data()};
+  const float* begin = x.typed_data();
   float *factor = factors.data(), *copy = copied.get();
   if (copies || normed)
-    spread(pool, how.panels, [=](int64_t panel) noexcept {
-      const int64_t begin = how.begins[panel];
-      of_panel(std::min(how.width, columns - begin), [=](auto count) {
-        float squares[kPanel] = {};
+    of_x.each(pool, [=, &of_x](int64_t vector) noexcept {
+      const float* from = begin + of_x.begins[vector];
+      float* to = copy + of_x.place(vector, inputs, 1);
+      const int64_t width = of_x.beside(vector) * lanes;
+      of_vector(std::min(lanes, columns), [=](auto count) {
+        float squares[kLanes] = {};
         for (int64_t i = 0; i < inputs; i++)
           for (int64_t c = 0; c < count; c++) {
-            const float now = of_x[i * columns + begin + c];
-            if (copies) copy[begin * inputs + i * how.width + c] = now;
+            const float now = from[i * columns + c];
+            if (copies) to[i * width + c] = now;
             squares[c] += now * now;
           }
         if (!normed) return;
-        for (int64_t c = 0; c < count; c++) factor[begin + c] = 1 / std::sqrt(squares[c] / inputs + eps);
+        for (int64_t c = 0; c < count; c++) factor[vector * lanes + c] = 1 / std::sqrt(squares[c] / inputs + eps);
       });
     });
-  multiply(pool, how, OfFloats{weight.typed_data(), copies ? copy : of_x, inputs});
+  multiply(pool, how, OfFloats{weight.typed_data(), copies ? copy : begin, inputs});
   return ffi::Error::Success();
 }
 
@@ -405,12 +429,12 @@ struct OfIntegers {
   }
 };
 
-// The first columns of x, of which there are `columns`, rounded to 8 bits by their largest magnitude, as a panel [I /
-// 4, width, 4]; `factors`: what they were divided by, and if `normed` by their RMS; `added`: see OfIntegers.
+// `count` columns of x, of which there are `columns`, rounded to 8 bits by their largest magnitude, to a panel [I / 4,
+// width, 4]; `factors`: what they were divided by, and if `normed` by their RMS; `added`: see OfIntegers.
 template <class Count>
 inline void round(const float* x, int64_t inputs, int64_t columns, Count count, int64_t width, bool normed, float eps,
                   float* factors, int32_t* added, int8_t* panel) {
-  float largest[kPanel] = {}, inverse[kPanel] = {}, none[kPanel] = {}, squares[kPanel] = {};
+  float largest[kLanes] = {}, inverse[kLanes] = {}, none[kLanes] = {}, squares[kLanes] = {};
   for (int64_t i = 0; i < inputs; i++)
     for (int64_t c = 0; c < count; c++) {
       const float now = x[i * columns + c];
@@ -442,20 +466,20 @@ ffi::Error product_int8(ffi::ThreadPool pool, Bytes weight, Floats scales, Float
                         Result y, bool normed, bool squared, float eps) {
   const int64_t tiles = weight.dimensions()[0], inputs = x.dimensions()[0], columns = x.dimensions()[1];
   if (!fit(weight.dimensions()[1] * 4, tiles, x, lengths, y)) return ffi::Error::InvalidArgument(kMisfit);
-  const Panels panels(columns, lengths);
-  std::vector<float> factors(columns + kPanel);
-  std::vector<int32_t> added(columns + kPanel);
-  const Scratch<int8_t> bytes((columns + kPanel) * inputs);
-  const Product how(tiles, inputs * kLanes, panels, factors.data(), squared, plus, y->typed_data());
-  const float* of_x = x.typed_data();
+  const Columns of_x(columns, lengths);
+  const int64_t lanes = of_x.lanes, all = of_x.vectors() * lanes;
+  std::vector<float> factors(all);
+  std::vector<int32_t> added(all);
+  const Scratch<int8_t> bytes(all * inputs);
+  const Product how{tiles, inputs * kLanes, of_x, factors.data(), squared, given(plus), y->typed_data()};
+  const float* begin = x.typed_data();
   float* factor = factors.data();
   int32_t* add = added.data();
   int8_t* byte = bytes.get();
-  spread(pool, how.panels, [=](int64_t panel) noexcept {
-    const int64_t begin = how.begins[panel];
-    of_panel(std::min(how.width, columns - begin), [=](auto count) {
-      round(of_x + begin, inputs, columns, count, how.width, normed, eps, factor + begin, add + begin,
-            byte + begin * inputs);
+  of_x.each(pool, [=, &of_x](int64_t vector) noexcept {
+    of_vector(std::min(lanes, columns), [=, &of_x](auto count) {
+      round(begin + of_x.begins[vector], inputs, columns, count, of_x.beside(vector) * lanes, normed, eps,
+            factor + vector * lanes, add + vector * lanes, byte + of_x.place(vector, inputs, 4));
     });
   });
   multiply(pool, how, OfIntegers{weight.typed_data(), scales.typed_data(), byte, add, inputs});
