@@ -587,16 +587,19 @@ void attend(const float* query, const std::vector<Slots>& slots, int64_t width, 
 }
 
 // One decode step's attention. qkv [K, G + 2, H, B] as the product gave it, H a multiple of 16; value [K, H, B] in
-// place of its last, or empty; a row's own keys and values [B, K, S, H], to which the new ones are added in place;
-// those of the prompts that rows share [P, K, T, H], P 0 where none do; cos and signed sin [B, H]; each row's position
-// and the first of its own tokens [B]; y [K, G, H, B].
+// place of its last, or empty; the own keys and values of the cache's R rows [R, K, S, H], to which the new ones are
+// added in place; those of the prompts that as many of them share each [P, K, T, H], P 0 where none do; cos and signed
+// sin [B, H]; each column's position and the first of its own tokens [B], and which row of the cache it is [B]; how many
+// of the columns are looked at, the first ones [1]; y [K, G, H, B].
 ffi::Error attention(ffi::ThreadPool pool, Floats qkv, Floats value, Floats own_keys, Floats own_values,
                      Floats shared_keys, Floats shared_values, Floats cos, Floats sin, Ints positions, Ints first,
-                     Result y, Result new_keys, Result new_values, int64_t window, float qk_scale, float eps) {
+                     Ints places, Ints running, Result y, Result new_keys, Result new_values, int64_t window,
+                     float qk_scale, float eps) {
   const auto sizes = qkv.dimensions();
-  const int64_t heads = sizes[0], queries = sizes[1] - 2, width = sizes[2], rows = sizes[3];
-  const int64_t slots = own_keys.dimensions()[2], prompts = shared_keys.dimensions()[0];
-  const int64_t prompt_slots = shared_keys.dimensions()[2], together = prompts ? rows / prompts : 1;
+  const int64_t heads = sizes[0], queries = sizes[1] - 2, width = sizes[2], columns = sizes[3];
+  const int64_t rows = std::clamp<int64_t>(running.typed_data()[0], 0, columns);
+  const int64_t all = own_keys.dimensions()[0], slots = own_keys.dimensions()[2];
+  const int64_t prompts = shared_keys.dimensions()[0], prompt_slots = shared_keys.dimensions()[2];
   float *keys = new_keys->typed_data(), *values = new_values->typed_data(), *to = y->typed_data();
   if (width % kLanes) return ffi::Error::InvalidArgument("heads are as wide as several vectors");
   if (keys != own_keys.typed_data() || values != own_values.typed_data())
@@ -604,44 +607,44 @@ ffi::Error attention(ffi::ThreadPool pool, Floats qkv, Floats value, Floats own_
   const float *of_qkv = qkv.typed_data(), *of_value = value.element_count() ? value.typed_data() : nullptr;
   const float *prompt_keys = shared_keys.typed_data(), *prompt_values = shared_values.typed_data();
   const float *of_cos = cos.typed_data(), *of_sin = sin.typed_data();
-  const int32_t *at = positions.typed_data(), *begins = first.typed_data();
+  const int32_t *at = positions.typed_data(), *begins = first.typed_data(), *place = places.typed_data();
   // Neighbouring rows write to the same cache lines of y, so a thread does several rows of a head, and all if it can.
   const int64_t block = std::clamp<int64_t>(rows * heads / (8 * threads(pool)), 1, 16),
                 blocks = (rows + block - 1) / block;
   spread(pool, blocks * heads, [=](int64_t part) noexcept {
     const int64_t head = part / blocks, begin = part % blocks * block;
-    const float* mine = of_qkv + head * (queries + 2) * width * rows;
-    const float* v = of_value ? of_value + head * width * rows : mine + (queries + 1) * width * rows;
+    const float* mine = of_qkv + head * (queries + 2) * width * columns;
+    const float* v = of_value ? of_value + head * width * columns : mine + (queries + 1) * width * columns;
     std::vector<float> scores(slots + prompt_slots + kLanes), turned((queries + 1) * width);
     std::vector<Slots> seen;
     for (int64_t row = begin; row < std::min(rows, begin + block); row++) {
       for (int64_t n = 0; n <= queries; n++) {  // the last is the key
-        const float* x = mine + n * width * rows + row;
+        const float* x = mine + n * width * columns + row;
         float* out = &turned[n * width];
         float squares = 0;
         for (int64_t h = 0; h < width; h++) {
           const int64_t other = h < width / 2 ? h + width / 2 : h - width / 2;
-          out[h] = x[h * rows] * of_cos[row * width + h] + x[other * rows] * of_sin[row * width + h];
+          out[h] = x[h * columns] * of_cos[row * width + h] + x[other * columns] * of_sin[row * width + h];
           squares += out[h] * out[h];
         }
         const float factor = qk_scale / std::sqrt(squares / width + eps);
         for (int64_t h = 0; h < width; h++) out[h] *= factor;
       }
       const int64_t last = std::max(at[row] - begins[row], 0);  // among its own tokens
-      const int64_t panel = (row * heads + head) * slots * width, slot = panel + last % slots * width;
+      const int64_t panel = (place[row] * heads + head) * slots * width, slot = panel + last % slots * width;
       for (int64_t h = 0; h < width; h++) {
         keys[slot + h] = turned[queries * width + h];
-        values[slot + h] = v[h * rows + row];
+        values[slot + h] = v[h * columns + row];
       }
       seen.clear();
       visible(keys + panel, values + panel, slots, width, last - window, last, heads * slots * width, seen);
       if (prompts) {
-        const int64_t prompt = (row / together * heads + head) * prompt_slots * width;
+        const int64_t prompt = (place[row] * prompts / all * heads + head) * prompt_slots * width;
         visible(prompt_keys + prompt, prompt_values + prompt, prompt_slots, width, at[row] - window, begins[row] - 1, 0,
                 seen);
       }
       for (int64_t n = 0; n < queries; n++)
-        attend(&turned[n * width], seen, width, scores, to + (head * queries + n) * width * rows + row, rows);
+        attend(&turned[n * width], seen, width, scores, to + (head * queries + n) * width * columns + row, columns);
     }
   });
   return ffi::Error::Success();
@@ -926,6 +929,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(nanochat_attention, attention,
                                   .Arg<Floats>()
                                   .Arg<Floats>()
                                   .Arg<Floats>()
+                                  .Arg<Ints>()
+                                  .Arg<Ints>()
                                   .Arg<Ints>()
                                   .Arg<Ints>()
                                   .Ret<Floats>()

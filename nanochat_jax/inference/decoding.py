@@ -99,7 +99,8 @@ def layer_product(
     squared: bool = False,
 ) -> jax.Array:
     """`product` and what surrounds it in a layer: of x `normed`, the square of what is above 0, added to `plus`. With
-    `lengths`, x being [I, P, T], nobody looks at what is beyond them, and the kernels in C++ do not compute it.
+    `lengths`, x being [I, P, T], or [I, T] and P 1, nobody looks at what is beyond them, and the kernels in C++ do not
+    compute it.
     """
     values, scales = weight if isinstance(weight, Int8) else (weight, None)
     if is_packed(values):
@@ -190,11 +191,12 @@ def cache_spec(path: str) -> P:
     return P(BATCH_AXES, "tensor") if path[-2:] in ("/k", "/v") else P(BATCH_AXES)
 
 
-def part_of(cache: Cache, slots_R: jax.Array, reach: int) -> Cache:
+def part_of(cache: Cache, slots_R: jax.Array, reach: int, native: bool) -> Cache:
     """The cache of these rows alone (where rows share prompts, of whole groups of them) and of their first `reach`
-    slots, beyond which none of them has or gets a token. The cache itself, where that is all of it.
+    slots, beyond which none of them has or gets a token. The cache itself, where that is all of it. The kernels in C++
+    find a row's keys and values in the whole.
     """
-    every = len(slots_R) == len(cache["prev"])
+    every = len(slots_R) == len(cache["prev"]) and not native
 
     def taken(arrays: Any, at: jax.Array, *rest: slice) -> Any:
         if every:
@@ -202,6 +204,8 @@ def part_of(cache: Cache, slots_R: jax.Array, reach: int) -> Cache:
         return jax.tree.map(lambda x: x.at[at, *rest].get(mode="promise_in_bounds", unique_indices=True), arrays)
 
     part = {name: taken(cache[name], slots_R) for name in ("prev", "seen")}
+    if native:
+        return cache | part
     part["own"] = taken(cache["own"], slots_R, slice(None), slice(reach))
     if "shared" in cache:
         together = len(cache["prev"]) // len(cache["shared"][0]["k"])
@@ -209,9 +213,9 @@ def part_of(cache: Cache, slots_R: jax.Array, reach: int) -> Cache:
     return part
 
 
-def with_part(cache: Cache, part: Cache, slots_R: jax.Array) -> Cache:
+def with_part(cache: Cache, part: Cache, slots_R: jax.Array, native: bool) -> Cache:
     """The cache after a decode of this part of it, which leaves shared prompts as they were."""
-    every = len(slots_R) == len(cache["prev"])
+    every = len(slots_R) == len(cache["prev"]) and not native
 
     def put_back(x: jax.Array, new: jax.Array) -> jax.Array:
         if every:
@@ -219,7 +223,9 @@ def with_part(cache: Cache, part: Cache, slots_R: jax.Array) -> Cache:
         at = slots_R, *(slice(size) for size in new.shape[1:])
         return x.at[at].set(new, mode="promise_in_bounds", unique_indices=True)
 
-    return cache | {name: jax.tree.map(put_back, cache[name], part[name]) for name in ("prev", "seen", "own")}
+    changed = {name: jax.tree.map(put_back, cache[name], part[name]) for name in ("prev", "seen")}
+    own = part["own"] if native else jax.tree.map(put_back, cache["own"], part["own"])
+    return cache | changed | {"own": own}
 
 
 def ring_positions(last_B: jax.Array, slots: int) -> jax.Array:
@@ -244,7 +250,7 @@ def hidden(
 ) -> tuple[jax.Array, jax.Array]:
     """Final hidden states and token embeddings, both [D, *C], by the numerics of `model.GPT`.
 
-    previous(embeddings [D, *C]) -> those one position earlier, for smear. `lengths`: of prompts, see `layer_product`.
+    previous(embeddings [D, *C]) -> those one position earlier, for smear. `lengths`: see `layer_product`.
     """
     dtype, on_gpu = jnp.dtype(cfg.compute_dtype), cfg.attention in GPU_IMPLEMENTATIONS
     columns = tokens_C.shape
@@ -298,9 +304,9 @@ def turned(
     return qk[:, :-1], qk[:, -1], qkv[:, -1] if v_KHC is None else v_KHC
 
 
-def logits_of(weights: Weights, cfg: GPTConfig, x_DC: jax.Array) -> jax.Array:
+def logits_of(weights: Weights, cfg: GPTConfig, x_DC: jax.Array, lengths_P: jax.Array | None = None) -> jax.Array:
     """Logits [vocabulary, *C] float32. A transpose right behind the product would make the slow one of it on a CPU."""
-    logits_VC = layer_product(weights["head"], x_DC)[: cfg.vocab_size]
+    logits_VC = layer_product(weights["head"], x_DC, lengths_P=lengths_P)[: cfg.vocab_size]
     return SOFTCAP * jnp.tanh(logits_VC.astype(jnp.float32) / SOFTCAP)
 
 
@@ -433,16 +439,22 @@ def over_cache(
     first_B: jax.Array,
     cfg: GPTConfig,
     layer: int,
+    slots_B: jax.Array | None = None,
+    running: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """What each row's queries see, [B, K, G, H], of queries, key and value as `Attend` has them; and the row's own
-    slots with the new key and value. `tables`: of `model.rope`, for positions_B.
+    slots with the new key and value. `tables`: of `model.rope`, for positions_B. The kernels in C++ can take a cache of
+    more rows, of which these are slots_B, and leave out those behind the first `running`.
     """
     alone = own["k"].ndim == 3  # see `squeezed`
     if cfg.native:
         from kernels import native
 
         cos, sin = (table[:, 0] for table in tables)
-        given = qkv, v_KHB, own, shared, (cos, sin), positions_B, first_B
+        rows = len(positions_B)
+        slots_B = jnp.arange(rows) if slots_B is None else slots_B
+        running = jnp.asarray(rows) if running is None else running
+        given = qkv, v_KHB, own, shared, (cos, sin), positions_B, first_B, slots_B, running
         how = {"window": cfg.windows[layer], "qk_scale": cfg.qk_scale, "eps": EPS}
         y_KGHB, own = native.attention(*given, **how)
         return y_KGHB.transpose(3, 0, 1, 2), own
@@ -474,23 +486,28 @@ def step(
     first_B: jax.Array,
     active_B: jax.Array,
     cfg: GPTConfig,
+    slots_B: jax.Array | None = None,
 ) -> tuple[jax.Array, Cache]:
-    """Feeds one token a row at its position: logits [vocabulary, B] float32 of the next, and the cache with it.
+    """Feeds one token a row at its position: logits [vocabulary, B] float32 of the next, and the cache with it: all
+    of it, or `part_of` it for the rows in slots_B.
 
     first_B: where a row's own slots begin, what is before being its shared prompt (0 where nothing is shared). A row
-    that is not active may be fed again: it leaves "prev" as it was.
+    that is not active may be fed again: it leaves "prev" as it was. The kernels in C++ do not compute those behind the
+    last active one.
     """
     own = list(cache["own"])
     shared = cache.get("shared", [None] * cfg.n_layer)
     tables = rope(positions_B, cfg.head_dim, cfg.rope_base, jnp.dtype(cfg.compute_dtype))
+    running = jnp.max(jnp.where(active_B, 1 + jnp.arange(len(active_B), dtype=jnp.int32), 0))
 
     def attention(i: int, qkv: jax.Array, v: jax.Array | None) -> jax.Array:
-        y_BKGH, own[i] = over_cache(qkv, v, own[i], shared[i], tables, positions_B, first_B, cfg, i)
+        given = qkv, v, own[i], shared[i], tables, positions_B, first_B
+        y_BKGH, own[i] = over_cache(*given, cfg, i, slots_B, running)
         return y_BKGH.transpose(1, 2, 3, 0)
 
     def previous(x_DB: jax.Array) -> jax.Array:
         return jnp.where(positions_B[None] > 0, cache["prev"].T, 0).astype(x_DB.dtype)
 
-    x_DB, embedding_DB = hidden(weights, cfg, tokens_B, previous, attention)
+    x_DB, embedding_DB = hidden(weights, cfg, tokens_B, previous, attention, running[None])
     prev_BD = jnp.where(active_B[:, None], embedding_DB.T, cache["prev"])
-    return logits_of(weights, cfg, x_DB), cache | {"prev": prev_BD, "own": own}
+    return logits_of(weights, cfg, x_DB, running[None]), cache | {"prev": prev_BD, "own": own}

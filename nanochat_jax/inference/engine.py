@@ -424,7 +424,13 @@ class Engine:
         return len(row.prompt) - 1 if self.samples > 1 else 0
 
     def _slots_to_decode(self) -> np.ndarray:
-        """Of the rows in use, with free ones up to a size that is compiled for, ascending; whole groups of samples."""
+        """Of the rows in use, with free ones up to a size that is compiled for. In C++ those in use come first, as it
+        computes no more than up to the last of them; else whole groups of samples, ascending.
+        """
+        if self.cfg.native:
+            free = (slot for slot in range(self.max_rows) if slot not in self._rows)
+            size = next(size for size in self.decode_sizes if size >= len(self._rows))
+            return np.asarray([*sorted(self._rows), *free][:size], np.int32)
         running, free = self._groups_by_use()
         size = next(size for size in self.decode_sizes if size >= len(running) * self.samples)
         groups = sorted([*running, *free][: size // self.samples])

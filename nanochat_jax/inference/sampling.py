@@ -218,10 +218,10 @@ class Rows(NamedTuple):
     floats: jax.Array
 
     def by_name(self) -> dict:
-        """[B] each: "slot" in the cache (row i in slot i, where it is all); "token" to be fed at "position", "first"
-        (see `decoding.step`), "budget" tokens it may still write, whether it is "active", and "waits" until the host
-        has looked at it; "forced" [B, FORCED] of which [taken, owed) are still to be written; and `Knobs`. Of numpy
-        arrays these are views.
+        """[B] each: "slot" in the cache (without C++ row i in slot i, where it is all); "token" to be fed at
+        "position", "first" (see `decoding.step`), "budget" tokens it may still write, whether it is "active", and
+        "waits" until the host has looked at it; "forced" [B, FORCED] of which [taken, owed) are still to be written;
+        and `Knobs`. Of numpy arrays these are views.
         """
         ints, floats = ({name: x[:, i] for i, name in enumerate(n)} for x, n in zip(self, (INTS, FLOATS), strict=True))
         return ints | floats | {"forced": self.ints[:, len(INTS) :]}
@@ -290,7 +290,8 @@ def decode(
     def one(carry: tuple) -> tuple:
         written, rows, cache, paused, ended = carry
         active = rows["active"]
-        logits_VB, cache = step(weights, cache, rows["token"], rows["position"], rows["first"], active, cfg)
+        given = (rows[name] for name in ("token", "position", "first"))
+        logits_VB, cache = step(weights, cache, *given, active, cfg, rows["slot"])
         drawn = rows["taken"] >= rows["owed"]
         chosen = sample(logits_VB, cache["seen"], rows, rows["position"] + 1, method, cfg.native)
         token = jnp.where(drawn, chosen, rows["forced"][jnp.arange(batch), jnp.minimum(rows["taken"], FORCED - 1)])
@@ -326,7 +327,7 @@ def decode(
             ended + jnp.sum(over | (wrote & (budget <= 0))),
         )
 
-    slots, part = rows["slot"], part_of(cache, rows["slot"], reach)
+    slots, part = rows["slot"], part_of(cache, rows["slot"], reach, bool(cfg.native))
     alone = batch == 1 and "shared" not in cache and not cfg.native
     # Behind a decode that stopped for rows that wait, this one stops at once.
     waiting = jnp.sum(rows["waits"], dtype=jnp.int32)
@@ -335,7 +336,7 @@ def decode(
     part = unsqueezed(part) if alone else part
     ints = jnp.stack([rows[name].astype(jnp.int32) for name in INTS], axis=1)
     rows = given._replace(ints=jnp.concatenate([ints, rows["forced"]], axis=1))
-    return written, rows, with_part(cache, part, slots)
+    return written, rows, with_part(cache, part, slots, bool(cfg.native))
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
