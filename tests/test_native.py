@@ -164,6 +164,58 @@ def test_attention_over_the_cache_is_that_of_xla(native, heads, together, slots)
         np.testing.assert_allclose(b, a, atol=2e-5)
 
 
+@pytest.mark.parametrize("together", [1, 2])
+def test_attention_finds_its_rows_in_the_whole_cache_and_leaves_the_others(native, together):
+    """Rows in no order, some with a shared prompt; of the last two columns nothing is computed."""
+    cfg = GPTConfig.from_depth(ModelConfig(1, 32, 16, 2, 96, "L"), 64)
+    random, slots, running = np.random.default_rng(0), np.array([4, 1, 7, 2, 0]), 3
+    positions, first = np.array([30, 9, 12, 0, 5]), np.array([6, 6, 6, 0, 5]) * (together > 1)
+
+    def normal(*shape):
+        return jnp.asarray(random.normal(size=shape), jnp.float32)
+
+    def attended(qkv, own, shared, positions, first, *where):
+        tables = rope(jnp.asarray(positions), 16, 100.0, jnp.float32)
+        given = qkv, None, own, shared, tables, jnp.asarray(positions), jnp.asarray(first)
+        return over_cache(*given, replace(cfg, native=bool(where)), 0, *map(jnp.asarray, where))
+
+    qkv, own = normal(2, 3, 16, 5), {name: normal(8, 2, 40, 16) for name in ("k", "v")}
+    shared = {name: normal(8 // together, 2, 40, 16) for name in ("k", "v")} if together > 1 else None
+    y, new = attended(qkv, own, shared, positions, first, slots, running)
+    for column, slot in enumerate(slots):
+        mine = jax.tree.map(lambda x, slot=slot: x[slot : slot + 1], own)
+        prompt = jax.tree.map(lambda x, slot=slot: x[slot // together][None], shared)
+        row = slice(column, column + 1)
+        want, kept = attended(qkv[..., row], mine, prompt, positions[row], first[row])
+        if column < running:
+            np.testing.assert_allclose(y[row], want, atol=2e-5)
+            np.testing.assert_allclose(new["k"][slot], kept["k"][0], atol=2e-5)
+    others = np.delete(np.arange(8), slots[:running])
+    for name in ("k", "v"):
+        np.testing.assert_array_equal(new[name][others], own[name][others])
+
+
+def test_of_prompts_without_a_token_nothing_is_computed(native):
+    """Not even where there are fewer columns than a vector has."""
+    packed = native.packed(jnp.ones((16, 4)))
+    assert native.product(packed, jnp.ones((4, 6)), None, None, jnp.zeros(2, jnp.int32)).shape == (16, 6)
+
+
+def test_rows_that_go_on_come_first_and_say_what_they_say_alone(native, cfg, params, monkeypatch):
+    """Of 24 rows 3, wherever they are in the cache: those behind them are not computed."""
+    engines = [Engine(params, replace(cfg, native=True), NoSpecials(), max_rows=n, mesh=ONE) for n in (24, 1)]
+    longer = (5, 17, 23)
+    prompts = [[i + 1] for i in range(24)]
+    how = [SamplingParams(max_tokens=30 if i in longer else 2, seed=i) for i in range(24)]
+    decoded, host_rows = [], engines[0]._host_rows
+    monkeypatch.setattr(engines[0], "_host_rows", lambda: decoded.append(host_rows()) or decoded[-1])
+    answers = engines[0].generate(prompts, how)
+    owners, rows = decoded[-1]
+    slots = rows.by_name()["slot"].tolist()
+    assert sorted(owners) == [0, 1, 2] and slots[:3] == list(longer) and len(set(slots)) == len(slots)
+    assert [answers[i].ids for i in longer] == [engines[1].generate(prompts[i : i + 1], how[i])[0].ids for i in longer]
+
+
 @pytest.mark.parametrize("rows", [1, 3, 16, 40])
 @pytest.mark.parametrize(("vocabulary", "count"), [(300, 50), (301, 1), (1000, 20), (20, 20)])
 def test_the_best_are_those_of_xla_in_their_order(native, vocabulary, count, rows):
