@@ -171,10 +171,8 @@ struct Columns {
     const int64_t prompts = std::max<int64_t>(lengths.element_count(), 1), longest = count / prompts;
     for (int64_t p = 0; p < prompts; p++) {
       const int64_t end = lengths.element_count() ? std::min<int64_t>(lengths.typed_data()[p], longest) : longest;
-      for (int64_t t = 0; t < end; t += lanes) {
-        const int64_t begin = p * longest + std::min(t, std::max<int64_t>(longest - lanes, 0));
-        begins.push_back(std::min(begin, std::max<int64_t>(count - lanes, 0)));
-      }
+      for (int64_t t = 0; t < end; t += lanes)
+        begins.push_back(std::min(p * longest + t, std::max<int64_t>(count - lanes, 0)));
     }
   }
 

@@ -201,18 +201,22 @@ def test_of_prompts_without_a_token_nothing_is_computed(native):
     assert native.product(packed, jnp.ones((4, 6)), None, None, jnp.zeros(2, jnp.int32)).shape == (16, 6)
 
 
-def test_rows_that_go_on_come_first_and_say_what_they_say_alone(native, cfg, params, monkeypatch):
-    """Of 24 rows 3, wherever they are in the cache: those behind them are not computed."""
+@pytest.mark.parametrize("longer", [(5, 17, 23), (4, 5, 9, 12, 17, 20, 23)])
+def test_rows_that_go_on_come_first_and_say_what_they_say_alone(native, cfg, params, monkeypatch, longer):
+    """Of 24 rows 3, or 7, for which as many are decoded as there are, wherever they are in the cache: those behind them
+    are not computed.
+    """
     engines = [Engine(params, replace(cfg, native=True), NoSpecials(), max_rows=n, mesh=ONE) for n in (24, 1)]
-    longer = (5, 17, 23)
     prompts = [[i + 1] for i in range(24)]
-    how = [SamplingParams(max_tokens=30 if i in longer else 2, seed=i) for i in range(24)]
+    lengths = (30 if i in longer else 2 for i in range(24))
+    how = [SamplingParams(max_tokens=n, seed=i, repetition_penalty=1.5) for i, n in enumerate(lengths)]
     decoded, host_rows = [], engines[0]._host_rows
     monkeypatch.setattr(engines[0], "_host_rows", lambda: decoded.append(host_rows()) or decoded[-1])
     answers = engines[0].generate(prompts, how)
     owners, rows = decoded[-1]
     slots = rows.by_name()["slot"].tolist()
-    assert sorted(owners) == [0, 1, 2] and slots[:3] == list(longer) and len(set(slots)) == len(slots)
+    assert sorted(owners) == [*range(len(longer))] and slots[: len(longer)] == [*longer]
+    assert len(set(slots)) == len(slots) == (4 if len(longer) == 3 else 24)
     assert [answers[i].ids for i in longer] == [engines[1].generate(prompts[i : i + 1], how[i])[0].ids for i in longer]
 
 
