@@ -208,7 +208,7 @@ def test_rows_that_go_on_come_first_and_say_what_they_say_alone(native, cfg, par
     """
     engines = [Engine(params, replace(cfg, native=True), NoSpecials(), max_rows=n, mesh=ONE) for n in (24, 1)]
     prompts = [[i + 1] for i in range(24)]
-    lengths = (30 if i in longer else 2 for i in range(24))
+    lengths = (60 if i in longer else 2 for i in range(24))
     how = [SamplingParams(max_tokens=n, seed=i, repetition_penalty=1.5) for i, n in enumerate(lengths)]
     decoded, host_rows = [], engines[0]._host_rows
     monkeypatch.setattr(engines[0], "_host_rows", lambda: decoded.append(host_rows()) or decoded[-1])
