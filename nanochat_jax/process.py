@@ -30,7 +30,7 @@ GPU_FLAGS = {
     "xla_gpu_enable_pipelined_all_gather": "true",
 }
 CPU_FLAGS = {
-    # LLVM by itself uses half of the width of AVX-512; without it, this changes nothing (docs/INFERENCE.md).
+    # LLVM by itself uses half of the width of AVX-512; without it, this changes nothing (docs/DECODING.md).
     "xla_cpu_prefer_vector_width": "512",
 }
 GPU_ENVIRONMENT = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92", "NCCL_NVLS_ENABLE": "1"}
