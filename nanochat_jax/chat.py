@@ -65,7 +65,12 @@ def talk(engine: Engine, tokenizer: Tokenizer, sampling: SamplingParams) -> None
                 print(f"({prompt.dropped} old messages no longer fit the context)", file=sys.stderr)
             # The same question asked twice should not get the same sample.
             turn = dataclasses.replace(prompt.sampling, seed=sampling.seed + len(messages) // 2)
-            messages.append({"role": "assistant", "content": _parts(engine.stream(prompt.ids, turn))})
+            parts = _parts(engine.stream(prompt.ids, turn))
+            if any(part["text"] for part in parts):
+                messages.append({"role": "assistant", "content": parts})
+            else:  # no model was trained on turns of which nothing was said
+                messages.pop()
+                print("(no answer; the question is left out of the conversation)", file=sys.stderr)
 
 
 def _read_line() -> str | None:

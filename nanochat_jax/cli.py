@@ -173,6 +173,8 @@ class ChatOptions(EngineOptions):
     def check(self) -> None:
         if self.prompt is None and (self.json or self.raw):
             raise UsageError(f"{'--json' if self.json else '--raw'} needs a prompt: -p TEXT")
+        if self.prompt is not None and not self.prompt.strip() and not self.raw:
+            raise UsageError("--prompt is empty: give it what is to be answered, or leave it out to talk")
 
 
 @dataclass(frozen=True)

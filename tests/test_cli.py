@@ -13,6 +13,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -25,6 +26,7 @@ from nanochat_jax.checkpoint import Checkpointer
 from nanochat_jax.config import Config, DataConfig, GPTConfig
 from nanochat_jax.errors import UserError
 from nanochat_jax.inference.engine import Engine
+from nanochat_jax.inference.requests import SamplingParams
 from nanochat_jax.model import param_shapes
 from nanochat_jax.server.context import fit
 from nanochat_jax.tasks import LOADERS
@@ -100,6 +102,7 @@ def parquet(folder: Path, name: str, column: str = "text") -> Path:
         (["pretrain", "extra"], ["extra"]),
         (["chat", "--source", "tokenizer"], ["--source", "'tokenizer'"]),
         (["chat", "--json"], ["--json needs a prompt"]),
+        (["chat", "-p", " "], ["--prompt is empty"]),
         (["eval", "--max-examples", "0"], ["--max-examples 0", "at least 1"]),
         (["eval", "--tasks", ","], ["--tasks names nothing"]),
         (["pretrain", "--workdir"], ["--workdir"]),
@@ -534,6 +537,24 @@ def test_chat_goes_on_past_bytes_that_are_no_text(trained, monkeypatch):
     shown.flush()
     assert shown.buffer.getvalue() == b"caf?\ncaf?\n"
     assert "the \ufffd cat" in prompts[0] and "the dog" in prompts[1] and asked.read() == "never read\n"
+
+
+def test_a_question_without_an_answer_is_left_out(capsys, monkeypatch):
+    """Ctrl-C before the first word, and a model that ends at once."""
+    lines, seen = iter(["one", "two", "three", "/quit"]), []
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    done = {"type": "done", "finish_reason": "stop", "usage": {}}
+
+    def stream(ids, sampling):
+        seen.append(ids)
+        if ids == ["one"]:
+            raise KeyboardInterrupt
+        yield from [done] if ids == ["two"] else [{"type": "text", "text": "yes"}, done]
+
+    tokenizer = SimpleNamespace(render_for_completion=lambda asked: [turn["content"] for turn in asked["messages"]])
+    chat.talk(SimpleNamespace(max_len=64, stream=stream), tokenizer, SamplingParams())
+    assert seen == [["one"], ["two"], ["three"]]
+    assert capsys.readouterr().err.count("the question is left out") == 2
 
 
 TALK = """

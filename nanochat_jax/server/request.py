@@ -57,12 +57,12 @@ def parse_request(body: Any, model_name: str) -> ChatRequest:
     for field in UNSUPPORTED:
         if body.get(field) and (field, body[field]) != ("response_format", {"type": "text"}):  # which asks for nothing
             raise ApiError(f"{field} is not supported; leave it out", field)
-    if body.get("n") not in (None, 1):
+    if body.get("n") not in (None, 1) or body.get("n") is True:
         raise ApiError("n must be 1: ask again for another answer", "n")
-    if body.get("stream") not in (None, True, False):
+    if not isinstance(body.get("stream"), bool | None):
         raise ApiError("stream must be true or false", "stream")
     options = {} if body.get("stream_options") is None else body["stream_options"]
-    if not isinstance(options, dict) or options.get("include_usage") not in (None, True, False):
+    if not isinstance(options, dict) or not isinstance(options.get("include_usage"), bool | None):
         raise ApiError('stream_options must be {"include_usage": true or false}', "stream_options")
     limit = "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
     sampling = SamplingParams(
