@@ -158,8 +158,8 @@ void spread(ffi::ThreadPool& pool, int64_t count, Work work) {
 
 // A weight's tile is what kLanes outputs have of all inputs, in this order: of a float32 weight [I, kLanes], of an
 // 8-bit one [I / 4, kLanes, 4].
-constexpr int64_t kAhead = 32768;    // bytes of a weight that are asked for before they are needed
-constexpr int64_t kNear = 1 << 18;   // bytes of a weight that a core's cache keeps
+constexpr int64_t kAhead = 32768;   // bytes of a weight that are asked for before they are needed
+constexpr int64_t kNear = 1 << 18;  // bytes of a weight that a core's cache keeps
 
 // How the columns of x [I, C] are read: in vectors of them, as many as a product takes at once next to each other (a
 // panel [I, width]), and those that are left by themselves. The last begins early enough to end with the columns: what
@@ -587,8 +587,8 @@ void attend(const float* query, const std::vector<Slots>& slots, int64_t width, 
 // One decode step's attention. qkv [K, G + 2, H, B] as the product gave it, H a multiple of 16; value [K, H, B] in
 // place of its last, or empty; the own keys and values of the cache's R rows [R, K, S, H], to which the new ones are
 // added in place; those of the prompts that as many of them share each [P, K, T, H], P 0 where none do; cos and signed
-// sin [B, H]; each column's position and the first of its own tokens [B], and which row of the cache it is [B]; how many
-// of the columns are looked at, the first ones [1]; y [K, G, H, B].
+// sin [B, H]; each column's position and the first of its own tokens [B], and which row of the cache it is [B]; how
+// many of the columns are looked at, the first ones [1]; y [K, G, H, B].
 ffi::Error attention(ffi::ThreadPool pool, Floats qkv, Floats value, Floats own_keys, Floats own_values,
                      Floats shared_keys, Floats shared_values, Floats cos, Floats sin, Ints positions, Ints first,
                      Ints places, Ints running, Result y, Result new_keys, Result new_values, int64_t window,
