@@ -165,6 +165,13 @@ def test_attention_over_the_cache_is_checked_by_xla_and_by_the_kernel(bench, mon
     assert [record["right"] for record in records] == [True, not broken] * 2
 
 
+def test_weights_in_8_bits_are_measured_where_asked_for(bench):
+    options = "--step-only", "--rows", 1, "--repeat", 1
+    whole, rounded = (bench("decode", *options, "--quantize", kind)[1] for kind in ("none", "int8"))
+    assert rounded["quantize"] == "int8" and "(int8)" in rounded["engines"][0]
+    assert rounded["speeds"][0]["decode_step_mb"] < whole["speeds"][0]["decode_step_mb"]
+
+
 def test_arrivals_are_answered_whole_and_runs_that_compile_do_not_count():
     started, lengths = [], []
 

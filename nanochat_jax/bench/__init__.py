@@ -26,6 +26,8 @@ class Settings:
     """Rows or clients at once; unset: 16 on a GPU, 2 on a CPU (attention), 1 and 16 (decode), 1 and 8 (server)."""
     impls: tuple[Literal["reference", "xla_blocked", "cudnn", "pallas", "pallas_interpreted", "mosaic"], ...] = ()
     """Implementations of attention to measure; unset: all that run here."""
+    quantize: Literal["none", "int8"] = "none"
+    """Weights of the engine (decode)."""
     step_only: bool = False
     """Leave out what takes long: the parts of a training step, the requests that arrive at random (decode)."""
 

@@ -71,7 +71,8 @@ def figures(config: Config, settings: Settings, log: Callable[[str], None]) -> d
     random = np.random.default_rng(config.seed)
 
     def engine_of(rows: int) -> Engine:
-        return Engine(params, cfg, NoSpecials(), max_rows=rows, max_len=cfg.sequence_len, mesh=mesh)
+        options = {"max_len": cfg.sequence_len, "mesh": mesh, "quantize": settings.quantize}
+        return Engine(params, cfg, NoSpecials(), max_rows=rows, **options)
 
     records, engines, over_cache = [], [], []
     for rows in settings.rows or (1, 16):
@@ -112,6 +113,7 @@ def figures(config: Config, settings: Settings, log: Callable[[str], None]) -> d
         "prompt_tokens": length,
         "answer_tokens": answer,
         "compute_dtype": cfg.compute_dtype,
+        "quantize": settings.quantize,
         "peak_bytes": peak_memory_bytes(),
         "engines": engines,
         "speeds": records,
