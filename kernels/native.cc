@@ -174,6 +174,7 @@ struct Columns {
       for (int64_t t = 0; t < end; t += lanes)
         begins.push_back(std::min(p * longest + t, std::max<int64_t>(count - lanes, 0)));
     }
+    if (count <= lanes && !begins.empty()) begins.resize(1);  // whatever prompts they are
   }
 
   int64_t vectors() const { return begins.size(); }
@@ -316,9 +317,9 @@ struct OfFloats {
   int64_t inputs;
 
   template <int N, int V>
-  void many(int64_t t, int64_t first, int64_t column, bool ahead, Vec (*sums)[V]) const {
+  void many(int64_t t, int64_t first, int64_t place, bool ahead, Vec (*sums)[V]) const {
     const float* tile = weight + t * inputs * kLanes;
-    outer<N, V>(tile + first, kLanes, x + column * inputs, inputs, ahead ? tile + kAhead / 4 : nullptr, sums);
+    outer<N, V>(tile + first, kLanes, x + place * inputs, inputs, ahead ? tile + kAhead / 4 : nullptr, sums);
   }
 
   template <int C>
@@ -396,8 +397,8 @@ struct OfIntegers {
   }
 
   template <int N, int V>
-  void many(int64_t t, int64_t first, int64_t column, bool ahead, Vec (*sums)[V]) const {
-    const int8_t *tile = weight + t * inputs * kLanes, *panel = x + column * inputs;
+  void many(int64_t t, int64_t first, int64_t place, bool ahead, Vec (*sums)[V]) const {
+    const int8_t *tile = weight + t * inputs * kLanes, *panel = x + place * inputs;
     __m512i found[N][V] = {};
     for (int64_t i = 0; i < inputs; i += 4) {
       if (ahead) __builtin_prefetch(tile + i * kLanes + kAhead);
@@ -411,7 +412,7 @@ struct OfIntegers {
     for (int n = 0; n < N; n++)
       for (int v = 0; v < V; v++)
         sums[n][v] =
-            floats(found[n][v], _mm512_loadu_si512(added + column + v * kLanes)) * scales[t * kLanes + first + n];
+            floats(found[n][v], _mm512_loadu_si512(added + place + v * kLanes)) * scales[t * kLanes + first + n];
   }
 
   template <int C>
@@ -591,11 +592,11 @@ void attend(const float* query, const std::vector<Slots>& slots, int64_t width, 
 // many of the columns are looked at, the first ones [1]; y [K, G, H, B].
 ffi::Error attention(ffi::ThreadPool pool, Floats qkv, Floats value, Floats own_keys, Floats own_values,
                      Floats shared_keys, Floats shared_values, Floats cos, Floats sin, Ints positions, Ints first,
-                     Ints places, Ints running, Result y, Result new_keys, Result new_values, int64_t window,
+                     Ints places, Ints computed, Result y, Result new_keys, Result new_values, int64_t window,
                      float qk_scale, float eps) {
   const auto sizes = qkv.dimensions();
   const int64_t heads = sizes[0], queries = sizes[1] - 2, width = sizes[2], columns = sizes[3];
-  const int64_t rows = std::clamp<int64_t>(running.typed_data()[0], 0, columns);
+  const int64_t rows = std::clamp<int64_t>(computed.typed_data()[0], 0, columns);
   const int64_t all = own_keys.dimensions()[0], slots = own_keys.dimensions()[2];
   const int64_t prompts = shared_keys.dimensions()[0], prompt_slots = shared_keys.dimensions()[2];
   float *keys = new_keys->typed_data(), *values = new_values->typed_data(), *to = y->typed_data();

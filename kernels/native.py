@@ -233,14 +233,14 @@ def attention(
     positions_B: jax.Array,
     first_B: jax.Array,
     slots_B: jax.Array,
-    running: jax.Array,
+    computed: jax.Array,
     *,
     window: int,
     qk_scale: float,
     eps: float,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """What one query a column sees, [K, G, H, B] float32, N = G + 2, H a multiple of LANES, and the cache's keys and
-    values [R, K, S, H] with the new ones in rows slots_B. Of the columns only the first `running` are computed. The
+    values [R, K, S, H] with the new ones in rows slots_B. Of the columns only the first `computed` are computed. The
     other arguments are those of decoding.over_cache; tables [B, H].
     """
     heads, both, width, rows = qkv_KNHB.shape
@@ -250,7 +250,7 @@ def attention(
         jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((heads, both - 2, width, rows), *[own["k"].shape] * 2)
     ]
     call = jax.ffi.ffi_call("nanochat_attention", out, input_output_aliases={2: 1, 3: 2})
-    where = (x.astype(jnp.int32) for x in (positions_B, first_B, slots_B, running.reshape(1)))
+    where = (x.astype(jnp.int32) for x in (positions_B, first_B, slots_B, computed.reshape(1)))
     options = {"window": np.int64(window), "qk_scale": np.float32(qk_scale), "eps": np.float32(eps)}
     y_KGHB, keys, values = call(qkv_KNHB, _or_empty(value_KHB), *panels, *tables, *where, **options)
     return y_KGHB, {"k": keys, "v": values}

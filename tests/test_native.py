@@ -195,6 +195,20 @@ def test_attention_finds_its_rows_in_the_whole_cache_and_leaves_the_others(nativ
         np.testing.assert_array_equal(new[name][others], own[name][others])
 
 
+@pytest.mark.parametrize("kind", ["float32", "int8"])
+@pytest.mark.parametrize(("longest", "lengths"), [(4, (4, 3)), (3, (0, 2)), (5, (5, 0, 1)), (1, (1,) * 15)])
+def test_prompts_of_fewer_tokens_than_a_vector_has_lanes(native, kind, longest, lengths):
+    needs(native, kind)
+    random = np.random.default_rng(0)
+    weight, x = (random.integers(-9, 9, shape).astype(np.float32) for shape in ((48, 8), (8, len(lengths) * longest)))
+    x[0] = 127  # rounding to 8 bits then leaves integers as they are
+    scales = None if kind == "float32" else jnp.ones(48)
+    packed = native.packed(jnp.asarray(weight.astype(kind)))
+    got = native.product(packed, jnp.asarray(x), None, scales, jnp.asarray(lengths, jnp.int32))
+    real = (np.arange(longest) < np.asarray(lengths)[:, None]).reshape(-1)
+    np.testing.assert_array_equal(np.asarray(got)[:, real], (weight @ x)[:, real])
+
+
 def test_of_prompts_without_a_token_nothing_is_computed(native):
     """Not even where there are fewer columns than a vector has."""
     packed = native.packed(jnp.ones((16, 4)))
@@ -341,6 +355,7 @@ def test_the_engine_uses_them_where_asked(native, cfg, params, monkeypatch):
         engine = Engine(params, other, NoSpecials(), max_rows=16, mesh=ONE, quantize=quantize)
         engine.generate([[1, 2, 3]] * 16, SamplingParams(max_tokens=3, top_k=5))
         assert ("kernels in C++" in engine.describe()) == bool(called)
+        assert ("while part of it is in use" in engine.describe()) == (not called and quantize == "none")  # a copy
         assert not called or len(engine.reaches) == 1  # they read no slots that no row has reached
         return {name: called.count(name) for name in set(called)}
 

@@ -440,11 +440,11 @@ def over_cache(
     cfg: GPTConfig,
     layer: int,
     slots_B: jax.Array | None = None,
-    running: jax.Array | None = None,
+    computed: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """What each row's queries see, [B, K, G, H], of queries, key and value as `Attend` has them; and the row's own
     slots with the new key and value. `tables`: of `model.rope`, for positions_B. The kernels in C++ can take a cache of
-    more rows, of which these are slots_B, and leave out those behind the first `running`.
+    more rows, of which these are slots_B, and leave out those behind the first `computed`.
     """
     alone = own["k"].ndim == 3  # see `squeezed`
     if cfg.native:
@@ -453,8 +453,8 @@ def over_cache(
         cos, sin = (table[:, 0] for table in tables)
         rows = len(positions_B)
         slots_B = jnp.arange(rows) if slots_B is None else slots_B
-        running = jnp.asarray(rows) if running is None else running
-        given = qkv, v_KHB, own, shared, (cos, sin), positions_B, first_B, slots_B, running
+        computed = jnp.asarray(rows) if computed is None else computed
+        given = qkv, v_KHB, own, shared, (cos, sin), positions_B, first_B, slots_B, computed
         how = {"window": cfg.windows[layer], "qk_scale": cfg.qk_scale, "eps": EPS}
         y_KGHB, own = native.attention(*given, **how)
         return y_KGHB.transpose(3, 0, 1, 2), own
@@ -498,16 +498,16 @@ def step(
     own = list(cache["own"])
     shared = cache.get("shared", [None] * cfg.n_layer)
     tables = rope(positions_B, cfg.head_dim, cfg.rope_base, jnp.dtype(cfg.compute_dtype))
-    running = jnp.max(jnp.where(active_B, 1 + jnp.arange(len(active_B), dtype=jnp.int32), 0))
+    computed = jnp.max(jnp.where(active_B, 1 + jnp.arange(len(active_B), dtype=jnp.int32), 0))
 
     def attention(i: int, qkv: jax.Array, v: jax.Array | None) -> jax.Array:
         given = qkv, v, own[i], shared[i], tables, positions_B, first_B
-        y_BKGH, own[i] = over_cache(*given, cfg, i, slots_B, running)
+        y_BKGH, own[i] = over_cache(*given, cfg, i, slots_B, computed)
         return y_BKGH.transpose(1, 2, 3, 0)
 
     def previous(x_DB: jax.Array) -> jax.Array:
         return jnp.where(positions_B[None] > 0, cache["prev"].T, 0).astype(x_DB.dtype)
 
-    x_DB, embedding_DB = hidden(weights, cfg, tokens_B, previous, attention, running[None])
+    x_DB, embedding_DB = hidden(weights, cfg, tokens_B, previous, attention, computed[None])
     prev_BD = jnp.where(active_B[:, None], embedding_DB.T, cache["prev"])
-    return logits_of(weights, cfg, x_DB, running[None]), cache | {"prev": prev_BD, "own": own}
+    return logits_of(weights, cfg, x_DB, computed[None]), cache | {"prev": prev_BD, "own": own}

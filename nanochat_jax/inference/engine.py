@@ -155,7 +155,7 @@ class Engine:
         mib = f"KV cache {self.cache_bytes / 2**20:,.0f} MiB, weights {weights / 2**20:,.0f} MiB{kind}"
         shares = [size / self.max_rows for size in self.decode_sizes[:-1]]
         shares += [reach / self.reaches[-1] for reach in self.reaches[:-1]]
-        if shares:
+        if shares and not self.cfg.native:
             mib += f", up to {self.cache_bytes * max(shares) / 2**20:,.0f} MiB while part of it is in use"
         kernels = ", kernels in C++" if self.cfg.native else ""
         if self._not_native:
