@@ -101,6 +101,12 @@ inline void transpose(Vec* x) {
   }
 }
 
+// An optional array: nullptr where it is empty.
+template <class Buffer>
+inline auto given(const Buffer& x) {
+  return x.element_count() ? x.typed_data() : nullptr;
+}
+
 constexpr float kRounds = 12582912.0f;  // 1.5 * 2^23: what is added to it loses its fraction
 
 // Room for `count` numbers that are not set. Setting megabytes of them for every product would take as long as a layer.
@@ -331,8 +337,6 @@ struct OfFloats {
 
 constexpr char kMisfit[] = "weight, x, lengths and y do not fit";
 
-inline const float* given(const Floats& x) { return x.element_count() ? x.typed_data() : nullptr; }
-
 inline bool fit(int64_t inputs, int64_t tiles, const Floats& x, const Ints& lengths, Result& y) {
   const int64_t columns = x.dimensions()[1], prompts = lengths.element_count();
   return x.dimensions()[0] == inputs && y->element_count() == static_cast<size_t>(tiles * kLanes * columns) &&
@@ -352,11 +356,11 @@ ffi::Error product(ffi::ThreadPool pool, Floats weight, Floats x, Floats plus, I
   std::vector<float> factors(all, 1.0f);
   const Scratch<float> copied(copies ? all * inputs : 0);
   const Product how{tiles, inputs * kLanes * 4, of_x, factors.data(), squared, given(plus), y->typed_data()};
-  const float* begin = x.typed_data();
+  const float* numbers = x.typed_data();
   float *factor = factors.data(), *copy = copied.get();
   if (copies || normed)
     of_x.each(pool, [=, &of_x](int64_t vector) noexcept {
-      const float* from = begin + of_x.begins[vector];
+      const float* from = numbers + of_x.begins[vector];
       float* to = copy + of_x.place(vector, inputs, 1);
       const int64_t width = of_x.beside(vector) * lanes;
       of_vector(std::min(lanes, columns), [=](auto count) {
@@ -371,7 +375,7 @@ ffi::Error product(ffi::ThreadPool pool, Floats weight, Floats x, Floats plus, I
         for (int64_t c = 0; c < count; c++) factor[vector * lanes + c] = 1 / std::sqrt(squares[c] / inputs + eps);
       });
     });
-  multiply(pool, how, OfFloats{weight.typed_data(), copies ? copy : begin, inputs});
+  multiply(pool, how, OfFloats{weight.typed_data(), copies ? copy : numbers, inputs});
   return ffi::Error::Success();
 }
 
@@ -471,13 +475,13 @@ ffi::Error product_int8(ffi::ThreadPool pool, Bytes weight, Floats scales, Float
   std::vector<int32_t> added(all);
   const Scratch<int8_t> bytes(all * inputs);
   const Product how{tiles, inputs * kLanes, of_x, factors.data(), squared, given(plus), y->typed_data()};
-  const float* begin = x.typed_data();
+  const float* numbers = x.typed_data();
   float* factor = factors.data();
   int32_t* add = added.data();
   int8_t* byte = bytes.get();
   of_x.each(pool, [=, &of_x](int64_t vector) noexcept {
     of_vector(std::min(lanes, columns), [=, &of_x](auto count) {
-      round(begin + of_x.begins[vector], inputs, columns, count, of_x.beside(vector) * lanes, normed, eps,
+      round(numbers + of_x.begins[vector], inputs, columns, count, of_x.beside(vector) * lanes, normed, eps,
             factor + vector * lanes, add + vector * lanes, byte + of_x.place(vector, inputs, 4));
     });
   });
@@ -603,7 +607,7 @@ ffi::Error attention(ffi::ThreadPool pool, Floats qkv, Floats value, Floats own_
   if (width % kLanes) return ffi::Error::InvalidArgument("heads are as wide as several vectors");
   if (keys != own_keys.typed_data() || values != own_values.typed_data())
     return ffi::Error::Internal("the KV cache was not updated in place");
-  const float *of_qkv = qkv.typed_data(), *of_value = value.element_count() ? value.typed_data() : nullptr;
+  const float *of_qkv = qkv.typed_data(), *of_value = given(value);
   const float *prompt_keys = shared_keys.typed_data(), *prompt_values = shared_values.typed_data();
   const float *of_cos = cos.typed_data(), *of_sin = sin.typed_data();
   const int32_t *at = positions.typed_data(), *begins = first.typed_data(), *place = places.typed_data();
@@ -665,9 +669,9 @@ ffi::Error prompt_attention(ffi::ThreadPool pool, Floats qkv, Floats value, Floa
   if (width % kKeys || cos.element_count() != static_cast<size_t>(width * length))
     return ffi::Error::InvalidArgument("the width of the heads or the rotary positions do not fit");
   const Scratch<float> turned(prompts * heads * kinds * width * padded);
-  const float *of_qkv = qkv.typed_data(), *of_value = value.element_count() ? value.typed_data() : nullptr;
+  const float *of_qkv = qkv.typed_data(), *of_value = given(value);
   const float *of_cos = cos.typed_data(), *of_sin = sin.typed_data();
-  const int32_t* ends = lengths.element_count() ? lengths.typed_data() : nullptr;
+  const int32_t* ends = given(lengths);
   float *to_keys = keys->typed_data(), *to_values = values->typed_data(), *to = y->typed_data(),
         *of_turned = turned.get();
   // Queries and keys with rotary positions and norms, and values: [P, K, G + 2, H, padded]; the cache's from them.

@@ -191,12 +191,11 @@ def cache_spec(path: str) -> P:
     return P(BATCH_AXES, "tensor") if path[-2:] in ("/k", "/v") else P(BATCH_AXES)
 
 
-def part_of(cache: Cache, slots_R: jax.Array, reach: int, native: bool) -> Cache:
+def part_of(cache: Cache, slots_R: jax.Array, reach: int) -> Cache:
     """The cache of these rows alone (where rows share prompts, of whole groups of them) and of their first `reach`
-    slots, beyond which none of them has or gets a token. The cache itself, where that is all of it. The kernels in C++
-    find a row's keys and values in the whole.
+    slots, beyond which none of them has or gets a token. The cache itself, where that is all of it.
     """
-    every = len(slots_R) == len(cache["prev"]) and not native
+    every = len(slots_R) == len(cache["prev"])
 
     def taken(arrays: Any, at: jax.Array, *rest: slice) -> Any:
         if every:
@@ -204,8 +203,6 @@ def part_of(cache: Cache, slots_R: jax.Array, reach: int, native: bool) -> Cache
         return jax.tree.map(lambda x: x.at[at, *rest].get(mode="promise_in_bounds", unique_indices=True), arrays)
 
     part = {name: taken(cache[name], slots_R) for name in ("prev", "seen")}
-    if native:
-        return cache | part
     part["own"] = taken(cache["own"], slots_R, slice(None), slice(reach))
     if "shared" in cache:
         together = len(cache["prev"]) // len(cache["shared"][0]["k"])
@@ -213,9 +210,9 @@ def part_of(cache: Cache, slots_R: jax.Array, reach: int, native: bool) -> Cache
     return part
 
 
-def with_part(cache: Cache, part: Cache, slots_R: jax.Array, native: bool) -> Cache:
+def with_part(cache: Cache, part: Cache, slots_R: jax.Array) -> Cache:
     """The cache after a decode of this part of it, which leaves shared prompts as they were."""
-    every = len(slots_R) == len(cache["prev"]) and not native
+    every = len(slots_R) == len(cache["prev"])
 
     def put_back(x: jax.Array, new: jax.Array) -> jax.Array:
         if every:
@@ -223,9 +220,7 @@ def with_part(cache: Cache, part: Cache, slots_R: jax.Array, native: bool) -> Ca
         at = slots_R, *(slice(size) for size in new.shape[1:])
         return x.at[at].set(new, mode="promise_in_bounds", unique_indices=True)
 
-    changed = {name: jax.tree.map(put_back, cache[name], part[name]) for name in ("prev", "seen")}
-    own = part["own"] if native else jax.tree.map(put_back, cache["own"], part["own"])
-    return cache | changed | {"own": own}
+    return cache | {name: jax.tree.map(put_back, cache[name], part[name]) for name in ("prev", "seen", "own")}
 
 
 def ring_positions(last_B: jax.Array, slots: int) -> jax.Array:
@@ -488,13 +483,14 @@ def step(
     cfg: GPTConfig,
     slots_B: jax.Array | None = None,
 ) -> tuple[jax.Array, Cache]:
-    """Feeds one token a row at its position: logits [vocabulary, B] float32 of the next, and the cache with it: all
-    of it, or `part_of` it for the rows in slots_B.
+    """Feeds one token a row at its position: logits [vocabulary, B] float32 of the next, and the cache with it. Its
+    rows are these, or with the kernels in C++ more, of which these are slots_B.
 
     first_B: where a row's own slots begin, what is before being its shared prompt (0 where nothing is shared). A row
     that is not active may be fed again: it leaves "prev" as it was. The kernels in C++ do not compute those behind the
     last active one.
     """
+    prev_BD = cache["prev"] if slots_B is None else cache["prev"][slots_B]
     own = list(cache["own"])
     shared = cache.get("shared", [None] * cfg.n_layer)
     tables = rope(positions_B, cfg.head_dim, cfg.rope_base, jnp.dtype(cfg.compute_dtype))
@@ -506,8 +502,9 @@ def step(
         return y_BKGH.transpose(1, 2, 3, 0)
 
     def previous(x_DB: jax.Array) -> jax.Array:
-        return jnp.where(positions_B[None] > 0, cache["prev"].T, 0).astype(x_DB.dtype)
+        return jnp.where(positions_B[None] > 0, prev_BD.T, 0).astype(x_DB.dtype)
 
     x_DB, embedding_DB = hidden(weights, cfg, tokens_B, previous, attention, computed[None])
-    prev_BD = jnp.where(active_B[:, None], embedding_DB.T, cache["prev"])
-    return logits_of(weights, cfg, x_DB, computed[None]), cache | {"prev": prev_BD, "own": own}
+    prev_BD = jnp.where(active_B[:, None], embedding_DB.T, prev_BD)
+    prev = prev_BD if slots_B is None else cache["prev"].at[slots_B].set(prev_BD)
+    return logits_of(weights, cfg, x_DB, computed[None]), cache | {"prev": prev, "own": own}

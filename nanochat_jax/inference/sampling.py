@@ -290,10 +290,11 @@ def decode(
     def one(carry: tuple) -> tuple:
         written, rows, cache, paused, ended = carry
         active = rows["active"]
-        given = (rows[name] for name in ("token", "position", "first"))
-        logits_VB, cache = step(weights, cache, *given, active, cfg, rows["slot"])
+        fed = (rows[name] for name in ("token", "position", "first", "active"))
+        logits_VB, cache = step(weights, cache, *fed, cfg, slots if cfg.native else None)
         drawn = rows["taken"] >= rows["owed"]
-        chosen = sample(logits_VB, cache["seen"], rows, rows["position"] + 1, method, cfg.native)
+        seen_BV = cache["seen"][slots] if cfg.native else cache["seen"]
+        chosen = sample(logits_VB, seen_BV, rows, rows["position"] + 1, method, cfg.native)
         token = jnp.where(drawn, chosen, rows["forced"][jnp.arange(batch), jnp.minimum(rows["taken"], FORCED - 1)])
         logprob = jnp.zeros(batch, jnp.float32)
         if method.logprobs:
@@ -303,7 +304,8 @@ def decode(
         waits = wrote & drawn & (token == marker)
         budget = rows["budget"] - wrote
         if method.penalized:
-            cache = cache | {"seen": cache["seen"].at[jnp.arange(batch), token].max(wrote)}
+            at = slots if cfg.native else jnp.arange(batch)
+            cache = cache | {"seen": cache["seen"].at[at, token].max(wrote)}
         now, goes_on = written.count, wrote & ~waits & (budget > 0)
         return (
             Written(
@@ -327,7 +329,9 @@ def decode(
             ended + jnp.sum(over | (wrote & (budget <= 0))),
         )
 
-    slots, part = rows["slot"], part_of(cache, rows["slot"], reach, bool(cfg.native))
+    slots = rows["slot"]
+    # The kernels in C++ find rows in the whole cache.
+    part = cache if cfg.native else part_of(cache, slots, reach)
     alone = batch == 1 and "shared" not in cache and not cfg.native
     # Behind a decode that stopped for rows that wait, this one stops at once.
     waiting = jnp.sum(rows["waits"], dtype=jnp.int32)
@@ -336,7 +340,7 @@ def decode(
     part = unsqueezed(part) if alone else part
     ints = jnp.stack([rows[name].astype(jnp.int32) for name in INTS], axis=1)
     rows = given._replace(ints=jnp.concatenate([ints, rows["forced"]], axis=1))
-    return written, rows, with_part(cache, part, slots, bool(cfg.native))
+    return written, rows, part if cfg.native else with_part(cache, part, slots)
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
