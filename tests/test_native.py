@@ -220,7 +220,8 @@ def test_rows_that_go_on_come_first_and_say_what_they_say_alone(native, cfg, par
     """Of 24 rows 3, or 7, for which as many are decoded as there are, wherever they are in the cache: those behind them
     are not computed.
     """
-    engines = [Engine(params, replace(cfg, native=True), NoSpecials(), max_rows=n, mesh=ONE) for n in (24, 1)]
+    how = {"mesh": ONE, "logprobs": True}
+    engines = [Engine(params, replace(cfg, native=True), NoSpecials(), max_rows=n, **how) for n in (24, 1)]
     prompts = [[i + 1] for i in range(24)]
     lengths = (60 if i in longer else 2 for i in range(24))
     how = [SamplingParams(max_tokens=n, seed=i, repetition_penalty=1.5) for i, n in enumerate(lengths)]
@@ -231,7 +232,10 @@ def test_rows_that_go_on_come_first_and_say_what_they_say_alone(native, cfg, par
     slots = rows.by_name()["slot"].tolist()
     assert sorted(owners) == [*range(len(longer))] and slots[: len(longer)] == [*longer]
     assert len(set(slots)) == len(slots) == (4 if len(longer) == 3 else 24)
-    assert [answers[i].ids for i in longer] == [engines[1].generate(prompts[i : i + 1], how[i])[0].ids for i in longer]
+    for i in longer:
+        (alone,) = engines[1].generate(prompts[i : i + 1], how[i])
+        assert answers[i].ids == alone.ids
+        np.testing.assert_allclose(answers[i].logprobs, alone.logprobs, atol=1e-5)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 16, 40])

@@ -484,13 +484,12 @@ def step(
     slots_B: jax.Array | None = None,
 ) -> tuple[jax.Array, Cache]:
     """Feeds one token a row at its position: logits [vocabulary, B] float32 of the next, and the cache with it. Its
-    rows are these, or with the kernels in C++ more, of which these are slots_B.
+    keys and values are of these rows, or with the kernels in C++ of more, of which these are slots_B.
 
     first_B: where a row's own slots begin, what is before being its shared prompt (0 where nothing is shared). A row
     that is not active may be fed again: it leaves "prev" as it was. The kernels in C++ do not compute those behind the
     last active one.
     """
-    prev_BD = cache["prev"] if slots_B is None else cache["prev"][slots_B]
     own = list(cache["own"])
     shared = cache.get("shared", [None] * cfg.n_layer)
     tables = rope(positions_B, cfg.head_dim, cfg.rope_base, jnp.dtype(cfg.compute_dtype))
@@ -502,9 +501,8 @@ def step(
         return y_BKGH.transpose(1, 2, 3, 0)
 
     def previous(x_DB: jax.Array) -> jax.Array:
-        return jnp.where(positions_B[None] > 0, prev_BD.T, 0).astype(x_DB.dtype)
+        return jnp.where(positions_B[None] > 0, cache["prev"].T, 0).astype(x_DB.dtype)
 
     x_DB, embedding_DB = hidden(weights, cfg, tokens_B, previous, attention, computed[None])
-    prev_BD = jnp.where(active_B[:, None], embedding_DB.T, prev_BD)
-    prev = prev_BD if slots_B is None else cache["prev"].at[slots_B].set(prev_BD)
-    return logits_of(weights, cfg, x_DB, computed[None]), cache | {"prev": prev, "own": own}
+    prev_BD = jnp.where(active_B[:, None], embedding_DB.T, cache["prev"])
+    return logits_of(weights, cfg, x_DB, computed[None]), cache | {"prev": prev_BD, "own": own}

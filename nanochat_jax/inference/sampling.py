@@ -330,8 +330,8 @@ def decode(
         )
 
     slots = rows["slot"]
-    # The kernels in C++ find rows in the whole cache.
-    part = cache if cfg.native else part_of(cache, slots, reach)
+    # The kernels in C++ find keys and values in the whole cache.
+    part = cache | {"prev": cache["prev"][slots]} if cfg.native else part_of(cache, slots, reach)
     alone = batch == 1 and "shared" not in cache and not cfg.native
     # Behind a decode that stopped for rows that wait, this one stops at once.
     waiting = jnp.sum(rows["waits"], dtype=jnp.int32)
@@ -340,7 +340,9 @@ def decode(
     part = unsqueezed(part) if alone else part
     ints = jnp.stack([rows[name].astype(jnp.int32) for name in INTS], axis=1)
     rows = given._replace(ints=jnp.concatenate([ints, rows["forced"]], axis=1))
-    return written, rows, part if cfg.native else with_part(cache, part, slots)
+    if cfg.native:
+        return written, rows, part | {"prev": cache["prev"].at[slots].set(part["prev"])}
+    return written, rows, with_part(cache, part, slots)
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
