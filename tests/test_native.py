@@ -220,8 +220,8 @@ def test_rows_that_go_on_come_first_and_say_what_they_say_alone(native, cfg, par
     """Of 24 rows 3, or 7, for which as many are decoded as there are, wherever they are in the cache: those behind them
     are not computed.
     """
-    how = {"mesh": ONE, "logprobs": True}
-    engines = [Engine(params, replace(cfg, native=True), NoSpecials(), max_rows=n, **how) for n in (24, 1)]
+    options = {"mesh": ONE, "logprobs": True}
+    engines = [Engine(params, replace(cfg, native=True), NoSpecials(), max_rows=n, **options) for n in (24, 1)]
     prompts = [[i + 1] for i in range(24)]
     lengths = (60 if i in longer else 2 for i in range(24))
     how = [SamplingParams(max_tokens=n, seed=i, repetition_penalty=1.5) for i, n in enumerate(lengths)]
