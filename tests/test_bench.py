@@ -1,9 +1,11 @@
 """Measurements: their figures follow from their times, what is wrong shows, and programs compared take turns."""
 
+import itertools
 import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args, get_type_hints
@@ -137,9 +139,10 @@ def test_decoding_is_what_the_answer_takes_longer_than_the_prompt(bench, monkeyp
     assert record["mbu"] == pytest.approx(record["decode_gb_per_sec"] / 10)
     flops = 3 * (32 * (2 * blocks + 4 * 32 * prompt) + 2 * head)
     assert record["prefill_mfu"] == pytest.approx(flops / (record["prefill_median_ms"] / 1000) / 1e12, rel=0.01)
-    (arrived,) = figures["arrivals"]
-    assert arrived["rows"] == 3 and arrived["lowest_ratio"] <= arrived["ratio"] <= arrived["highest_ratio"]
-    assert arrived["tok_per_sec"] == pytest.approx(arrived["ratio"] * arrived["one_row_tok_per_sec"])
+    short, long = figures["arrivals"]  # answers of up to a quarter of the context, and of up to half
+    assert short["prompt_tokens"] == long["prompt_tokens"] and short["answer_tokens"] < long["answer_tokens"]
+    for arrived in short, long:
+        assert arrived["rows"] == 3 and arrived["lowest_ratio"] <= arrived["ratio"] <= arrived["highest_ratio"]
 
 
 @pytest.mark.parametrize("broken", ["", "a new key is lost", "another slot changes"])
@@ -176,7 +179,7 @@ def test_arrivals_are_answered_whole_and_runs_that_compile_do_not_count():
     started, lengths = [], []
 
     class Engine:
-        """Answers at once; its first two runs compile."""
+        """Answers at once; two of its runs compile."""
 
         def __init__(self, rows):
             self.max_rows, self.compiled = rows, set()
@@ -189,12 +192,45 @@ def test_arrivals_are_answered_whole_and_runs_that_compile_do_not_count():
             yield {}
 
     several = Engine(4)
-    (record,) = decode.arrivals(Engine(1), [several], SimpleNamespace(sequence_len=128, vocab_size=9), seed=0)
-    assert started.count(1) == decode.ARRIVAL_RUNS * decode.REQUESTS
-    assert started.count(4) == (2 + decode.ARRIVAL_RUNS) * decode.REQUESTS
-    assert sorted(lengths[: decode.REQUESTS]) == sorted(lengths[-decode.REQUESTS :])
+    cfg = SimpleNamespace(sequence_len=128, vocab_size=9)
+    (record,) = decode.arrivals(Engine(1), [several], cfg, seed=0, longest=32)
+    requests = decode.REQUESTS
+    # One row takes a first run for the time that the requests arrive in; then both take turns.
+    assert [len(list(run)) for _, run in itertools.groupby(started)] == [
+        *(2 * requests, 3 * requests),
+        *(requests, requests) * (decode.ROUNDS - 1),
+    ]
+    assert sorted(lengths[:requests]) == sorted(lengths[-requests:])
     assert all(4 <= prompt <= 64 and 4 <= answer <= 32 for prompt, answer in lengths)
+    asked = [sum(of_each) for of_each in zip(*lengths[:requests], strict=True)]
+    assert [record["prompt_tokens"], record["answer_tokens"]] == asked
     assert record["rows"] == 4 and record["compilations"] == len(several.compiled)
+
+
+def test_an_arrivals_ratio_is_that_of_its_round(monkeypatch):
+    """The machine slows down threefold between two rounds, for all alike."""
+    now, speed, lock = [0.0], iter([1, *[1] * 2, *[3] * 2, *[9] * 2]), threading.Lock()
+
+    class Engine:
+        compiled = ()
+
+        def __init__(self, rows, seconds):
+            self.max_rows, self.seconds, self.left = rows, seconds, 0
+
+        def stream(self, prompt, sampling):
+            with lock:
+                if not self.left:
+                    self.left, self.now_takes = decode.REQUESTS, self.seconds * next(speed)
+                self.left -= 1
+                now[0] += self.now_takes
+            yield {}
+
+    monkeypatch.setattr(decode, "time", SimpleNamespace(perf_counter=lambda: now[0], sleep=lambda seconds: None))
+    cfg = SimpleNamespace(sequence_len=128, vocab_size=9)
+    (record,) = decode.arrivals(Engine(1, 5.0), [Engine(4, 1.0)], cfg, seed=0, longest=32)
+    assert {record[name] for name in ("ratio", "lowest_ratio", "highest_ratio")} == {5.0}
+    assert record["one_row_tok_per_sec"] == pytest.approx(record["answer_tokens"] / (15 * decode.REQUESTS))
+    assert record["tok_per_sec"] == pytest.approx(record["answer_tokens"] / (3 * decode.REQUESTS))
 
 
 @pytest.mark.parametrize(

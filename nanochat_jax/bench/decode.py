@@ -3,7 +3,8 @@
 "speeds": every row has a prompt of its own, half the context long; time of decoding is that of whole answers less that
 of the prompts. "over_cache": attention alone, where there is a kernel for it. "arrivals": requests of different lengths
 come at random times, each in a thread of its own as in the server, so fast that most of them wait; the same ones, one
-after the other in an engine of one row, are its yardstick.
+after the other in an engine of one row, are its yardstick, in turns with it. How much rows gain depends on how much of
+the time goes into reading prompts, which takes a row among others what it takes a lone one; so there are two mixes.
 """
 
 from __future__ import annotations
@@ -37,8 +38,10 @@ REQUESTS = 64
 """Requests that arrive."""
 HURRY = 16
 """How many times as fast they arrive as one row alone could answer them."""
-ARRIVAL_RUNS = 3
-"""Times that the requests arrive, after as many runs as it takes to compile for whatever happens."""
+ROUNDS = 3
+"""Times that the requests are answered by each engine in turn, runs that compile not counted."""
+ANSWERS = (4, 2)
+"""The longest answers that are asked for, the context over this: half as long as the longest prompts, and as long."""
 
 
 class NoSpecials:
@@ -118,7 +121,11 @@ def figures(config: Config, settings: Settings, log: Callable[[str], None]) -> d
         "engines": engines,
         "speeds": records,
         **({"over_cache": over_cache} if over_cache else {}),
-        "arrivals": arrivals(engine_of(1), together, cfg, config.seed) if together else [],
+        "arrivals": [
+            record
+            for part in (ANSWERS if together else ())
+            for record in arrivals(engine_of(1), together, cfg, config.seed, cfg.sequence_len // part)
+        ],
     }
 
 
@@ -138,16 +145,17 @@ def prompt_flops(cfg: GPTConfig, tokens: int) -> float:
     return tokens * flops_per_token(short) / 3 - 2 * (tokens - 1) * count_params(cfg)["lm_head"]
 
 
-def arrivals(alone: Engine, together: Sequence[Engine], cfg: GPTConfig, seed: int) -> list[dict[str, Any]]:
-    """Answer tokens a second of REQUESTS requests, prompts of a 32nd to half of the context and answers of a 32nd to a
-    quarter: one after the other, and in each engine as they arrive, from the first arrival to the last answer's end.
+def arrivals(
+    alone: Engine, together: Sequence[Engine], cfg: GPTConfig, seed: int, longest: int
+) -> list[dict[str, Any]]:
+    """Answer tokens a second of REQUESTS requests, prompts of a 32nd to half of the context and answers of a 32nd of it
+    to `longest` tokens: one after the other, and in each engine as they arrive, from the first arrival to the last
+    answer's end. Ratios are of a round.
     """
-    random = np.random.default_rng(seed)
-    prompts = [
-        random.integers(cfg.vocab_size, size=length).tolist()
-        for length in random.integers(cfg.sequence_len // 32, cfg.sequence_len // 2 + 1, REQUESTS)
-    ]
-    counts = random.integers(cfg.sequence_len // 32, cfg.sequence_len // 4 + 1, REQUESTS).tolist()
+    random, least = np.random.default_rng(seed), cfg.sequence_len // 32
+    lengths = random.integers(least, cfg.sequence_len // 2 + 1, REQUESTS)
+    prompts = [random.integers(cfg.vocab_size, size=length).tolist() for length in lengths]
+    counts = random.integers(least, longest + 1, REQUESTS).tolist()
     gaps = random.exponential(size=REQUESTS)
     when = (np.cumsum(gaps) - gaps[0]) / np.sum(gaps)
 
@@ -171,28 +179,35 @@ def arrivals(alone: Engine, together: Sequence[Engine], cfg: GPTConfig, seed: in
             list(threads.map(later, range(REQUESTS)))
         return time.perf_counter() - start
 
-    def compiled_before(engine: Engine, run: Callable[[], float]) -> list[float]:
-        """Seconds of those runs in which nothing was compiled."""
-        seconds: list[float] = []
-        while len(seconds) < ARRIVAL_RUNS:
-            known = len(engine.compiled)
-            took = run()
-            seconds += [took] * (len(engine.compiled) == known)
-        return seconds
+    def compiled_before(engine: Engine, run: Callable[[], float]) -> float:
+        """Seconds of the first run in which nothing is compiled."""
+        while True:
+            known, took = len(engine.compiled), run()
+            if len(engine.compiled) == known:
+                return took
 
-    one = statistics.median(compiled_before(alone, in_turn))
+    within = compiled_before(alone, in_turn) / HURRY
+    rounds = [
+        [
+            compiled_before(alone, in_turn),
+            *(compiled_before(engine, lambda engine=engine: arriving(engine, within)) for engine in together),
+        ]
+        for _ in range(ROUNDS)
+    ]
+    one, *several = zip(*rounds, strict=True)
     records = []
-    for engine in together:
-        seconds = sorted(compiled_before(engine, lambda engine=engine: arriving(engine, one / HURRY)))
-        median = statistics.median(seconds)
+    for engine, seconds in zip(together, several, strict=True):
+        ratios = sorted(a / b for a, b in zip(one, seconds, strict=True))
         records.append(
             {
                 "rows": engine.max_rows,
-                "tok_per_sec": sum(counts) / median,
-                "one_row_tok_per_sec": sum(counts) / one,
-                "ratio": one / median,
-                "lowest_ratio": one / seconds[-1],
-                "highest_ratio": one / seconds[0],
+                "prompt_tokens": sum(map(len, prompts)),
+                "answer_tokens": sum(counts),
+                "tok_per_sec": sum(counts) / statistics.median(seconds),
+                "one_row_tok_per_sec": sum(counts) / statistics.median(one),
+                "ratio": statistics.median(ratios),
+                "lowest_ratio": ratios[0],
+                "highest_ratio": ratios[-1],
                 "compilations": len(engine.compiled),
             }
         )
