@@ -544,6 +544,16 @@ void visible(const float* keys, const float* values, int64_t slots, int64_t widt
   add(0, end);
 }
 
+// What work gives for the largest power of two up to N that is not above `count`, as a constant, for which loops become
+// vectors in registers.
+template <int N, class Work>
+inline auto of_power(int64_t count, Work work) {
+  if constexpr (N > 1) {
+    if (count < N) return of_power<N / 2>(count, work);
+  }
+  return work(std::integral_constant<int, N>());
+}
+
 // Softmax attention of one query [width] over these slots, to out[0], out[stride], ...
 void attend(const float* query, const std::vector<Slots>& slots, int64_t width, std::vector<float>& scores, float* out,
             int64_t stride) {
@@ -569,23 +579,21 @@ void attend(const float* query, const std::vector<Slots>& slots, int64_t width, 
     totals += weights;
   }
   const float total = sum(totals);
-  constexpr int kSums = 8;
-  for (int64_t h = 0; h < width; h += kSums * kLanes) {
-    const int64_t vectors = std::min<int64_t>(kSums, (width - h) / kLanes);
-    Vec sums[kSums] = {};
-    int64_t t = 0;
-    for (const Slots& run : slots)
-      for (int64_t s = 0; s < run.count; s++, t++) {
-        const float* value = run.values + s * width + h;
-        for (int v = 0; v < vectors; v++) __builtin_prefetch(run.keys + run.ahead + s * width + h + v * kLanes);
-        if (vectors == kSums) {
-          for (int v = 0; v < kSums; v++) sums[v] += scores[t] * load(value + v * kLanes);
-        } else {
-          for (int v = 0; v < vectors; v++) sums[v] += scores[t] * load(value + v * kLanes);
+  for (int64_t h = 0; h < width;) {
+    h += of_power<8>((width - h) / kLanes, [&](auto vectors) {
+      constexpr int kSums = vectors;
+      Vec sums[kSums] = {};
+      int64_t t = 0;
+      for (const Slots& run : slots)
+        for (int64_t s = 0; s < run.count; s++, t++) {
+          const int64_t at = s * width + h;
+          for (int v = 0; v < kSums; v++) __builtin_prefetch(run.keys + run.ahead + at + v * kLanes);
+          for (int v = 0; v < kSums; v++) sums[v] += scores[t] * load(run.values + at + v * kLanes);
         }
-      }
-    for (int v = 0; v < vectors; v++)
-      for (int64_t l = 0; l < kLanes; l++) out[(h + v * kLanes + l) * stride] = sums[v][l] / total;
+      for (int v = 0; v < kSums; v++)
+        for (int64_t l = 0; l < kLanes; l++) out[(h + v * kLanes + l) * stride] = sums[v][l] / total;
+      return kSums * kLanes;
+    });
   }
 }
 
