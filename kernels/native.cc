@@ -237,6 +237,16 @@ inline void of_vector(int64_t count, Work work) {
   work(count);
 }
 
+// What work gives for the largest power of two up to N that is not above `count`, as a constant, for which loops become
+// vectors in registers.
+template <int N, class Work>
+inline auto of_power(int64_t count, Work work) {
+  if constexpr (N > 1) {
+    if (count < N) return of_power<N / 2>(count, work);
+  }
+  return work(std::integral_constant<int, N>());
+}
+
 // Sums over i < count of N numbers [count, stride] times V vectors [count, V, kLanes]; of what is `ahead`, a line is
 // asked for each time.
 template <int N, int V>
@@ -292,22 +302,22 @@ void multiply_many(ffi::ThreadPool& pool, const Product& how, Sums sums_of) {
   });
 }
 
-// Of C columns, fewer than a vector has: lanes are outputs.
-template <int C = 1, class Sums>
+// Of fewer columns than a vector has: lanes are outputs.
+template <class Sums>
 void multiply_few(ffi::ThreadPool& pool, const Product& how, Sums sums_of) {
-  if constexpr (C < kLanes) {
-    if (how.columns.lanes != C) return multiply_few<2 * C>(pool, how, sums_of);
+  of_power<kLanes / 2>(how.columns.lanes, [&](auto lanes) {
+    constexpr int kColumns = lanes;
     spread(pool, how.tiles, [=](int64_t t) noexcept {
-      Vec sums[C][1];
-      sums_of.template few<C>(t, sums);
-      for (int c = 0; c < C; c++) sums[c][0] = how.finished(sums[c][0], Vec{} + how.factors[c]);
+      Vec sums[kColumns][1];
+      sums_of.template few<kColumns>(t, sums);
+      for (int c = 0; c < kColumns; c++) sums[c][0] = how.finished(sums[c][0], Vec{} + how.factors[c]);
       for (int64_t o = 0; o < kLanes; o++)
         for (int64_t c = 0; c < how.columns.count; c++) {
           const int64_t at = (t * kLanes + o) * how.columns.count + c;
           how.y[at] = how.plus ? sums[c][0][o] + how.plus[at] : sums[c][0][o];
         }
     });
-  }
+  });
 }
 
 template <class Sums>
@@ -542,16 +552,6 @@ void visible(const float* keys, const float* values, int64_t slots, int64_t widt
   if (begin < end) return add(begin, end);
   add(begin, slots);
   add(0, end);
-}
-
-// What work gives for the largest power of two up to N that is not above `count`, as a constant, for which loops become
-// vectors in registers.
-template <int N, class Work>
-inline auto of_power(int64_t count, Work work) {
-  if constexpr (N > 1) {
-    if (count < N) return of_power<N / 2>(count, work);
-  }
-  return work(std::integral_constant<int, N>());
 }
 
 // Softmax attention of one query [width] over these slots, to out[0], out[stride], ...

@@ -179,7 +179,7 @@ def test_arrivals_are_answered_whole_and_runs_that_compile_do_not_count():
     started, lengths = [], []
 
     class Engine:
-        """Answers at once; two of its runs compile."""
+        """Answers at once; with several rows its first two runs compile."""
 
         def __init__(self, rows):
             self.max_rows, self.compiled = rows, set()

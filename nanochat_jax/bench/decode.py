@@ -108,10 +108,13 @@ def figures(config: Config, settings: Settings, log: Callable[[str], None]) -> d
             }
         )
         engines.append(engine.describe())
-    together = []
-    if not settings.step_only:
+    several = [rows for rows in settings.rows or (16, 32) if rows > 1]
+    arrived = []
+    if several and not settings.step_only:
         log("bench decode: arrivals")
-        together = [engine_of(rows) for rows in settings.rows or (16, 32) if rows > 1]
+        alone, *together = map(engine_of, (1, *several))
+        for part in ANSWERS:
+            arrived += arrivals(alone, together, cfg, config.seed, cfg.sequence_len // part)
     return {
         "prompt_tokens": length,
         "answer_tokens": answer,
@@ -121,11 +124,7 @@ def figures(config: Config, settings: Settings, log: Callable[[str], None]) -> d
         "engines": engines,
         "speeds": records,
         **({"over_cache": over_cache} if over_cache else {}),
-        "arrivals": [
-            record
-            for part in (ANSWERS if together else ())
-            for record in arrivals(engine_of(1), together, cfg, config.seed, cfg.sequence_len // part)
-        ],
+        "arrivals": arrived,
     }
 
 
