@@ -241,7 +241,7 @@ def test_no_model_to_load(capsys, experiment, trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     expect_error(capsys, ["chat", "-p", "hi"], 1, "no model under runs/", "run_speedrun.py")
     expect_error(capsys, ["eval", "--workdir", "nowhere"], 1, "nowhere", "config.json")
-    expect_error(capsys, ["serve", "--workdir", trained, "--source", "sft"], 1, "sft", "there: base")
+    expect_error(capsys, ["serve", "--workdir", trained, "--source", "sft", "--port", 0], 1, "sft", "there: base")
     expect_error(capsys, ["sft", "--workdir", "fresh", "--experiment", experiment], 1, "tokenizer")
 
 
@@ -678,9 +678,9 @@ process.leave(cli.main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("command", ["chat", "serve"])
+@pytest.mark.parametrize("command", ["chat", "serve --port 0"])
 def test_ctrl_c_is_an_exception_again_where_it_has_a_meaning(command, trained):
-    words = [sys.executable, "-c", HEEDING, command, "--workdir", str(trained)]
+    words = [sys.executable, "-c", HEEDING, *command.split(), "--workdir", str(trained)]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "heeded\n"), done.stderr
 
